@@ -1,0 +1,85 @@
+"""Durable functions for Jupyter: `%load_ext durable_nb`, then `%%durable NAME` above a cell.
+
+import durable_nb as durable
+
+await durable.run("charge", charge, cart)
+await durable.sleep("cool off", "7d")
+response = await durable.call("rates", "https://example.com/rates.json")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from durable_nb._verbs import idempotency_key as idempotency_key
+    from durable_nb._verbs import run as run
+    from durable_nb._verbs import sleep as sleep
+    from durable_nb._verbs import sleep_until as sleep_until
+    from durable_nb._verbs import step as step
+    from durable_nb.errors import CorruptStoreError as CorruptStoreError
+    from durable_nb.errors import DurableError as DurableError
+    from durable_nb.errors import LeaseLost as LeaseLost
+    from durable_nb.errors import NestedStepError as NestedStepError
+    from durable_nb.errors import NonRetryableError as NonRetryableError
+    from durable_nb.errors import NotInRunError as NotInRunError
+    from durable_nb.errors import RetryAfter as RetryAfter
+    from durable_nb.errors import RunSuspended as RunSuspended
+    from durable_nb.errors import StoreError as StoreError
+    from durable_nb.errors import UnserializableError as UnserializableError
+    from durable_nb.errors import UntrustedStoreError as UntrustedStoreError
+    from durable_nb.http import call as call
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "call": "durable_nb.http",
+    **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),
+    **dict.fromkeys(
+        (
+            "CorruptStoreError",
+            "DurableError",
+            "LeaseLost",
+            "NestedStepError",
+            "NonRetryableError",
+            "NotInRunError",
+            "RetryAfter",
+            "RunSuspended",
+            "StoreError",
+            "UnserializableError",
+            "UntrustedStoreError",
+        ),
+        "durable_nb.errors",
+    ),
+}
+
+__all__: list[str] = []
+"""`from durable_nb import *` brings nothing: `run` and `sleep` are too common as names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for, when it is asked for: loading the extension takes a few milliseconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'durable_nb' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*_HOMES, "__version__"})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext durable_nb`."""
+    from durable_nb._ipython.extension import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """`%unload_ext durable_nb`."""
+    from durable_nb._ipython.extension import unload
+
+    unload(shell)

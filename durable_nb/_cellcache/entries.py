@@ -1,0 +1,254 @@
+"""A cell's result as one file.
+
+    magic, length of the manifest, HMAC of the manifest | manifest | pickle | outputs | padding | buffers, 4 KiB-aligned
+
+The manifest carries digests of the pickle and the outputs, so its HMAC vouches for all that is decoded. The buffers of
+arrays and frames lie out of band (pickle protocol 5): large ones come back as private copy-on-write maps of the file, at no
+cost until they are touched, and writing to them never reaches it. A file is written to a draft, fsynced and renamed; it is
+never changed after that, only unlinked, since truncating a mapped file kills whoever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import io
+import mmap
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from durable_nb._codec import Seal
+from durable_nb._files import write_file
+from durable_nb._pickling import Pickler, Reference, Unpickler
+from durable_nb.errors import CorruptStoreError, UntrustedStoreError
+
+FORMAT = 1
+SUFFIX = ".cell"
+
+MAPPED_BYTES = 1 << 20
+"""Buffers from this size on are mapped; smaller ones are read."""
+CHECKED_BYTES = 64 << 20
+"""Buffers up to this size are compared with their digest at each restore."""
+
+_MAGIC = b"dnbcell1"
+_HEAD = struct.Struct("<8sQ16s")
+_ALIGN = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One out-of-band buffer: where it lies, counted from the first one, and what it must be."""
+
+    offset: int
+    size: int
+    digest: str
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is known of an entry without decoding its values."""
+
+    name: str
+    key: str
+    components: dict[str, str]
+    versions: dict[str, str]
+    bound: list[str]
+    deleted: list[str]
+    created_at: float
+    took_s: float
+    """What the cell took to run: what a hit saves."""
+    pickle_size: int
+    pickle_digest: str
+    outputs_size: int
+    outputs_digest: str
+    outputs_count: int
+    buffers: list[Buffer] = field(default_factory=list)
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is restored."""
+        return self.pickle_size + self.outputs_size + sum(b.size for b in self.buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a cell left behind."""
+
+    values: dict[str, Any]
+    """By name; with the last expression's value under ''."""
+    deleted: list[str]
+    outputs: bytes
+    outputs_count: int
+    took_s: float
+
+
+class Entries:
+    """All entries of a store: `FOLDER/SCOPE/KEY.cell`."""
+
+    def __init__(self, folder: Path, seal: Seal) -> None:
+        self._folder, self._seal = folder, seal
+
+    def store(
+        self,
+        scope: str,
+        key: str,
+        result: Result,
+        *,
+        name: str,
+        components: dict[str, str],
+        versions: dict[str, str],
+        created_at: float,
+        reference: Reference,
+        copied: Callable[[type], bool],
+    ) -> Manifest:
+        """Write the entry; it is on disk when this returns. Raises what pickling raises, and OSError."""
+        stream, raw = _pickle(result.values, reference, copied)
+        buffers: list[Buffer] = []
+        offset = 0
+        for buffer in raw:
+            buffers.append(Buffer(offset, buffer.nbytes, xxhash.xxh3_128_hexdigest(buffer), buffer.readonly))
+            offset += _aligned(buffer.nbytes)
+        manifest = Manifest(
+            name,
+            key,
+            components,
+            versions,
+            sorted(result.values.keys() - {""}),
+            result.deleted,
+            created_at,
+            result.took_s,
+            len(stream),
+            _digest(stream),
+            len(result.outputs),
+            _digest(result.outputs),
+            result.outputs_count,
+            buffers,
+        )
+        path = self._path(scope, key)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_file(path, self._parts(manifest, stream, result.outputs, raw))
+        return manifest
+
+    def _parts(self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview]) -> Iterable[bytes | memoryview]:
+        packed = msgspec.msgpack.encode(manifest)
+        head = _HEAD.pack(_MAGIC, len(packed), self._seal.mac(_MAGIC, manifest.key.encode(), packed))
+        yield head + packed
+        yield stream
+        yield outputs
+        if raw:
+            used = len(head) + len(packed) + len(stream) + len(outputs)
+            yield bytes(_aligned(used) - used)
+        for buffer in raw:
+            yield buffer
+            yield bytes(_aligned(buffer.nbytes) - buffer.nbytes)
+
+    def open(self, scope: str, key: str) -> Entry | None:
+        """The entry of that key, authenticated; None where there is none. CorruptStoreError, UntrustedStoreError."""
+        try:
+            file = self._path(scope, key).open("rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
+        with file:
+            return self._read(file, key)
+
+    def manifests(self, scope: str, limit: int = 20) -> list[Manifest]:
+        """Of the newest entries of a cell, newest first. Unreadable ones are left out: they could never be a hit."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            files = [(f.stat().st_mtime_ns, f.name) for f in os.scandir(self._folder / scope) if f.name.endswith(SUFFIX)]
+            for _, name in sorted(files, reverse=True)[:limit]:
+                with contextlib.suppress(CorruptStoreError, UntrustedStoreError):
+                    entry = self.open(scope, name.removesuffix(SUFFIX))
+                    if entry is not None:
+                        found.append(entry.manifest)
+        return found
+
+    def _path(self, scope: str, key: str) -> Path:
+        return self._folder / scope / f"{key}{SUFFIX}"
+
+    def _read(self, file: io.BufferedReader, key: str) -> Entry:
+        head = file.read(_HEAD.size)
+        size = os.fstat(file.fileno()).st_size
+        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+            raise CorruptStoreError("its file is damaged: it does not begin as an entry")
+        _, packed_size, mac = _HEAD.unpack(head)
+        if packed_size > size:
+            raise CorruptStoreError("its file is damaged: it is cut short")
+        packed = file.read(packed_size)
+        if not hmac.compare_digest(mac, self._seal.mac(_MAGIC, key.encode(), packed)):
+            raise UntrustedStoreError("its file is damaged, or was signed with another key; nothing of it was unpickled")
+        manifest = msgspec.msgpack.decode(packed, type=Manifest)
+        data = _HEAD.size + packed_size + manifest.pickle_size + manifest.outputs_size
+        buffers = sum(_aligned(b.size) for b in manifest.buffers)
+        if size != (_aligned(data) + buffers if buffers else data):
+            raise CorruptStoreError("its file is damaged: it is cut short")
+        stream, outputs = file.read(manifest.pickle_size), file.read(manifest.outputs_size)
+        if _digest(stream) != manifest.pickle_digest or _digest(outputs) != manifest.outputs_digest:
+            raise CorruptStoreError("its file is damaged: its bytes are not what was written")
+        return Entry(manifest, stream, outputs, _buffers(file, _aligned(data), manifest.buffers))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An authenticated entry, not yet decoded."""
+
+    manifest: Manifest
+    _stream: bytes
+    outputs: bytes
+    _buffers: list[Any]
+
+    def values(self, resolve: Callable[[Any], object]) -> dict[str, Any]:
+        """The values by name, references given to `resolve`. Raises whatever unpickling raises."""
+        values: dict[str, Any] = Unpickler(io.BytesIO(self._stream), resolve=resolve, buffers=self._buffers).load()
+        return values
+
+
+def _pickle(values: dict[str, Any], reference: Reference, copied: Callable[[type], bool]) -> tuple[bytes, list[memoryview]]:
+    buffers: list[memoryview] = []
+    file = io.BytesIO()
+
+    def out_of_band(buffer: pickle.PickleBuffer) -> bool:
+        buffers.append(buffer.raw())
+        return False
+
+    Pickler(file, reference=reference, copied=copied, buffer_callback=out_of_band).dump(values)
+    return file.getvalue(), buffers
+
+
+def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer]) -> list[Any]:
+    mapped: memoryview | None = None
+    found: list[Any] = []
+    for buffer in wanted:
+        data: Any
+        if buffer.size >= MAPPED_BYTES:
+            if mapped is None:
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            data = mapped[start + buffer.offset : start + buffer.offset + buffer.size]
+        else:
+            file.seek(start + buffer.offset)
+            data = bytearray(file.read(buffer.size))
+        if buffer.size <= CHECKED_BYTES and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
+            raise CorruptStoreError("its file is damaged: its bytes are not what was written")
+        found.append(memoryview(data).toreadonly() if buffer.readonly else data)
+    return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,99 @@
+"""What a durable cell's result depends on: its code and every input, as one key and as components that explain it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from durable_nb._cellcache.names import Names, dynamic_reads
+from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses
+
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True, slots=True)
+class CellKey:
+    """The identity of one execution of a cell, taken before it runs."""
+
+    key: str
+    components: dict[str, str]
+    versions: dict[str, str]
+    unknown: tuple[str, ...]
+    """Why the result can't be taken from the cache nor put there; empty where it can."""
+    objects: Mapping[int, str]
+    """By id, the mutable objects that the inputs consist of, and the component each is part of."""
+
+
+def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, Any]) -> CellKey:
+    """The key of a cell called `name` ('' for none) that is about to run in `namespace`."""
+    found, unknown = _fingerprint(tree, names.read, namespace)
+    unknown += [f"it looks names up by {builtin}(), which can't be followed" for builtin in sorted(dynamic_reads(tree))]
+    print_ = found.result()
+    unknown += [f"{_said(o.label)} holds a {o.type_name}, which can't be compared" for o in print_.opaque if not o.configured]
+    whole = "\0".join((str(FORMAT), PYTHON, name, print_.digest))
+    return CellKey(
+        hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest(),
+        dict(print_.components),
+        dict(print_.versions),
+        tuple(unknown),
+        found.objects(),
+    )
+
+
+def mutated(before: CellKey, tree: ast.Module, names: Names, old: Mapping[str, Any], rebound: Iterable[str]) -> list[str]:
+    """Inputs that the cell changed in place, as its user would name them; `old` is the namespace as it was.
+
+    A name that the cell bound anew has not changed in place, though a function that reads it sees another value now.
+    """
+    found, unknown = _fingerprint(tree, names.read, old)
+    after = found.result().components
+    changed = [label for label, digest in before.components.items() if after.get(label) != digest]
+    for label in [label for label in changed if label.removeprefix("global ") in set(rebound)]:
+        name = label.removeprefix("global ")
+        alone, failed = _fingerprint(ast.Module([], []), [name], old)
+        if not failed and alone.result().components.get(label) == before.components[label]:
+            changed.remove(label)
+    return [_said(label) for label in changed] + unknown
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """What differs between two cells' components, in words."""
+    found = []
+    for label in sorted({*old, *new}, key=lambda label: (label != "code", label)):
+        if old.get(label) != new.get(label):
+            what = "changed" if label in old and label in new else "is new" if label in new else "is gone"
+            found.append(f"{_said(label)} {what}")
+    return found
+
+
+def _fingerprint(tree: ast.Module, read: Iterable[str], namespace: Mapping[str, Any]) -> tuple[Fingerprinter, list[str]]:
+    found = Fingerprinter()
+    unknown: list[str] = []
+    found.add_code("code", tree)
+    uses = attribute_uses(tree)
+    for name in sorted(read):
+        try:
+            found.add_name(name, namespace, uses.get(name))
+        except Unhashable as error:
+            unknown.append(f"{_said(error.label)} can't be compared ({error.reason})")
+        except Exception as error:
+            unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
+    return found, unknown
+
+
+def _said(label: str) -> str:
+    """A component's label as its user would say it."""
+    kind, _, rest = label.partition(" ")
+    match kind:
+        case "function":
+            return f"helper {rest}"
+        case "global":
+            return rest
+        case "aliases":
+            return "which names share an object"
+    return label
+

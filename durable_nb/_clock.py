@@ -1,0 +1,124 @@
+"""Time as a run sees it: two clocks, durations as people write them, and how much of a wait is left."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+RECHECK_S = 30.0
+"""A suspended laptop stops the loop's clock: no wait trusts it for longer than this."""
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS: its monotonic clock counts while asleep
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """One moment on both clocks: unix seconds, and seconds since the boot named by `boot` ('' where unknown)."""
+
+    wall_s: float
+    boot: str
+    boot_s: float
+
+
+class Clock(Protocol):
+    """Where a run gets its time from."""
+
+    def now(self) -> Instant:
+        """This moment."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Let `seconds` of the loop's time pass."""
+        ...
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def __init__(self) -> None:
+        try:
+            self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:  # not Linux: waits that cross a restart of the kernel go by the wall clock
+            self._boot = ""
+
+    def now(self) -> Instant:
+        return Instant(time.time(), self._boot, time.clock_gettime(_BOOTTIME))
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def remaining_s(started: Instant, duration_s: float, now: Instant) -> float:
+    """Seconds left of a wait; 0 when it is over.
+
+    Within one boot the boot clock decides, which nobody can set. Across boots the wall clock does; set back, it can't
+    make the wait longer than it was.
+    """
+    if started.boot and started.boot == now.boot:
+        left = duration_s - (now.boot_s - started.boot_s)
+    else:
+        left = min(duration_s, duration_s - (now.wall_s - started.wall_s))
+    return max(left, 0.0)
+
+
+def parse_duration(value: object) -> timedelta:
+    """Seconds, a timedelta, or text such as "90s", "15m", "2h", "7d", "1h30m" (7d = 168 h).
+
+    ValueError where it is negative, NaN, infinite, or text without units.
+    """
+    __tracebackhide__ = True
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        text = value.replace(" ", "")
+        parts = _PART.findall(text)
+        if not parts or "".join(n + u for n, u in parts) != text:
+            raise ValueError(f"{value!r} is no duration: write seconds as a number, or text like '90s', '15m', '1h30m', '7d'")
+        seconds = sum(float(n) * _UNITS[u] for n, u in parts)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise ValueError(f"{value!r} is no duration: write seconds, a timedelta, or text like '90s'")  # noqa: TRY004  one error for one mistake
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{value!r} is no duration: it must be finite and not negative")
+    try:
+        return timedelta(seconds=seconds)
+    except OverflowError:
+        raise ValueError(f"{value!r} is no duration: it is longer than {timedelta.max.days} days") from None
+
+
+def parse_when(value: object) -> datetime:
+    """A datetime (naive = local time), ISO text, or unix seconds, as an aware datetime. ValueError otherwise."""
+    __tracebackhide__ = True
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.astimezone()
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise ValueError(f"{value!r} is no point in time: write a datetime, ISO text like '2027-01-31T09:00', or unix seconds")
+
+
+def say_duration(seconds: float) -> str:
+    """Short, as people say it: '61 ms', '3.2 s', '12 min 5 s', '2 h 3 min', '6 d 23 h'."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, big, small_size, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small_size
+            return f"{whole // size} {big}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"

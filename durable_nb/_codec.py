@@ -1,0 +1,130 @@
+"""Values and records as bytes, and the seal that says they are ours.
+
+A value is JSON where JSON gives back exactly what went in, else pickle. A row of the journal is sealed: an HMAC over its
+key and its bytes, under a signing key that stays outside the store, verified before anything is decoded. So a store that
+somebody else prepared is never unpickled, and a row can't be moved to another key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from durable_nb import _pickling
+from durable_nb._files import write_new
+from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
+
+JSON, PICKLE = "json", "pickle"
+
+_MAGIC = b"dnb1"
+_ID_BYTES, _MAC_BYTES, _KEY_BYTES = 4, 16, 32
+_HEADER = len(_MAGIC) + _ID_BYTES + _MAC_BYTES
+_MAX_DEPTH = 50
+_MAX_INT_BITS = 4096
+
+
+def encode(value: object) -> tuple[str, bytes]:
+    """(`json` or `pickle`, bytes). Raises whatever the value's own pickling raises."""
+    if _json_exact(value, set(), 0):
+        return JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return PICKLE, _pickling.dumps(value)
+
+
+def decode(form: str, data: bytes) -> Any:
+    """What `encode` was given. `data` must have been authenticated."""
+    return json.loads(data) if form == JSON else _pickling.loads(data)
+
+
+def _json_exact(value: Any, seen: set[int], depth: int) -> bool:
+    """Would JSON give back this very value: same types, NaN and big ints included, and no object in two places?"""
+    kind = type(value)
+    if value is None or kind is bool:
+        return True
+    if kind is int:
+        return int(value).bit_length() <= _MAX_INT_BITS  # Python refuses to print longer ones
+    if kind is str:
+        return str.isascii(value) or not any("\ud800" <= c <= "\udfff" for c in value)
+    if kind is float:
+        return isfinite(value)
+    if kind is not list and kind is not dict:
+        return False
+    if id(value) in seen or depth > _MAX_DEPTH:
+        return False
+    seen.add(id(value))
+    if kind is list:
+        return all(_json_exact(v, seen, depth + 1) for v in value)
+    return all(type(k) is str and _json_exact(k, seen, depth) and _json_exact(v, seen, depth + 1) for k, v in value.items())
+
+
+class Seal:
+    """Signs and verifies rows under one signing key of 32 bytes."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._prefix = _MAGIC + hashlib.blake2b(key, digest_size=_ID_BYTES, person=b"durable_nb key").digest()
+
+    def mac(self, *parts: bytes) -> bytes:
+        """16 bytes that only the holder of the key can compute over these parts, boundaries included."""
+        digest = hashlib.blake2b(key=self._key, digest_size=_MAC_BYTES)
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.digest()
+
+    def close(self, name: str, body: bytes) -> bytes:
+        """`body` sealed as the row `name`."""
+        return self._prefix + self.mac(name.encode(), body) + body
+
+    def open(self, name: str, row: bytes) -> bytes:
+        """The body of a sealed row.
+
+        UntrustedStoreError where another key signed it, CorruptStoreError where the bytes are not what was signed.
+        """
+        if row[: len(_MAGIC)] != _MAGIC or len(row) < _HEADER:
+            raise CorruptStoreError(f"the record {name!r} is damaged: it is no sealed row")
+        if row[: len(self._prefix)] != self._prefix:
+            raise UntrustedStoreError(
+                f"the record {name!r} was signed with another key, so nothing of it was read. If the store is yours, set "
+                "DURABLE_NB_KEY_FILE to the key file it was written with; else use a store of your own (DURABLE_NB_DIR)"
+            )
+        body = row[_HEADER:]
+        if not hmac.compare_digest(self.mac(name.encode(), body), row[len(self._prefix) : _HEADER]):
+            raise CorruptStoreError(f"the record {name!r} is damaged: its bytes are not what was signed")
+        return body
+
+
+def load_key() -> bytes:
+    """The user's signing key, made on first use: `DURABLE_NB_KEY_FILE`, or `durable_nb/signing.key` in Jupyter's data
+    directory; mode 0600, 32 random bytes. StoreError where it can't be read or made."""  # fmt: skip
+    named = os.environ.get("DURABLE_NB_KEY_FILE")
+    path = Path(named) if named else _data_dir() / "durable_nb" / "signing.key"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_new(path, secrets.token_bytes(_KEY_BYTES))
+        key = path.read_bytes()
+    except OSError as error:
+        raise StoreError(
+            f"the signing key {path} can't be used ({error.strerror}); set DURABLE_NB_KEY_FILE to a file you may write"
+        ) from error
+    if len(key) != _KEY_BYTES:
+        raise StoreError(f"the signing key {path} holds {len(key)} bytes instead of {_KEY_BYTES}; restore it from a backup, "
+                         "or move it away: a new one is made, and what the old one signed is no longer read")  # fmt: skip
+    return key
+
+
+def keyed_digest(secret: str) -> str:
+    """Stands for a secret in an identity: equal secrets give equal text, and only the key's holder could try guesses."""
+    return Seal(load_key()).mac(b"secret", secret.encode("utf-8", "surrogatepass")).hex()
+
+
+def _data_dir() -> Path:
+    from jupyter_core.paths import jupyter_data_dir
+
+    return Path(jupyter_data_dir())

@@ -1,0 +1,84 @@
+"""The seam between verbs and engines: what a verb asks of the run it is in.
+
+Verbs know no engine. They build a request, fixed at the moment of the call, and hand it to the current run; an engine is
+whatever puts a `Run` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+from durable_nb._retry import RetryPolicy
+from durable_nb.errors import NestedStepError, NotInRunError
+
+if TYPE_CHECKING:
+    from durable_nb._fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One unit of work whose outcome is to be recorded."""
+
+    kind: str
+    name: str
+    body: Callable[[], Any]
+    """Does the work; returns the value, or an awaitable of it."""
+    fingerprint: Callable[[], Fingerprint]
+    """What the outcome depends on: its digest identifies the step."""
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    thread: bool = False
+    """Call `body` in a worker thread instead of on the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class SleepRequest:
+    """A pause: for a duration from its first asking, or until a point in time."""
+
+    name: str
+    wake: timedelta | datetime
+
+
+class Run(Protocol):
+    """A run, as verbs see it. Identities are fixed when a method is called; the coroutine does the rest."""
+
+    def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
+        """The recorded outcome, or that of doing the work now and recording it."""
+        ...
+
+    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+        """Return when the time has come. The deadline is on disk before the wait begins."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The step whose body is being executed."""
+
+    name: str
+    idempotency_key: str
+
+
+current_run: ContextVar[Run | None] = ContextVar("durable_nb_run", default=None)
+current_body: ContextVar[Body | None] = ContextVar("durable_nb_body", default=None)
+
+
+def run_for(verb: str) -> Run:
+    """The current run, for a verb called `verb`; NotInRunError or NestedStepError where it can't be used here."""
+    __tracebackhide__ = True
+    body = current_body.get()
+    if body is not None:
+        raise NestedStepError(
+            f"durable.{verb}() was called inside the body of step {body.name!r}, which is recorded whole or not at all. "
+            f"Call durable.{verb}() in the cell, before or after the step, and pass the result on"
+        )
+    run = current_run.get()
+    if run is None:
+        raise NotInRunError(
+            f"durable.{verb}() was called outside a durable run, where nothing can be recorded; nothing was run. Put "
+            "'%%durable NAME' on the first line of the cell"
+        )
+    return run

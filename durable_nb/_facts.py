@@ -1,0 +1,54 @@
+"""What an observer may know of a run: plain facts, handed out by the engine to views, logs and command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """The states of a run and of a step."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SLEEPING = "sleeping"
+    WAITING = "waiting"
+    RETRYING = "retrying"
+    INTERRUPTED = "interrupted"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a run, as it stands at the moment of asking. Times are unix seconds."""
+
+    name: str
+    path: str
+    """Where in the run: unique among its steps, stable over replays."""
+    kind: str
+    """`run`, `call` or `sleep`."""
+    status: Status
+    attempts: int = 0
+    """Attempts begun, over all kernels."""
+    started_at: float | None = None
+    ended_at: float | None = None
+    restored: bool = False
+    """The outcome came from the journal: no body code ran in this execution."""
+    error: str | None = None
+    """`TypeName: message` of the last failed attempt."""
+    wake_at: float | None = None
+    """When a sleep or a retry goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run and its steps, in the order in which the steps were asked for."""
+
+    id: str
+    name: str
+    status: Status
+    started_at: float
+    ended_at: float | None
+    steps: tuple[Step, ...]

@@ -1,0 +1,20 @@
+"""Identities: what a call, a cell or a value is, as digests the same in every process and for all time."""
+
+from ._code import Fingerprint, Fingerprinter, hash_value, of_call, of_value
+from ._source import attribute_uses, names_loaded, normalise
+from ._values import FORMAT, Opaque, Unhashable, identify
+
+__all__ = [
+    "FORMAT",
+    "Fingerprint",
+    "Fingerprinter",
+    "Opaque",
+    "Unhashable",
+    "attribute_uses",
+    "hash_value",
+    "identify",
+    "names_loaded",
+    "normalise",
+    "of_call",
+    "of_value",
+]

@@ -1,0 +1,353 @@
+"""What a piece of code says: its syntax without layout, found where the source provably is the code that runs."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import functools
+import linecache
+from dataclasses import dataclass
+from hashlib import blake2b
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from ._values import DIGEST_BYTES, PERSON, constant, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Paths = frozenset[tuple[str, ...]] | None
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_LEFT_OUT = {"ctx", "type_comment", "kind", "type_ignores"}
+_FUTURE = functools.reduce(lambda mask, name: mask | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0)
+_SHOWS_DOCSTRINGS = {"__doc__", "inspect", "help", "getdoc", "pydoc"}
+_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"}
+
+
+def normalise(tree: ast.AST, *, docstrings: bool = False) -> bytes:
+    """The same bytes for the same program text under Python 3.11 and later, whatever its comments and layout."""
+    out: list[bytes] = []
+    stack: list[Any] = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, _Token):
+            out.append(item)
+        elif isinstance(item, ast.Constant):
+            out.append(b"(C" + constant(item.value) + b")")
+        elif isinstance(item, ast.AST):
+            out.append(b"(" + type(item).__name__.encode())
+            stack.append(_Token(b")"))
+            for name in sorted(item._fields, reverse=True):
+                if name in _LEFT_OUT:
+                    continue
+                value = _field(item, name, docstrings)
+                if value is not None and value != []:
+                    stack.append(value)
+                    stack.append(_Token(b":" + text(name)))
+        elif isinstance(item, list):
+            out.append(b"[")
+            stack.append(_Token(b"]"))
+            stack.extend(reversed(item))
+        else:
+            out.append(constant(item))
+    return b"".join(out)
+
+
+class _Token(bytes):
+    """Bytes that are part of the output, not of the tree."""
+
+    __slots__ = ()
+
+
+def _field(node: ast.AST, name: str, docstrings: bool) -> Any:
+    value = getattr(node, name, None)
+    if name in {"body", "orelse", "finalbody"} and isinstance(value, list):
+        if (
+            name == "body"
+            and not docstrings
+            and isinstance(node, _WITH_DOCSTRING)
+            and ast.get_docstring(node, False) is not None
+        ):
+            value = value[1:]
+        return [statement for statement in value if not isinstance(statement, ast.Pass)]
+    if name == "values" and isinstance(node, ast.JoinedStr):
+        return _joined(node)
+    if name == "format_spec" and isinstance(value, ast.JoinedStr) and not _joined(value):
+        return None  # f"{x:}" is f"{x}"
+    return value
+
+
+def _joined(node: ast.JoinedStr) -> list[ast.expr]:
+    """An f-string's parts with neighbouring constants merged: versions cut them differently."""
+    parts: list[ast.expr] = []
+    for part in node.values:
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            if not part.value:
+                continue
+            last = parts[-1] if parts else None
+            if isinstance(last, ast.Constant) and isinstance(last.value, str):
+                parts[-1] = ast.Constant(last.value + part.value)
+                continue
+        parts.append(part)
+    return parts
+
+
+def nested_codes(code: CodeType) -> Iterator[CodeType]:
+    stack = [code]
+    while stack:
+        found = stack.pop()
+        yield found
+        stack.extend(const for const in reversed(found.co_consts) if isinstance(const, CodeType))
+
+
+def names_loaded(code: CodeType) -> set[str]:
+    """The globals that `code`, or code nested in it, really loads; `co_names` holds attributes as well."""
+    import dis
+
+    return {
+        instruction.argval
+        for inner in nested_codes(code)
+        for instruction in dis.get_instructions(inner)
+        if instruction.opname in _LOADS and isinstance(instruction.argval, str)
+    } - set(code.co_freevars)
+
+
+def attribute_uses(tree: ast.AST) -> dict[str, Paths]:
+    """By name the attribute paths it is read by (`m.a.b` gives `("a", "b")`), or None once it is used whole."""
+    uses: dict[str, set[tuple[str, ...]] | None] = {}
+    consumed: set[int] = set()
+    for node in ast.walk(tree):
+        if id(node) in consumed:
+            continue
+        if isinstance(node, ast.Name):
+            uses[node.id] = None
+        elif isinstance(node, ast.Attribute):
+            path: list[str] = []
+            base: ast.expr = node
+            while isinstance(base, ast.Attribute):
+                path.append(base.attr)
+                consumed.add(id(base))
+                base = base.value
+            if isinstance(base, ast.Name):
+                consumed.add(id(base))
+                found = uses.setdefault(base.id, set())
+                if not isinstance(node.ctx, ast.Load):
+                    uses[base.id] = None
+                elif found is not None:
+                    found.add(tuple(reversed(path)))
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            uses.update(dict.fromkeys(node.names))
+    return {name: None if paths is None else frozenset(paths) for name, paths in uses.items()}
+
+
+def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
+    """Modules that `tree` imports, as (level, dotted name); `from a import b` counts as `a` and `a.b`."""
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found.add((node.level, module))
+            found.update((node.level, f"{module}.{alias.name}".lstrip(".")) for alias in node.names if alias.name != "*")
+    return frozenset(found)
+
+
+def shows_docstrings(tree: ast.AST) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in _SHOWS_DOCSTRINGS:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in _SHOWS_DOCSTRINGS:
+            return True
+        if isinstance(node, ast.Constant) and node.value == "__doc__":
+            return True
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+            if names & _SHOWS_DOCSTRINGS:
+                return True
+    return False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that is known about one code object, the same as long as it lives."""
+
+    plain: bytes  # digests of its normal form, without and with docstrings
+    documented: bytes
+    names: tuple[str, ...]
+    uses: dict[str, Paths]
+    imports: tuple[tuple[int, str], ...]
+    shows_docstrings: bool
+    node: ast.AST | None  # None where no source was found that compiles to this very code
+
+
+_READINGS: dict[int, tuple[CodeType, Reading]] = {}
+
+
+def read(code: CodeType) -> Reading:
+    known = _READINGS.get(id(code))
+    if known is not None and known[0] is code:
+        return known[1]
+    if len(_READINGS) >= 20_000:
+        _READINGS.clear()
+    reading = _read(code)
+    _READINGS[id(code)] = (code, reading)
+    return reading
+
+
+def _read(code: CodeType) -> Reading:
+    names = tuple(sorted(names_loaded(code)))
+    node = _verified_node(code)
+    if node is None:
+        digest = b"K" + constant(code)
+        consts = {const for inner in nested_codes(code) for const in inner.co_consts if isinstance(const, str)}
+        co_names = {name for inner in nested_codes(code) for name in inner.co_names}
+        shows = bool(co_names & _SHOWS_DOCSTRINGS) or "__doc__" in consts
+        return Reading(digest, digest, names, {}, tuple(sorted(_imports_of(code))), shows, None)
+    body = _as_written(node)
+    # a private name means something else in every class: `self.__x` is `_Class__x`
+    scope = code.co_qualname.split(".")[-2] if _mangles(body) and "." in code.co_qualname else ""
+    prefix = text(scope) + b"%d;" % (code.co_flags & _FUTURE)
+    return Reading(
+        _short(prefix + normalise(body)),
+        _short(prefix + normalise(body, docstrings=True)),
+        names,
+        attribute_uses(body),
+        tuple(sorted(imported(body))),
+        shows_docstrings(body),
+        node,
+    )
+
+
+def _short(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES, person=PERSON).digest()
+
+
+def _mangles(tree: ast.AST) -> bool:
+    return any(
+        value.startswith("__") and not value.endswith("__")
+        for node in ast.walk(tree)
+        for field in ("id", "attr", "arg", "name")
+        if isinstance(value := getattr(node, field, None), str)
+    )
+
+
+def _imports_of(code: CodeType) -> set[tuple[int, str]]:
+    """Modules imported by code without source, with what is taken from them."""
+    import dis
+
+    found: set[tuple[int, str]] = set()
+    for inner in nested_codes(code):
+        level, module, constants = 0, "", []
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in {"LOAD_CONST", "LOAD_SMALL_INT", "RETURN_CONST"}:
+                constants.append(instruction.argval)
+            elif instruction.opname == "IMPORT_NAME":
+                module = instruction.argval
+                level = next((value for value in reversed(constants) if isinstance(value, int)), 0)
+                found.add((level, module))
+            elif instruction.opname == "IMPORT_FROM":
+                found.add((level, f"{module}.{instruction.argval}".lstrip(".")))
+    return found
+
+
+def _as_written(node: ast.AST) -> ast.AST:
+    """A definition without its name, decorators and defaults: all three are taken from the live function."""
+    arguments: ast.arguments = node.args  # type: ignore[attr-defined]  # one of _DEFINITIONS
+    bare = ast.arguments(
+        posonlyargs=arguments.posonlyargs,
+        args=arguments.args,
+        vararg=arguments.vararg,
+        kwonlyargs=arguments.kwonlyargs,
+        kw_defaults=[],
+        kwarg=arguments.kwarg,
+        defaults=[],
+    )
+    if isinstance(node, ast.Lambda):
+        return ast.Lambda(args=bare, body=node.body)
+    fields = {name: getattr(node, name) for name in node._fields}
+    return type(node)(**{**fields, "name": "", "args": bare, "decorator_list": []})
+
+
+# ---- finding the source ----
+
+
+def _verified_node(code: CodeType) -> ast.AST | None:
+    """The definition whose compilation is `code`. A file edited since it was loaded compiles to something else."""
+    filename = code.co_filename
+    before: list[str] = []
+    for refresh in (False, True):
+        if refresh:
+            linecache.checkcache(filename)
+        lines = linecache.getlines(filename)
+        if not lines or lines == before:
+            continue
+        before = lines
+        found = _find(code, "".join(lines))
+        if found is not None:
+            return found
+    return None
+
+
+def _find(code: CodeType, source: str) -> ast.AST | None:
+    index = _index(source, code.co_flags & _FUTURE)
+    candidates = index.get(code.co_qualname, ())
+    same = [(other, node) for other, node in candidates if other == code]
+    if not same:  # the same code elsewhere in the file: lines above it were edited
+        wanted = constant(code)
+        same = [(other, node) for other, node in candidates if constant(other) == wanted]
+    if len(same) > 1:
+        where = list(code.co_positions())
+        same = [pair for pair in same if list(pair[0].co_positions()) == where] or same
+    forms = {normalise(_as_written(node), docstrings=True) for _, node in same}
+    return same[0][1] if len(forms) == 1 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _index(source: str, future: int) -> dict[str, tuple[tuple[CodeType, ast.AST], ...]]:
+    """Every function in `source` by its qualified name, as what it compiles to and how it is written."""
+    try:
+        tree = ast.parse(source)
+        flags = future | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        whole = compile(source, "<source>", "exec", flags=flags, dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    places: dict[tuple[str, int], list[ast.AST]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, _DEFINITIONS):
+            places.setdefault((getattr(node, "name", "<lambda>"), _first_line(node)), []).append(node)
+    found: dict[str, list[tuple[CodeType, ast.AST]]] = {}
+    for code in nested_codes(whole):
+        nodes = places.get((code.co_name, code.co_firstlineno), [])
+        definition = nodes[0] if len(nodes) == 1 else _containing(code, nodes)
+        if definition is not None:
+            found.setdefault(code.co_qualname, []).append((code, definition))
+    return {name: tuple(pairs) for name, pairs in found.items()}
+
+
+def _first_line(node: Any) -> int:
+    return int(min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]))
+
+
+def _containing(code: CodeType, nodes: list[Any]) -> ast.AST | None:
+    """The innermost of several lambdas on a line whose body holds all that `code` executes."""
+    spans = [
+        ((line, start), (end_line, end))
+        for line, end_line, start, end in code.co_positions()
+        if line is not None and end_line is not None and start is not None and end is not None
+        if (line, start) < (end_line, end)
+    ]
+    if not spans or not nodes:
+        return None
+    first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+
+    def extent(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        body = node.body
+        return (body.lineno, body.col_offset), (body.end_lineno, body.end_col_offset)
+
+    holding = [node for node in nodes if isinstance(node, ast.Lambda) and extent(node)[0] <= first and last <= extent(node)[1]]
+    if not holding:
+        return None
+    return max(holding, key=lambda node: (extent(node)[0], tuple(-part for part in extent(node)[1])))

@@ -1,0 +1,255 @@
+"""What a cell and each of its steps display: noted while it is shown, so that it can be shown again.
+
+In a kernel the streams are noted by ipykernel's own message hooks, on the thread that sends them: that also catches loggers
+that kept the stream, and processes that write to its file descriptor. Which step wrote is told by a mark in the parent
+header, a context variable since ipykernel 7.1; before that, and for threads of the user's own, output counts for the cell
+only. Elsewhere (a terminal, a `%%capture` above) the streams are wrapped for the cell's duration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+OURS = "durable_nb"
+"""Displays whose metadata has this key are the package's own, and no output of the cell."""
+
+_MARK = "durable_nb_step"
+
+STDOUT, STDERR, DISPLAY, UPDATE, CLEAR, RESULT = "stdout", "stderr", "display", "update", "clear", "result"
+
+
+@dataclass(slots=True)
+class Output:
+    """One thing shown. `content`: text of a stream, the arguments of `publish`, a flag, or the number of a result."""
+
+    kind: str
+    content: Any
+    step: str = ""
+
+
+class Recorder:
+    """Notes what one cell shows while it is entered."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self._outputs: list[Output] = []
+        self._lock = threading.Lock()
+        self._paused = False
+
+    def note(self, kind: str, content: Any, step: str = "") -> None:
+        """Something was shown."""
+        if self._paused:
+            return
+        with self._lock:
+            last = self._outputs[-1] if self._outputs else None
+            if last is not None and kind in (STDOUT, STDERR) and (last.kind, last.step) == (kind, step):
+                last.content += content
+            else:
+                self._outputs.append(Output(kind, content, step))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is shown meanwhile is not noted."""
+        _flush()
+        self._paused = True
+        try:
+            yield
+        finally:
+            _flush()
+            self._paused = False
+
+    def outputs(self) -> list[Output]:
+        """All so far, in order."""
+        _flush()
+        with self._lock:
+            return list(self._outputs)
+
+    @contextlib.contextmanager
+    def step(self, path: str) -> Iterator[Callable[[], bytes]]:
+        """What the calling task shows meanwhile belongs to the step `path`; the callable gives it, encoded."""
+        with _marked(self._shell, path):
+            yield lambda: encode([o for o in self.outputs() if o.step == path])
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the cell that is being executed."""
+        streams = _kernel_streams()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_noting_displays(self._shell, self, by_message=bool(streams)))
+            if streams:
+                stack.enter_context(_hooked(streams, self))
+            else:
+                stack.enter_context(_wrapped(self))
+            yield
+            _flush()
+
+
+def encode(outputs: list[Output]) -> bytes:
+    """Outputs as bytes; empty where there are none."""
+    return msgspec.msgpack.encode([(o.kind, o.content) for o in outputs]) if outputs else b""
+
+
+def show_again(shell: Any, data: bytes, show_result: Callable[[int], None]) -> None:
+    """Display what was encoded; `show_result` displays the Nth value of the cell."""
+    for kind, content in msgspec.msgpack.decode(data) if data else ():
+        if kind in (STDOUT, STDERR):
+            stream = getattr(sys, kind)
+            stream.write(content)
+            stream.flush()
+        elif kind == CLEAR:
+            shell.display_pub.clear_output(wait=content)
+        elif kind == RESULT:
+            show_result(content)
+        else:
+            data_, metadata, transient = content
+            shell.display_pub.publish(data_, metadata, transient=transient, update=kind == UPDATE)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+# -- displays ----------------------------------------------------------------------------------------------------------
+
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@contextlib.contextmanager
+def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Iterator[None]:
+    """Wrap `publish` on the instance: ipykernel's hooks see only displays of the thread that registered them."""
+    publisher = shell.display_pub
+    publish, clear = publisher.publish, publisher.clear_output
+    cell = _message_id(publisher)
+
+    def noting_publish(data: Any, metadata: Any = None, **options: Any) -> Any:
+        if OURS not in (metadata or {}) and (not by_message or _message_id(publisher) == cell):
+            _flush()
+            kept = {mime: content for mime, content in data.items() if mime != _WIDGET}
+            kind = UPDATE if options.get("update") else DISPLAY
+            recorder.note(kind, (kept, metadata or {}, options.get("transient") or {}), _mark_of(publisher))
+        return publish(data, metadata, **options)
+
+    def noting_clear(wait: bool = False) -> Any:
+        _flush()
+        recorder.note(CLEAR, wait, _mark_of(publisher))
+        return clear(wait)
+
+    publisher.publish, publisher.clear_output = noting_publish, noting_clear
+    try:
+        yield
+    finally:
+        del publisher.publish, publisher.clear_output
+
+
+# -- streams of a kernel -----------------------------------------------------------------------------------------------
+
+
+def _kernel_streams() -> list[Any]:
+    streams = [sys.stdout, sys.stderr]
+    return streams if all(hasattr(s, "register_hook") and hasattr(s, "pub_thread") for s in streams) else []
+
+
+@contextlib.contextmanager
+def _hooked(streams: list[Any], recorder: Recorder) -> Iterator[None]:
+    """Hooks are thread-local, so they are registered on the thread that sends."""
+    cell = streams[0].parent_header.get("msg_id")
+
+    def hook(message: dict[str, Any]) -> dict[str, Any]:
+        parent = message.get("parent_header") or {}
+        step = parent.pop(_MARK, "")
+        if parent.get("msg_id") == cell:
+            recorder.note(message["content"]["name"], message["content"]["text"], step)
+        return message
+
+    def register(method: str) -> None:
+        done = threading.Event()
+
+        def on_thread() -> None:
+            for stream in streams:
+                getattr(stream, method)(hook)
+            done.set()
+
+        streams[0].pub_thread.schedule(on_thread)
+        done.wait(5)
+
+    _flush()  # what earlier code wrote is not this cell's
+    register("register_hook")
+    try:
+        yield
+    finally:
+        _flush()
+        register("unregister_hook")
+
+
+def _message_id(publisher: Any) -> str:
+    return str((getattr(publisher, "parent_header", None) or {}).get("msg_id", ""))
+
+
+def _mark_of(publisher: Any) -> str:
+    header = getattr(publisher, "parent_header", None)
+    return str(header.get(_MARK, "")) if isinstance(header, dict) and header else _step_in_terminal.get()
+
+
+@contextlib.contextmanager
+def _marked(shell: Any, path: str) -> Iterator[None]:
+    """Mark what the calling task shows. The variables are those of the task's own context, so nothing needs resetting
+    but for synchronous code that goes on in it."""  # fmt: skip
+    marked = []
+    places: list[Any] = [sys.stdout, sys.stderr, shell.display_pub]
+    for place in places:
+        variable = getattr(place, "_parent_header", None)
+        if isinstance(variable, ContextVar):
+            marked.append((variable, variable.set({**place.parent_header, _MARK: path})))
+    token = _step_in_terminal.set(path)
+    try:
+        yield
+    finally:
+        _step_in_terminal.reset(token)
+        for variable, old in marked:
+            variable.reset(old)
+
+
+# -- streams elsewhere -------------------------------------------------------------------------------------------------
+
+_step_in_terminal: ContextVar[str] = ContextVar("durable_nb_step_showing", default="")
+
+
+class _Noting:
+    """A stream that passes everything on, and notes what is written."""
+
+    def __init__(self, stream: Any, kind: str, recorder: Recorder) -> None:
+        self._stream, self._kind, self._recorder = stream, kind, recorder
+
+    def write(self, text: str) -> Any:
+        self._recorder.note(self._kind, text, _step_in_terminal.get())
+        return self._stream.write(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _wrapped(recorder: Recorder) -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    wrappers = _Noting(before[0], STDOUT, recorder), _Noting(before[1], STDERR, recorder)
+    sys.stdout, sys.stderr = wrappers
+    try:
+        yield
+    finally:
+        if sys.stdout is wrappers[0]:
+            sys.stdout = before[0]
+        if sys.stderr is wrappers[1]:
+            sys.stderr = before[1]

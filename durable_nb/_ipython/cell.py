@@ -1,0 +1,435 @@
+"""One execution of a durable cell: restored, or run and stored."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import inspect
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from IPython.core.displayhook import DisplayHook
+
+import durable_nb
+from durable_nb import _records as rec
+from durable_nb._cellcache.entries import Entries, Entry, Result
+from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated
+from durable_nb._cellcache.names import Names, names_of
+from durable_nb._engine import Engine
+from durable_nb._facts import Status
+from durable_nb._ipython import capture
+from durable_nb._ipython.capture import Recorder
+from durable_nb._ipython.options import Options
+from durable_nb._ipython.status import StatusLine
+from durable_nb._run import CellRun, Stage
+from durable_nb.errors import CorruptStoreError, RunSuspended, StoreError, UntrustedStoreError
+
+HEADLESS_SLEEP_S = 600.0
+"""The longest wait without a front end, where nobody sees why the notebook takes so long."""
+
+_BUSY_POLL_S = 0.1
+_HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
+_OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A cell's body, compiled: parts to execute in order, each with whether its value is displayed."""
+
+    parts: list[tuple[types.CodeType, bool]]
+    tree: ast.Module
+    names: Names
+    filename: str
+
+
+class CellExecution:
+    """What one execution needs to know; `run` is its story."""
+
+    def __init__(self, shell: Any, engine: Engine, options: Options, body: str, *, live: bool, cell_id: str) -> None:
+        self.shell, self.engine, self.options, self.live = shell, engine, options, live
+        self.code = compile_body(shell, body)
+        self.entries = Entries(engine.store.cells, engine.store.seal)
+        self.label = options.name or "cell"
+        # Without a name the entry has none in its key; the cell's steps belong to its id in the notebook, or to its code.
+        self.owner = options.name or (f"~id {cell_id}" if cell_id else f"~code {_digest_of(self.code.tree)}")
+        self.scope = rec.scope_of(options.name) if options.name else "~"
+        self.status = StatusLine(self.label, shown=not options.quiet, live=live)
+        self.results: list[Any] = []
+        self.recorder = Recorder(shell)
+
+    async def run(self) -> None:
+        """Leave the notebook as plain execution would."""
+        if not self.options.name:
+            self.status.advise("name the cell ('%%durable NAME') to keep its steps when it is edited elsewhere")
+        began = time.perf_counter()
+        key = self._key()
+        run = None
+        while run is None:
+            if not self.options.rerun and await self._restored(key, began):
+                return
+            run = await self.engine.begin(self.owner, key.key, rerun=self.options.rerun)
+            if run is None:
+                self.status.show("waiting", "another kernel is running this cell with the same inputs")
+                await asyncio.sleep(_BUSY_POLL_S)
+        self.status.show("running", self._why(key))
+        await self._execute(run, key, began)
+
+    def _key(self) -> CellKey:
+        return key_of(self.options.name, self.code.tree, self.code.names, self.shell.user_ns)
+
+    # -- a hit ---------------------------------------------------------------------------------------------------------
+
+    async def _restored(self, key: CellKey, began: float) -> bool:
+        """Was there an entry, and is the notebook now as it says?"""
+        if key.unknown:
+            return False
+        try:
+            entry = self.entries.open(self.scope, key.key)
+            if entry is None:
+                return False
+            values = entry.values(self.shell.user_ns.__getitem__)
+        except (CorruptStoreError, UntrustedStoreError) as error:
+            self.status.warn(f"what was stored of this cell is not used: {error}; the cell runs and stores it anew")
+            return False
+        except Exception as error:  # a class or module that its values need is gone
+            self.status.warn(f"what was stored of this cell can't be restored ({type(error).__name__}: {error}); the cell runs")
+            return False
+        await self.engine.close_finished(self.owner, key.key)
+        self._apply(entry, values, began)
+        return True
+
+    def _apply(self, entry: Entry, values: dict[str, Any], began: float) -> None:
+        namespace, manifest = self.shell.user_ns, entry.manifest
+        results = values.pop("", [])
+        namespace.update(values)
+        for name in manifest.deleted:
+            namespace.pop(name, None)
+        capture.show_again(self.shell, entry.outputs, lambda n: self._display(results[n]))
+        took = time.perf_counter() - began
+        self.status.restored(len(values), manifest.outputs_count, manifest.size, took, manifest.took_s)
+
+    # -- a miss --------------------------------------------------------------------------------------------------------
+
+    def _why(self, key: CellKey) -> str:
+        """Why the cell runs, in a few words."""
+        if self.options.rerun:
+            return "asked for by --rerun"
+        if key.unknown:
+            return key.unknown[0]
+        nearest: list[str] | None = None
+        for manifest in self.entries.manifests(self.scope) if self.options.name else ():
+            found = changes(manifest.components, key.components)
+            if nearest is None or len(found) < len(nearest):
+                nearest = found
+        if nearest is None:
+            return "first run"
+        return ", ".join(nearest[:3]) + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "") or "its entry was lost"
+
+    async def _execute(self, run: CellRun, key: CellKey, began: float) -> None:
+        stage = _Stage(self, run)
+        run.stage = stage
+        run.max_wait_s = (
+            self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
+        )
+        before = dict(self.shell.user_ns)
+        ended, error = Status.INTERRUPTED, ""
+        body = self._body()
+        try:
+            with _interruptible(run), self.recorder.recording():
+                try:
+                    await run.execute(body)
+                finally:
+                    body.close()
+                self._flush_figures()
+                took = time.perf_counter() - began
+                outputs = self.recorder.outputs()
+            ended = Status.COMPLETED
+            self._store(key, before, outputs, took)
+        except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
+            raise
+        except BaseException as raised:
+            ended, error = Status.FAILED, f"{type(raised).__name__}: {raised}"
+            raise
+        finally:
+            try:
+                await run.finish(ended, error)
+            except StoreError as failed:
+                self.status.warn(f"how the run ended could not be written: {failed}")
+            stage.close()
+            self.status.ended(ended, time.perf_counter() - began, run.snapshot(), timed=self.options.time)
+
+    async def _body(self) -> None:
+        namespace = self.shell.user_ns
+        for code, shown in self.code.parts:
+            value = eval(code, self.shell.user_global_ns, namespace)  # noqa: S307  the user's own cell
+            if code.co_flags & inspect.CO_COROUTINE:
+                value = await value
+            if shown and value is not None:
+                self.recorder.note(capture.RESULT, len(self.results))
+                self.results.append(value)
+                self._display(value)
+
+    def _display(self, value: Any) -> None:
+        """As the value of a cell's last expression: under Out[n], and as `_`."""
+        with self.recorder.paused():
+            self.shell.displayhook(value)
+
+    def _flush_figures(self) -> None:
+        """Inline figures are shown after the cell; the cell ends here, and they are among its outputs."""
+        inline = sys.modules.get("matplotlib_inline.backend_inline")
+        if inline is not None and inline.flush_figures in self.shell.events.callbacks.get("post_execute", ()):
+            inline.flush_figures()
+
+    # -- storing -------------------------------------------------------------------------------------------------------
+
+    def _store(self, key: CellKey, before: dict[str, Any], outputs: list[capture.Output], took: float) -> None:
+        namespace = self.shell.user_ns
+        if key.unknown:
+            self.status.not_stored(key.unknown[0])
+            return
+        touched = {n for n in {*before, *namespace} if n in self.code.names.bound or before.get(n) is not namespace.get(n)}
+        touched = {n for n in touched if not _HIDDEN.fullmatch(n)}
+        bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
+        changed = mutated(key, self.code.tree, self.code.names, before, touched)
+        if changed:
+            self.status.not_stored(f"it changes {changed[0]} in place")
+            return
+        values = bound if not self.results else {**bound, "": self.results}
+        links = _Links(before, key, bound)
+        try:
+            self.entries.store(
+                self.scope,
+                key.key,
+                Result(values, sorted(touched - bound.keys()), capture.encode(outputs), len(outputs), took),
+                name=self.options.name,
+                components=key.components,
+                versions=key.versions,
+                created_at=time.time(),
+                reference=links.reference,
+                copied=lambda cls: any(cls is value for value in bound.values()),
+            )
+        except OSError as error:
+            self.status.not_stored(f"the store can't be written ({error.strerror})")
+        except _SharedError as shared:
+            self.status.not_stored(f"what it binds shares an object with {shared}")
+        except Exception as error:
+            self.status.not_stored(self._unpicklable(values, links, error))
+
+    def _unpicklable(self, values: dict[str, Any], links: _Links, error: Exception) -> str:
+        """Name the variable that is to blame."""
+        for name, value in values.items():
+            if not links.is_picklable(value):
+                what = f"{name} ({type(value).__name__})" if name else "the displayed value"
+                return f"{what} can't be pickled; its steps are kept: put what costs time or money into durable.run(...)"
+        return f"its variables can't be pickled together ({type(error).__name__}: {error})"
+
+
+class _SharedError(Exception):
+    """A new variable holds part of an earlier object: restored by value, it would be a copy."""
+
+
+class _Links:
+    """Which objects of the notebook a stored value refers to, instead of holding them."""
+
+    def __init__(self, before: dict[str, Any], key: CellKey, bound: dict[str, Any]) -> None:
+        inputs = {label.removeprefix("global ") for label in key.components}
+        inputs |= {label.partition(" ")[2] for label in key.components}
+        self._names = {id(v): n for n, v in before.items() if n in inputs and not isinstance(v, _IMMUTABLE)}
+        self._objects = key.objects
+        self._keep = before  # ids hold only while their objects live
+        self._bound = {id(value) for name, value in bound.items() if value is not before.get(name)}
+
+    def reference(self, obj: Any) -> str | None:
+        """The name of an earlier object; _SharedError for a part of one."""
+        name = self._names.get(id(obj))
+        if name is not None:
+            return name
+        owner = self._objects.get(id(obj))
+        base = getattr(obj, "base", None) if type(obj).__name__ == "ndarray" else None
+        while owner is None and base is not None:
+            owner = self._objects.get(id(base))
+            base = getattr(base, "base", None)
+        if owner is not None:
+            raise _SharedError(owner.partition(" ")[2] or owner)
+        return None
+
+    def is_picklable(self, value: Any) -> bool:
+        import io
+
+        from durable_nb._pickling import Pickler
+
+        try:
+            Pickler(io.BytesIO(), reference=self._names_only, buffer_callback=lambda _: False).dump(value)
+        except Exception:
+            return False
+        return True
+
+    def _names_only(self, obj: Any) -> str | None:
+        return self._names.get(id(obj))
+
+
+_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, types.ModuleType, range, types.EllipsisType)
+
+
+class _Stage(Stage):
+    """The notebook as the stage of a run."""
+
+    def __init__(self, cell: CellExecution, run: CellRun) -> None:
+        self._cell = cell
+        self._run = run
+        self._view: Any = None
+
+    def recording(self, path: str) -> AbstractContextManager[Callable[[], bytes]]:
+        return self._cell.recorder.step(path)
+
+    def show_again(self, shown: bytes) -> None:
+        capture.show_again(self._cell.shell, shown, lambda _: None)
+
+    def notice(self, text: str) -> None:
+        if not self._cell.live:  # with a front end the view shows it
+            self._cell.status.warn(text)
+
+    def changed(self) -> None:
+        if self._cell.options.quiet:
+            return
+        if self._view is None:
+            if not self._run.snapshot().steps:  # a plain cell gets no view
+                return
+            from durable_nb._view import RunView
+
+            self._view = RunView(self._run.snapshot, live=self._cell.live)
+            self._view.open()
+        self._view.changed()
+
+    def close(self) -> None:
+        if self._view is not None:
+            self._view.close()
+
+
+@contextlib.contextmanager
+def _interruptible(run: CellRun) -> Iterator[None]:
+    """Make an interrupt stop the cell at once.
+
+    The kernel's own handler doesn't wake a loop that idles in an await. And a KeyboardInterrupt may be raised only where
+    one of the run's own tasks is executing: out of any other it would end the kernel.
+    """
+    if threading.current_thread() is not threading.main_thread():  # a subshell: it gets no signals
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def on_interrupt(_signum: int, _frame: Any) -> None:
+        run.interrupt()
+        if run.is_running(asyncio.current_task(loop) if asyncio._get_running_loop() is loop else None):
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def compile_body(shell: Any, body: str) -> Code:
+    """A cell's body as IPython would compile it, with top-level await; tracebacks show the user's lines."""
+    source = shell.transform_cell(body)
+    number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
+    filename = shell.compile.cache(source, number, raw_code=body)
+    tree = shell.transform_ast(shell.compile.ast_parse(source, filename=filename))
+    quiet = bool(DisplayHook.semicolon_at_end_of_expression(body))  # type: ignore[no-untyped-call]
+    parts: list[tuple[types.CodeType, bool]] = []
+    with shell.compile.extra_flags(ast.PyCF_ALLOW_TOP_LEVEL_AWAIT):
+        for node, shown in _parts(tree, shell.ast_node_interactivity, quiet=quiet):
+            parts.append((shell.compile(node, filename, "eval" if isinstance(node, ast.Expression) else "exec"), shown))
+    clean = _normal(source)
+    return Code(parts, clean[0], clean[1], filename)
+
+
+@lru_cache(maxsize=256)
+def _normal(source: str) -> tuple[ast.Module, Names]:
+    tree = ast.parse(source)
+    return tree, names_of(tree)
+
+
+def _parts(tree: ast.Module, interactivity: str, *, quiet: bool) -> Iterator[tuple[ast.Module | ast.Expression, bool]]:
+    """The statements in runs, and each expression whose value IPython would display."""
+    body = list(tree.body)
+    last = body[-1] if body else None
+    if interactivity == "last_expr_or_assign" and isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
+        body.append(ast.copy_location(ast.Expr(ast.copy_location(ast.Name(last.targets[0].id, ast.Load()), last)), last))
+    waiting: list[ast.stmt] = []
+    for i, node in enumerate(body):
+        is_last = i == len(body) - 1
+        shown = interactivity == "all" or (interactivity != "none" and is_last)
+        if isinstance(node, ast.Expr) and shown and not (is_last and quiet):
+            if waiting:
+                yield ast.Module(waiting, []), False
+                waiting = []
+            yield ast.Expression(node.value), True
+        else:
+            waiting.append(node)
+    if waiting:
+        yield ast.Module(waiting, []), False
+
+
+def _digest_of(tree: ast.Module) -> str:
+    from durable_nb._fingerprint import hash_value, normalise
+
+    return hash_value(normalise(tree))
+
+
+def users_traceback(error: BaseException) -> None:
+    """Take the package's own frames out of an exception's tracebacks, and of those it came from."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        exception = waiting.pop()
+        if exception is None or id(exception) in seen:
+            continue
+        seen.add(id(exception))
+        frames = []
+        trace = exception.__traceback__
+        while trace is not None:
+            if not _is_ours(trace.tb_frame.f_code.co_filename):
+                frames.append(trace)
+            trace = trace.tb_next
+        kept: types.TracebackType | None = None
+        for frame in reversed(frames):
+            kept = types.TracebackType(kept, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+        exception.__traceback__ = kept
+        waiting += [exception.__cause__, exception.__context__]
+        if isinstance(exception, BaseExceptionGroup):
+            waiting += exception.exceptions
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_OWN_FOLDER)
+
+
+def show_users_lines(shell: Any, error: BaseException) -> None:
+    """Make IPython show an error as if the cell had run plainly."""
+    if isinstance(error, (KeyboardInterrupt, RunSuspended)):
+        shown = [f"{type(error).__name__}: {error}"]
+    else:
+        users_traceback(error)
+        shown = None
+    trace = error.__traceback__
+
+    # IPython reads the traceback after it has gone through the frames of the magic, so it is rendered from here.
+    def render() -> list[str]:
+        return shown or shell.InteractiveTB.structured_traceback(type(error), error, trace, tb_offset=0)
+
+    with contextlib.suppress(AttributeError):  # an exception class with __slots__: its traceback shows more than it should
+        error._render_traceback_ = render  # type: ignore[attr-defined]

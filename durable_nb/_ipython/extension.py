@@ -1,0 +1,145 @@
+"""`%load_ext durable_nb`: the magic, its input transformer, and the session that executes durable cells."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from durable_nb._ipython.transform import DurableTransformer
+from durable_nb._store import default_path
+
+
+class Session:
+    """The extension in one shell. The store's path is fixed at load; it is opened by the first durable cell."""
+
+    def __init__(self, shell: Any) -> None:
+        self.shell = shell
+        self.path: Path = default_path()
+        self._engine: Any = None
+        self._transformer = DurableTransformer(shell)
+
+    def load(self) -> None:
+        """Register everything."""
+        shell = self.shell
+        shell.register_magic_function(self.magic, "cell", "durable")
+        shell.input_transformers_cleanup.insert(0, self._transformer)
+        shell.events.register("pre_execute", self._enter_cell)
+        shell.events.register("post_execute", self._leave_cell)
+        shell._durable_run, shell._durable_wait = self.run, self.wait
+
+    def unload(self) -> None:
+        """Take everything back; the store is closed."""
+        shell = self.shell
+        shell.magics_manager.magics["cell"].pop("durable", None)
+        with contextlib.suppress(ValueError):
+            shell.input_transformers_cleanup.remove(self._transformer)
+        shell.events.unregister("pre_execute", self._enter_cell)
+        shell.events.unregister("post_execute", self._leave_cell)
+        del shell._durable_run, shell._durable_wait
+        if self._engine is not None:
+            self._engine.store.close()
+
+    def _enter_cell(self) -> None:
+        self._transformer.in_cell = True
+
+    def _leave_cell(self) -> None:
+        self._transformer.in_cell = False
+
+    def magic(self, line: str, cell: str) -> None:
+        """Run the cell as a durable function: its steps and its result are kept on disk.
+
+        %%durable [NAME] [--rerun] [--max-wait DURATION] [--time] [--quiet]
+
+        Run again with nothing changed, by a new kernel too, the cell's variables and outputs are restored and no code of it
+        runs. Interrupted, failed or killed, it goes on after the last completed step: await durable.run("name", function,
+        ...), durable.call(...), durable.sleep(...) are its steps.
+
+        --rerun      run the cell and all its steps anew
+        --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to go on
+        --time       print the time it took
+        --quiet      no line above the output, no view
+        """
+        self.wait(line, "\n" + cell, [])
+
+    def wait(self, line: str, body: str, stack: list[str]) -> None:
+        """`run`, for synchronous code."""
+        from durable_nb._door import wait_for
+
+        wait_for(self.run(line, body, stack))
+
+    async def run(self, line: str, body: str, stack: list[str]) -> None:
+        """Execute one durable cell; the transformer's code awaits this."""
+        from durable_nb._ipython import cell as cells
+        from durable_nb._ipython.options import parse
+
+        options = parse(line, stack)
+        with _one_line_errors():
+            engine = self._open()
+        request = self._request()
+        live = bool(request.get("content", {}).get("allow_stdin"))
+        cell_id = str(request.get("metadata", {}).get("cellId") or "")
+        with _captured(self.shell, options.capture):
+            execution = cells.CellExecution(self.shell, engine, options, body, live=live, cell_id=cell_id)
+            try:
+                await execution.run()
+            except BaseException as error:
+                cells.show_users_lines(self.shell, error)
+                raise
+
+    def _open(self) -> Any:
+        if self._engine is None:
+            from durable_nb._engine import Engine
+            from durable_nb._store import Store
+
+            self._engine = Engine(Store(self.path))
+        return self._engine
+
+    def _request(self) -> dict[str, Any]:
+        """The message that asked for this cell; empty where no kernel is."""
+        kernel = getattr(self.shell, "kernel", None)
+        return (kernel.get_parent("shell") or {}) if kernel is not None else {}
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Any:
+    """What went wrong before anything ran needs no traceback."""
+    from durable_nb.errors import DurableError
+
+    try:
+        yield
+    except DurableError as error:
+        line = f"{type(error).__name__}: {error}"
+        error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
+        raise
+
+
+@contextlib.contextmanager
+def _captured(shell: Any, line: str | None) -> Any:
+    """What a `%%capture` above the magic asks for; its own implementation runs cells synchronously."""
+    if line is None:
+        yield
+        return
+    from IPython.core import magic_arguments
+    from IPython.core.magics.execution import ExecutionMagics
+    from IPython.utils.capture import capture_output
+
+    wanted = magic_arguments.parse_argstring(ExecutionMagics.capture, line)  # type: ignore[no-untyped-call]
+    with capture_output(not wanted.no_stdout, not wanted.no_stderr, not wanted.no_display) as captured:
+        yield
+    if wanted.output:
+        shell.user_ns[wanted.output] = captured
+
+
+def load(shell: Any) -> None:
+    """Load the extension into `shell` and say where its store is."""
+    session = Session(shell)
+    session.load()
+    shell._durable_session = session
+    print(f"durable_nb: this notebook's store is {session.path}")  # noqa: T201  the one line that loading says
+
+
+def unload(shell: Any) -> None:
+    """Undo `load`."""
+    shell._durable_session.unload()
+    del shell._durable_session

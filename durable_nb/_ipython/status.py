@@ -1,0 +1,97 @@
+"""The one line above a durable cell's output: why it runs, and what it took or what restoring saved."""
+
+from __future__ import annotations
+
+import html
+import sys
+from typing import Any
+
+from durable_nb._clock import say_duration
+from durable_nb._facts import Snapshot, Status
+
+_STYLE = "color:var(--jp-ui-font-color2,#616161);font-size:var(--jp-ui-font-size1,13px)"
+
+
+class StatusLine:
+    """A display that is updated in place. Without a front end only misses and warnings are told, on stderr."""
+
+    def __init__(self, label: str, *, shown: bool, live: bool) -> None:
+        self._label, self._shown, self._live = label, shown, live
+        self._handle: Any = None
+        self._notes: list[str] = []
+
+    def show(self, state: str, text: str) -> None:
+        """The cell is in `state` (running, waiting)."""
+        if self._live:
+            self._display(state, f"{state}: {text}")
+        elif state == "running":
+            self.warn(f"running: {text}")
+
+    def advise(self, text: str) -> None:
+        """Something the user may want to do, told at the end."""
+        self._notes.append(text)
+
+    def not_stored(self, why: str) -> None:
+        """The cell will run again next time, and why."""
+        text = f"not stored: {why}"
+        if self._live and self._shown:
+            self._notes.insert(0, text)
+        else:
+            self.warn(text)
+
+    def restored(self, variables: int, outputs: int, size: int, took_s: float, saved_s: float) -> None:
+        """The cell was taken from the store."""
+        if not self._live:
+            return
+        counts = (
+            ", ".join(_count(n, what) for n, what in ((variables, "variable"), (outputs, "output")) if n) or "nothing to show"
+        )
+        saved = f", saved {say_duration(saved_s)}" if saved_s > took_s else ""
+        self._display("restored", f"restored {counts}, {_bytes(size)} in {say_duration(took_s)}{saved}")
+
+    def ended(self, status: Status, took_s: float, run: Snapshot, *, timed: bool) -> None:
+        """The cell ran."""
+        kept = sum(step.status is Status.COMPLETED for step in run.steps)
+        restored = sum(step.restored for step in run.steps)
+        steps = f", {restored} of {_count(len(run.steps), 'step')} restored" if restored else ""
+        if status is Status.COMPLETED:
+            text = f"ran in {say_duration(took_s)}{steps}"
+        else:
+            word = "failed" if status is Status.FAILED else "stopped"
+            text = f"{word} after {say_duration(took_s)}" + (
+                f", {_count(kept, 'step')} kept: run the cell again to go on" if kept else ""
+            )
+        if self._live:
+            self._display(status.value, text)
+        if timed:
+            print(f"Wall time: {say_duration(took_s)}")  # noqa: T201  what %%time prints
+
+    def warn(self, text: str) -> None:
+        """One line on stderr."""
+        sys.stderr.write(f"durable_nb: {self._label} · {text}\n")
+        sys.stderr.flush()
+
+    def _display(self, state: str, text: str) -> None:
+        if not self._shown:
+            return
+        from IPython.display import display
+
+        line = " · ".join([f"{self._label} · {text}", *self._notes])
+        bundle = {"text/plain": line, "text/html": f'<div style="{_STYLE}">{html.escape(line)}</div>'}
+        metadata = {"durable_nb": {"cell": self._label, "state": state}}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, metadata=metadata, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(bundle, raw=True, metadata=metadata)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

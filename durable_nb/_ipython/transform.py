@@ -1,0 +1,48 @@
+"""How a `%%durable` cell becomes code that IPython awaits.
+
+An ordinary cell magic is called synchronously and could only nest event loops. So an input transformer turns the cell into
+one `await` before IPython looks for magics; IPython's own autoawait then runs it on the kernel's loop. Magics stacked above
+`%%durable` can't hold an await either: those that make sense there are taken over.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+_MAGIC = re.compile(r"%%durable(?:\s|$)")
+_STACKED = re.compile(r"%%(time|capture)\b")
+
+
+class DurableTransformer:
+    """A cleanup transform: lines in, lines out."""
+
+    has_side_effects = True  # so that completeness checks skip it, and a terminal waits for the end of the cell
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self.in_cell = False
+        """A cell is being executed: whoever transforms now is synchronous code inside it."""
+
+    def __call__(self, lines: list[str]) -> list[str]:
+        above = 0
+        while above < len(lines) and (_STACKED.match(lines[above]) or not lines[above].strip()):
+            above += 1
+        if above == len(lines) or not _MAGIC.match(lines[above]):
+            return lines
+        body = "\n" * (above + 1) + "".join(lines[above + 1 :])  # line numbers are those of the user's cell
+        if not self._compiles(body):
+            return ["\n"] * (above + 1) + lines[above + 1 :]  # IPython reports it as it would
+        stack = [line.strip()[2:] for line in lines[:above] if line.strip()]
+        line = lines[above].rstrip("\n").removeprefix("%%durable").strip()
+        if self.in_cell or not self._shell.autoawait:
+            return [f"get_ipython()._durable_wait({line!r}, {body!r}, {stack!r})\n"]
+        return [f"await get_ipython()._durable_run({line!r}, {body!r}, {stack!r})\n"]
+
+    def _compiles(self, body: str) -> bool:
+        try:
+            compile(self._shell.transform_cell(body), "<durable>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        except (SyntaxError, ValueError, OverflowError):
+            return False
+        return True

@@ -1,0 +1,64 @@
+"""The journal: rows of bytes under text keys, changed by one primitive, the guarded commit.
+
+Implementations know nothing of runs and steps. `disk` survives a kill and a power cut, `memory` is its twin for tests;
+`writer` is the one thread that calls `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Changes that become durable together, or not at all."""
+
+    guard: tuple[str, bytes | None] | None = None
+    """Apply only while this row holds exactly these bytes (None: while there is no such row)."""
+    inserts: tuple[tuple[str, bytes], ...] = ()
+    """Rows that must be new: if one exists, nothing is applied. This is what keeps an outcome from ever changing."""
+    puts: tuple[tuple[str, bytes], ...] = ()
+    """Rows written over whatever is there."""
+    deletes: tuple[str, ...] = ()
+
+
+class Verdict(Enum):
+    """What became of a commit."""
+
+    APPLIED = "applied"
+    GUARD_FAILED = "guard failed"
+    EXISTS = "exists"
+
+
+class Journal(Protocol):
+    """Durable rows. Every method may be called from any thread; none knows asyncio."""
+
+    def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
+        """Apply each commit that may be applied, in order; all are on disk when this returns.
+
+        StoreError where the disk refuses; then none of them is applied.
+        """
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """One row."""
+        ...
+
+    def scan(self, prefix: str) -> list[tuple[str, bytes]]:
+        """All rows whose key begins with `prefix`, in key order."""
+        ...
+
+    def put_blob(self, data: bytes) -> str:
+        """Keep a large value; its digest, by which `get_blob` finds it. On disk and fsynced when this returns."""
+        ...
+
+    def get_blob(self, digest: str) -> bytes:
+        """What `put_blob` was given; CorruptStoreError where it is gone or altered."""
+        ...
+
+    def close(self) -> None:
+        """Release files and connections."""
+        ...

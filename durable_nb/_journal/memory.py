@@ -1,0 +1,54 @@
+"""A journal that ends with the process: the disk journal's twin for tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from durable_nb._journal import Commit, Verdict
+from durable_nb._journal.blobs import blob_digest
+from durable_nb.errors import CorruptStoreError
+
+
+class MemoryJournal:
+    """Rows in a dict."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, bytes] = {}
+        self.blobs: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
+        with self._lock:
+            return [self._apply(commit) for commit in commits]
+
+    def _apply(self, commit: Commit) -> Verdict:
+        if commit.guard is not None and self.rows.get(commit.guard[0]) != commit.guard[1]:
+            return Verdict.GUARD_FAILED
+        if any(key in self.rows for key, _ in commit.inserts):
+            return Verdict.EXISTS
+        self.rows.update(commit.inserts)
+        self.rows.update(commit.puts)
+        for key in commit.deletes:
+            self.rows.pop(key, None)
+        return Verdict.APPLIED
+
+    def get(self, key: str) -> bytes | None:
+        return self.rows.get(key)
+
+    def scan(self, prefix: str) -> list[tuple[str, bytes]]:
+        with self._lock:
+            return sorted((k, v) for k, v in self.rows.items() if k.startswith(prefix))
+
+    def put_blob(self, data: bytes) -> str:
+        digest = blob_digest(data)
+        self.blobs[digest] = data
+        return digest
+
+    def get_blob(self, digest: str) -> bytes:
+        if digest not in self.blobs:
+            raise CorruptStoreError(f"the large value {digest} is gone from the store")
+        return self.blobs[digest]
+
+    def close(self) -> None:
+        """Nothing to release."""

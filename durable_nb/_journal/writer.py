@@ -1,0 +1,131 @@
+"""The one thread that writes: commits that wait at the same time share one transaction and one fsync.
+
+User code lives on the kernel's loop and is interrupted at any instant; a transaction must not be. So the loop only hands
+commits over, and hears when they are durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+
+from durable_nb._journal import Commit, Journal, Verdict
+
+GROUP_LIMIT = 1000
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Commit | Callable[[], Any]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
+
+    def is_commit(self) -> bool:
+        return isinstance(self.work, Commit)
+
+    def tell(self) -> None:
+        if self.future.done():  # cancelled meanwhile: the commit is durable all the same
+            return
+        if self.error is None:
+            self.future.set_result(self.result)
+        else:
+            self.future.set_exception(self.error)
+
+
+class Writer:
+    """Owns the thread; `commit` and `call` are for coroutines of any loop."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="durable_nb journal", daemon=True)
+        self._thread.start()
+
+    def commit(self, commit: Commit) -> asyncio.Future[Verdict]:
+        """Hand a commit over; the future resolves after its fsync. Cancelling the future doesn't take the commit back."""
+        return self._submit(commit)
+
+    def call(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Run `job` on the writer's thread, after the commits handed over before."""
+        return self._submit(job)
+
+    def close(self) -> None:
+        """Write what was handed over, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _submit(self, work: Commit | Callable[[], Any]) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        job = _Job(work, loop, loop.create_future())
+        self._jobs.put(job)
+        return job.future
+
+    def _run(self) -> None:
+        ending = False
+        while not ending:
+            waiting = self._take()
+            ending = waiting[-1] is None
+            for commits, group in groupby((job for job in waiting if job), key=_Job.is_commit):
+                jobs = list(group)
+                if commits:
+                    self._write(jobs)
+                else:
+                    for job in jobs:
+                        _do(job)
+                _tell(jobs)
+
+    def _take(self) -> list[_Job | None]:
+        """Wait for a job; with it, all that wait already. None, the sign to end, is the last."""
+        waiting = [self._jobs.get()]
+        while waiting[-1] is not None and len(waiting) < GROUP_LIMIT:
+            try:
+                waiting.append(self._jobs.get_nowait())
+            except queue.Empty:
+                break
+        return waiting
+
+    def _write(self, jobs: list[_Job]) -> None:
+        try:
+            verdicts = self.journal.apply([job.work for job in jobs])  # type: ignore[misc]  # all of them are commits
+            for job, verdict in zip(jobs, verdicts, strict=True):
+                job.result = verdict
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].error = error
+                return
+            for job in jobs:  # one bad commit must not fail its neighbours
+                self._write([job])
+
+
+def _do(job: _Job) -> None:
+    try:
+        job.result = job.work()  # type: ignore[operator]  # no commit
+    except Exception as error:
+        job.error = error
+
+
+def _tell(jobs: list[_Job]) -> None:
+    """Resolve the futures, with one wake-up for each loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+    for job in jobs:
+        by_loop.setdefault(job.loop, []).append(job)
+    for loop, told in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, told)
+        except RuntimeError:
+            if not loop.is_closed():  # a loop that ended took its waiters along; what was written stays written
+                raise
+
+
+def _resolve(jobs: list[_Job]) -> None:
+    for job in jobs:
+        job.tell()

@@ -1,0 +1,211 @@
+"""What the journal remembers, row by row.
+
+| row | holds |
+|---|---|
+| `step/SCOPE/GENERATION/IDENTITY/N` | the outcome of the Nth step among equals: written once, never changed |
+| `try/SCOPE/GENERATION/IDENTITY/N` | failed attempts of a step that is not finished, and when the next one is due |
+| `timer/RUN/NAME/N` | when a sleep began and how long it is |
+| `run/RUN` | a run: what it is of, when it began and how it ended |
+| `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
+| `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
+| `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
+
+A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
+ever renamed or given another meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from durable_nb._clock import Instant
+from durable_nb._codec import Seal
+from durable_nb.errors import CorruptStoreError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """Which step: `identity` is a digest over kind, name and fingerprint, `n` counts equal ones from 0."""
+
+    scope: str
+    generation: int
+    identity: str
+    n: int
+
+    @property
+    def outcome(self) -> str:
+        """Key of the row that holds the outcome."""
+        return f"{step_prefix(self.scope, self.generation)}{self.identity}/{self.n:06}"
+
+    @property
+    def attempts(self) -> str:
+        """Key of the row that holds the failed attempts so far."""
+        return "try" + self.outcome.removeprefix("step")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What an identity was made of, so that a change can be explained and an old format recognised."""
+
+    fingerprint_format: int
+    components: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    python: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A completed step."""
+
+    kind: str
+    name: str
+    branch: str
+    """The task of the run that asked for it; '' is the cell's own code."""
+    run_id: str
+    form: str
+    """Of `value`: `json` or `pickle`; with `blob` set, `value` is empty and the bytes lie in that file."""
+    value: bytes
+    attempts: int
+    started_at: float
+    ended_at: float
+    provenance: Provenance
+    blob: str = ""
+    shown: bytes = b""
+    """What the body displayed, encoded; shown again when the step is restored."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """A step that has failed so far and is to be tried again."""
+
+    kind: str
+    name: str
+    run_id: str
+    failed: int
+    error: str
+    """`TypeName: message` of the last one."""
+    started_at: float
+    """When the first attempt began."""
+    since: Instant
+    delay_s: float
+    """The next attempt is due this long after `since`."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A sleep: until `duration_s` after `since`, or until the unix time `until_s`."""
+
+    name: str
+    since: Instant
+    duration_s: float
+    until_s: float | None = None
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run. `status` is `running` until it ends; whether anybody runs it now is told by its lease's owner."""
+
+    id: str
+    kind: str
+    name: str
+    scope: str
+    generation: int
+    inputs: str
+    """Key of the cell that this run executes."""
+    started_at: float
+    status: str = "running"
+    ended_at: float | None = None
+    error: str = ""
+    rerun: bool = False
+    """It began with `--rerun`."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who may write: process `owner` ('' nobody), for the `epoch`th time that the run changed hands."""
+
+    epoch: int
+    owner: str
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How often a cell was started anew."""
+
+    number: int
+    format: int = FORMAT
+
+
+Record = Outcome | Attempts | Timer | RunRecord | Lease | Generation
+_R = TypeVar("_R", bound=Record)
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def pack(seal: Seal, key: str, record: Record) -> bytes:
+    """The sealed row of a record."""
+    return seal.close(key, _encode(record))
+
+
+def unpack(seal: Seal, key: str, row: bytes, kind: type[_R]) -> _R:
+    """The record in a row; CorruptStoreError or UntrustedStoreError where it isn't one of ours."""
+    try:
+        return msgspec.msgpack.decode(seal.open(key, row), type=kind)
+    except msgspec.MsgspecError as error:
+        raise CorruptStoreError(f"the record {key!r} can't be read: {error}") from error
+
+
+def scope_of(name: str) -> str:
+    """A cell's name as one part of a key."""
+    return quote(name, safe="")
+
+
+def step_prefix(scope: str, generation: int) -> str:
+    """Keys of all outcomes of a cell."""
+    return f"step/{scope}/{generation:06}/"
+
+
+def attempts_prefix(scope: str, generation: int) -> str:
+    """Keys of all unfinished retries of a cell."""
+    return f"try/{scope}/{generation:06}/"
+
+
+def timer_prefix(run_id: str) -> str:
+    """Keys of all timers of a run."""
+    return f"timer/{run_id}/"
+
+
+def timer_key(run_id: str, name: str, n: int) -> str:
+    """Key of the Nth sleep of that name in a run."""
+    return f"{timer_prefix(run_id)}{quote(name, safe='')}/{n:06}"
+
+
+def run_key(run_id: str) -> str:
+    """Key of a run."""
+    return f"run/{run_id}"
+
+
+def lease_key(run_id: str) -> str:
+    """Key of a run's lease."""
+    return f"lease/{run_id}"
+
+
+def open_prefix(scope: str) -> str:
+    """Keys of a cell's unfinished runs."""
+    return f"open/{scope}/"
+
+
+def generation_key(scope: str) -> str:
+    """Key of a cell's generation."""
+    return f"generation/{scope}"

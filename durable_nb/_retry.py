@@ -1,0 +1,110 @@
+"""Given a failed attempt, whether and when to try again. Pure: the engine writes the answer down and obeys it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from durable_nb._clock import parse_duration
+from durable_nb.errors import DurableError, NonRetryableError, RetryAfter
+
+BASE_S, FACTOR, CAP_S = 1.0, 2.0, 60.0
+
+Backoff = Callable[[int], Any]
+RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
+
+PROGRAMMING_ERRORS = (
+    TypeError,
+    NameError,
+    AttributeError,
+    SyntaxError,
+    ImportError,
+    AssertionError,
+    NotImplementedError,
+)
+"""Trying again can't help: the code is wrong."""
+
+DATA_ERRORS = (
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+"""Trying again gives the same answer: the data or the path is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, how long apart, and after what."""
+
+    retries: int = 3
+    backoff: float | Backoff | None = None
+    """Seconds, a function (attempt) -> seconds, or None: 1 s, doubling up to 60 s, with jitter."""
+    retry_on: RetryOn | None = None
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status an exception carries, by the attributes that httpx, requests, aiohttp, urllib, openai use."""
+    for holder in (getattr(error, "response", None), error):
+        for name in ("status_code", "status", "code"):
+            status = getattr(holder, name, None)
+            if isinstance(status, int) and 100 <= status <= 599:
+                return status
+    return None
+
+
+def asked_delay_s(error: BaseException) -> float | None:
+    """How long the failed call asked to be left alone: RetryAfter, or the Retry-After header of the response it carries
+    (RFC 9110, 10.2.3: seconds or a date)."""  # fmt: skip
+    if isinstance(error, RetryAfter):
+        return parse_duration(error.delay).total_seconds()
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    text = headers.get("retry-after") if headers is not None else None
+    if not text:
+        return None
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Could the same call succeed later? The default answer, where the user gives no `retry_on`."""
+    if isinstance(error, RetryAfter):
+        return True
+    if isinstance(error, (DurableError, *PROGRAMMING_ERRORS, *DATA_ERRORS)):
+        return False
+    status = http_status(error)
+    return status is None or status in (408, 429) or not 400 <= status <= 499
+
+
+def retry_delay_s(policy: RetryPolicy, attempt: int, error: Exception, jitter: float) -> float | None:
+    """Seconds until attempt number `attempt` + 1, or None to give up. `jitter` is a random number in [0, 1)."""
+    if attempt > policy.retries or isinstance(error, NonRetryableError):
+        return None
+    wanted = policy.retry_on
+    if isinstance(error, RetryAfter) or wanted is None:
+        again = is_transient(error)
+    elif isinstance(wanted, (type, tuple)):
+        again = isinstance(error, wanted)
+    else:
+        again = bool(wanted(error))
+    if not again:
+        return None
+    if (asked := asked_delay_s(error)) is not None:
+        return asked
+    if policy.backoff is None:
+        # Between half and the whole of the exponential step: "equal jitter",
+        # https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
+        return min(CAP_S, BASE_S * FACTOR ** (attempt - 1)) * (0.5 + jitter / 2)
+    delay = policy.backoff(attempt) if callable(policy.backoff) else policy.backoff
+    return parse_duration(delay).total_seconds()

@@ -1,0 +1,609 @@
+"""One execution of a durable cell: its steps performed or recalled, as `_replay` and `_retry` say.
+
+User code runs on the kernel's loop (synchronous bodies in worker threads); only the disk lives on the writer's thread. A
+step's body runs in a task of the engine's own, which also commits the outcome: when the cell stops waiting for it, because
+another step failed or the user interrupted a thread that can't be stopped, the work that was paid for is still recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import platform
+import time
+import warnings
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
+from dataclasses import dataclass, replace
+from datetime import datetime
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+from durable_nb import _codec, _fingerprint
+from durable_nb import _records as rec
+from durable_nb._branches import Branch, branching, current_branch
+from durable_nb._clock import RECHECK_S, say_duration
+from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
+from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._journal import Commit, Verdict
+from durable_nb._records import Attempts, Lease, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
+from durable_nb._replay import Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
+from durable_nb._retry import retry_delay_s
+from durable_nb.errors import (
+    CorruptStoreError,
+    LeaseLost,
+    NotInRunError,
+    RunSuspended,
+    StoreError,
+    UnserializableError,
+    UntrustedStoreError,
+)
+
+if TYPE_CHECKING:
+    from durable_nb._engine import Engine
+
+BLOB_BYTES = 1 << 20
+"""Values from this size on lie in files of their own."""
+
+_UNWIND_S = 2.0
+"""How long an interrupted cell waits for cancelled bodies to unwind."""
+
+
+class Stage:
+    """Where steps show things. This one is for programs without a notebook: nothing is recorded, notices are warnings."""
+
+    def recording(self, path: str) -> AbstractContextManager[Callable[[], bytes]]:  # noqa: ARG002
+        """While entered, note what the calling task displays; the callable gives it, encoded, after that."""
+        return nullcontext(bytes)
+
+    def show_again(self, shown: bytes) -> None:
+        """Display what was recorded."""
+
+    def notice(self, text: str) -> None:
+        """Tell the user something about the run that is no output of theirs."""
+        warnings.warn(f"durable_nb: {text}", stacklevel=2)
+
+    def changed(self) -> None:
+        """The run's facts changed. Called often, must be cheap."""
+
+
+@dataclass(slots=True)
+class Held:
+    """This process's right to write for a run: every commit is guarded by the exact bytes of the lease's row."""
+
+    run_id: str
+    epoch: int
+    row: bytes
+
+    @property
+    def guard(self) -> tuple[str, bytes]:
+        return rec.lease_key(self.run_id), self.row
+
+
+@dataclass(slots=True)
+class Work:
+    """An attempt that is being made."""
+
+    task: asyncio.Task[_Ended]
+    in_thread: bool
+    """Nothing can stop it: it ends by itself, and is recorded then."""
+
+    def cancel(self) -> None:
+        if not self.in_thread:
+            self.task.cancel()
+
+
+class _Request:
+    """A step of this execution: what was asked, which record it is, and how it stands."""
+
+    def __init__(self, key: StepKey, request: StepRequest, provenance: Provenance, branch: str, path: str) -> None:
+        self.key, self.request, self.provenance, self.branch = key, request, provenance, branch
+        self.fact = Step(request.name, path, request.kind, Status.PENDING)
+
+
+class CellRun:
+    """One execution of a durable cell. Implements what verbs ask (`_current.Run`)."""
+
+    def __init__(self, engine: Engine, record: RunRecord, held: Held) -> None:
+        self.engine, self.record = engine, record
+        self.id, self.name = record.id, record.name
+        self.stage = Stage()
+        self.max_wait_s: float | None = None
+        """A wait with more than this left suspends the run; None: any wait is waited for."""
+        self.status = Status.RUNNING
+        self.began_at = time.time()
+        self.ended_at: float | None = None
+        self._held = held
+        self._outcomes: dict[str, bytes] = {}
+        self._attempts: dict[str, bytes] = {}
+        self._timers: dict[str, bytes] = {}
+        self._occurrences = Occurrences({})
+        self._timer_counts: dict[str, int] = {}
+        self._names: dict[str, int] = {}
+        self._facts: dict[str, Step] = {}
+        self._main: asyncio.Task[Any] | None = None
+        self._works: list[Work] = []
+        self._stopped: BaseException | None = None
+        self._ended = self._step_failed = False
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """How the run and its steps stand now."""
+        return Snapshot(self.id, self.name, self.status, self.began_at, self.ended_at, tuple(self._facts.values()))
+
+    def _tell(self, fact: Step) -> None:
+        self._facts[fact.path] = fact
+        self.stage.changed()
+
+    # -- executing the cell's code -------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Read what was recorded. Called once, before `execute`."""
+        prefixes = (
+            rec.step_prefix(self.record.scope, self.record.generation),
+            rec.attempts_prefix(self.record.scope, self.record.generation),
+            rec.timer_prefix(self.id),
+        )
+        journal = self.engine.store.journal
+        self.engine.active[self.id] = self  # before the scan: a body that ends meanwhile tells us itself
+        outcomes, attempts, timers = await self.engine.store.writer.call(lambda: [dict(journal.scan(p)) for p in prefixes])
+        self._outcomes = outcomes | self._outcomes
+        self._attempts = attempts | self._attempts
+        self._timers = timers
+        recorded: dict[str, set[int]] = {}
+        for key in (*self._outcomes, *self._attempts):
+            identity, number = key.rsplit("/", 2)[1:]
+            recorded.setdefault(identity, set()).add(int(number))
+        self._occurrences = Occurrences(recorded)
+
+    async def execute(self, body: Coroutine[Any, Any, Any]) -> Any:
+        """Run the cell's code as this run; what it returns or raises.
+
+        Started bodies end and are recorded before this returns. RunSuspended, LeaseLost and KeyboardInterrupt come from
+        here, never from inside the code: there it is CancelledError, which no `except Exception` swallows.
+        """
+        loop = asyncio.get_running_loop()
+        context = copy_context()
+        with branching(loop):
+            context.run(current_run.set, self)
+            context.run(current_branch.set, Branch())
+            self._main = main = loop.create_task(_never_interrupted(body), context=context)
+            try:
+                await asyncio.wait({main})
+            except asyncio.CancelledError as cancelled:
+                self.stop(cancelled)
+                await asyncio.wait({main}, timeout=_UNWIND_S)
+            self._ended = True  # no step starts from here on
+            await self._drain()
+        _carry_over(context)
+        if self._stopped is None:
+            return main.result()
+        if main.done() and not main.cancelled():
+            main.exception()  # seen: what stopped the run is what counts
+        raise self._stopped
+
+    def interrupt(self) -> None:
+        """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
+        if self._main is not None:
+            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt("the cell was interrupted"))
+
+    def stop(self, why: BaseException) -> None:
+        """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
+        self._stopped = self._stopped or why
+        if self._main is not None:
+            self._main.cancel()
+        if not isinstance(why, RunSuspended):
+            for work in self._works:
+                work.cancel()
+
+    def is_running(self, task: asyncio.Task[Any] | None) -> bool:
+        """Is `task` one of this run's own, which may be left by a KeyboardInterrupt without harm?"""
+        return task is not None and (task is self._main or any(task is work.task for work in self._works))
+
+    def _busy(self) -> set[asyncio.Task[_Ended]]:
+        return {work.task for work in self._works if not work.task.done()}
+
+    async def _drain(self) -> None:
+        """Let bodies that have begun end. Stopped ones get a moment to unwind; threads go on alone."""
+        while (busy := self._busy()) and (self._stopped is None or isinstance(self._stopped, RunSuspended)):
+            await asyncio.wait(busy, timeout=0.5)
+        unwinding = {work.task for work in self._works if not work.task.done() and not work.in_thread}
+        if unwinding:
+            await asyncio.wait(unwinding, timeout=_UNWIND_S)
+
+    async def finish(self, status: Status, error: str = "") -> None:
+        """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
+        self.status, self.ended_at = status, time.time()
+        self.engine.active.pop(self.id, None)
+        for path, fact in self._facts.items():
+            if fact.status not in _FINAL:
+                self._facts[path] = replace(fact, status=Status.INTERRUPTED)
+        self.stage.changed()
+        if isinstance(self._stopped, LeaseLost):
+            return
+        running = bool(self._busy())
+        ended = self.ended_at if status in (Status.COMPLETED, Status.FAILED) else None
+        stored = status if ended else Status.RUNNING
+        record = replace(self.record, status=stored.value, ended_at=ended, error=error)
+        puts = [self.engine.pack(rec.run_key(self.id), record)]
+        deletes = []
+        if status is Status.COMPLETED:
+            deletes += [rec.open_prefix(self.record.scope) + self.id, rec.lease_key(self.id)]
+        elif not running:
+            puts.append(self.engine.pack(rec.lease_key(self.id), Lease(self._held.epoch, "")))
+        verdict = await self.engine.store.writer.commit(Commit(self._held.guard, puts=tuple(puts), deletes=tuple(deletes)))
+        if not running:
+            self.engine.held.pop(self.id, None)
+        if verdict is not Verdict.APPLIED:
+            raise self._lost()
+
+    def _lost(self) -> LeaseLost:
+        return LeaseLost(
+            f"run {self.id} of cell {self.name!r} was taken over by another process; what was acknowledged before is safe, and "
+            "this commit was refused. Run the cell again to attach to it"
+        )
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
+        self._check_open(request.name)
+        print_ = request.fingerprint()
+        identity = _identity(request.kind, request.name, print_.digest)
+        branch = _branch_name()
+        rivals = self._occurrences.rivals(identity)
+        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
+        key = self._key(identity, self._occurrences.take(identity, branches, branch))
+        provenance = Provenance(_fingerprint.FORMAT, dict(print_.components), dict(print_.versions), platform.python_version())
+        asked = _Request(key, request, provenance, branch, self._path(branch, request.name))
+        self._tell(asked.fact)
+        return self._step(asked)
+
+    async def _step(self, asked: _Request) -> Any:
+        engine, key = self.engine, asked.key
+        performed = False
+        while True:
+            work = engine.works.get(key.outcome)
+            if work is None:
+                failures = self._failures(asked)
+                match decide(self._outcome(asked), failures, engine.clock.now()):
+                    case Recall(outcome):
+                        value = await self._recall(asked, outcome)
+                        self._tell(replace(asked.fact, status=Status.COMPLETED, restored=not performed, **_times(outcome)))
+                        return value
+                    case Retry() as later:
+                        await self._pause(asked, later)
+                        continue
+                    case Perform(attempt):
+                        work = self._begin(asked, attempt, failures)
+            performed = True
+            ended = await self._follow(work)
+            if ended.error is not None:
+                self._step_failed = True
+                fact = self._facts[asked.fact.path]
+                self._tell(replace(fact, status=Status.FAILED, error=_say(ended.error), ended_at=time.time()))
+                raise ended.error
+            if ended.outcome is not None:
+                self._tell(replace(asked.fact, status=Status.COMPLETED, **_times(ended.outcome)))
+                return ended.value
+
+    def _begin(self, asked: _Request, attempt: int, failures: Attempts | None) -> Work:
+        """Start an attempt in a task of its own, which records how it ends."""
+        self._check_open(asked.request.name)
+        began = failures.started_at if failures else time.time()
+        self._tell(replace(asked.fact, status=Status.RUNNING, attempts=attempt, started_at=began))
+        idempotency_key = _identity(self.engine.store.id, asked.key.outcome)
+        context = copy_context()
+        context.run(current_body.set, Body(asked.request.name, idempotency_key))
+        attempting = self._attempt(asked, attempt, began)
+        work = Work(asyncio.get_running_loop().create_task(attempting, context=context), asked.request.thread)
+        self.engine.works[asked.key.outcome] = work
+        self._works.append(work)
+        work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
+        return work
+
+    async def _follow(self, work: Work) -> _Ended:
+        """Wait for an attempt. Cancelled by the cell's own code, it is stopped; but after a step has failed, work that its
+        siblings have begun is finished, since it is paid for."""  # fmt: skip
+        if work not in self._works:  # begun by an earlier execution of the cell
+            self._works.append(work)
+        try:
+            await asyncio.wait({work.task})
+        except asyncio.CancelledError:
+            if not self._step_failed and self._stopped is None:
+                work.cancel()
+            raise
+        return work.task.result()
+
+    def _work_ended(self, key: str, work: Work) -> None:
+        self.engine.works.pop(key, None)
+        if not work.task.cancelled():
+            work.task.exception()  # seen: who waits for the step gets it; where nobody does, the next execution tries again
+        if self._ended and self.id in self.engine.held and self.id not in self.engine.active:
+            self._release_if_idle()
+
+    def _release_if_idle(self) -> None:
+        """An interrupted execution whose last thread has ended gives the run to whoever wants it."""
+        if self._busy():
+            return
+        held = self.engine.held.pop(self.id)
+        row = self.engine.pack(rec.lease_key(self.id), Lease(held.epoch, ""))
+        self.engine.store.writer.commit(Commit(held.guard, puts=(row,)))
+
+    async def _attempt(self, asked: _Request, attempt: int, began: float) -> _Ended:
+        """Run the body once and record how it ended."""
+        with self.stage.recording(asked.fact.path) as shown:
+            try:
+                value, error = await self._perform(asked), None
+            except KeyboardInterrupt as interrupt:  # out of a task it would end the kernel
+                raise asyncio.CancelledError from interrupt
+            except Exception as raised:
+                value, error = None, raised
+        if error is not None:
+            return await self._failed(asked, attempt, began, error)
+        try:
+            outcome = await self._encode(asked, attempt, began, value, shown())
+        except UnserializableError as unserializable:
+            return _Ended(error=unserializable)
+        return await self._record(asked, outcome, value)
+
+    async def _perform(self, asked: _Request) -> Any:
+        if asked.request.thread:
+            value = await self.engine.workers.submit(asked.request.body, copy_context())
+            self.engine.works[asked.key.outcome].in_thread = False
+        else:
+            value = asked.request.body()
+        return await value if isawaitable(value) else value
+
+    async def _encode(self, asked: _Request, attempt: int, began: float, value: Any, shown: bytes) -> Outcome:
+        request = asked.request
+        try:
+            form, data = _codec.encode(value)
+        except Exception as error:
+            raise UnserializableError(
+                f"step {request.name!r} of cell {self.name!r} returned a {type(value).__qualname__} that can't be stored "
+                f"({type(error).__name__}: {error}). Its body has run and nothing was recorded: return plain data (numbers, "
+                "text, lists, dicts, arrays, frames), and make connections and the like in the cell, from that data"
+            ) from error
+        blob = ""
+        if len(data) >= BLOB_BYTES:
+            journal, content = self.engine.store.journal, data
+            blob, data = await self.engine.store.writer.call(lambda: journal.put_blob(content)), b""
+        times = attempt, began, time.time()
+        return Outcome(
+            request.kind,
+            request.name,
+            asked.branch,
+            self.id,
+            form,
+            data,
+            *times,
+            asked.provenance,
+            blob=blob,
+            shown=shown,
+        )
+
+    async def _record(self, asked: _Request, outcome: Outcome, value: Any) -> _Ended:
+        key = asked.key
+        row = self.engine.pack(key.outcome, outcome)
+        stale = (key.attempts,) if key.attempts in self._attempts else ()
+        verdict = await self.engine.store.writer.commit(Commit(self._held.guard, inserts=(row,), deletes=stale))
+        if verdict is Verdict.GUARD_FAILED:
+            raise self._give_way()
+        if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands
+            theirs = await self.engine.store.writer.call(lambda: self.engine.store.journal.get(key.outcome))
+            if theirs is None:
+                raise CorruptStoreError(f"the record {key.outcome!r} disappeared while it was read")
+            self._learn(key, theirs)
+            return _Ended()
+        self._learn(key, row[1])
+        return _Ended(outcome, value)
+
+    async def _failed(self, asked: _Request, attempt: int, began: float, error: Exception) -> _Ended:
+        """Note a failed attempt and when the next is due. After the last one forget them: the next execution tries anew."""
+        key, request = asked.key, asked.request
+        delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
+        attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
+        if delay is None:
+            error.add_note(
+                f"durable_nb: step {request.name!r} of cell {self.name!r} failed after {attempts}. Completed steps are kept: "
+                "run the cell again to go on from here"
+            )
+            self.stage.notice(f"step {request.name!r} failed after {attempts}: {_say(error)}")
+            commit = Commit(self._held.guard, deletes=(key.attempts,))
+            if key.attempts not in self._attempts:
+                return _Ended(error=error)
+        else:
+            now = self.engine.clock.now()
+            record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
+            row = self.engine.pack(key.attempts, record)
+            commit = Commit(self._held.guard, puts=(row,))
+            self.stage.notice(
+                f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
+                f"trying again in {say_duration(delay)}"
+            )
+        if await self.engine.store.writer.commit(commit) is not Verdict.APPLIED:
+            raise self._give_way()
+        current = self.engine.active.get(self.id, self)
+        if delay is None:
+            current._attempts.pop(key.attempts, None)
+            return _Ended(error=error)
+        current._attempts[key.attempts] = row[1]
+        return _Ended()
+
+    def _learn(self, key: StepKey, row: bytes) -> None:
+        """A body that outlived its execution tells the one that is active now."""
+        for run in (self, self.engine.active.get(self.id, self)):
+            run._outcomes[key.outcome] = row
+            run._attempts.pop(key.attempts, None)
+
+    def _give_way(self) -> asyncio.CancelledError:
+        """Another process owns the run: unwind, so that `execute` raises LeaseLost."""
+        self.stop(self._lost())
+        return asyncio.CancelledError()
+
+    # -- sleeping ------------------------------------------------------------------------------------------------------
+
+    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+        self._check_open(request.name)
+        n = self._timer_counts.get(request.name, 0)
+        self._timer_counts[request.name] = n + 1
+        fact = Step(request.name, self._path(_branch_name(), request.name), "sleep", Status.PENDING)
+        self._tell(fact)
+        return self._sleep(request, rec.timer_key(self.id, request.name, n), fact)
+
+    async def _sleep(self, request: SleepRequest, key: str, fact: Step) -> None:
+        engine = self.engine
+        row, began = self._timers.get(key), engine.clock.now()
+        recorded = unpack(engine.store.seal, key, row, Timer) if row else None
+        since = recorded.since if recorded else began
+        # An edited duration counts from the first asking; the record follows the code, so that listings tell the truth.
+        if isinstance(request.wake, datetime):
+            timer = Timer(request.name, since, 0.0, request.wake.timestamp())
+        else:
+            timer = Timer(request.name, since, request.wake.total_seconds())
+        if timer != recorded:
+            verdict = await engine.store.writer.commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
+            if verdict is not Verdict.APPLIED:
+                raise self._give_way()
+        waited = False
+        while isinstance(left := decide_sleep(timer, engine.clock.now()), Wait):
+            waited = True
+            wake_at = engine.clock.now().wall_s + left.seconds
+            self._tell(replace(fact, status=Status.SLEEPING, started_at=since.wall_s, wake_at=wake_at))
+            self._suspend_if_longer(left.seconds, f"sleeps {fact.name!r}")
+            await engine.clock.sleep(min(left.seconds, RECHECK_S))
+        now, restored = engine.clock.now().wall_s, recorded is not None and not waited
+        self._tell(replace(fact, status=Status.COMPLETED, started_at=since.wall_s, ended_at=now, restored=restored))
+
+    async def _pause(self, asked: _Request, retry: Retry) -> None:
+        """A part of the wait for a retry."""
+        failures = retry.failures
+        self._tell(
+            replace(
+                asked.fact,
+                status=Status.RETRYING,
+                attempts=failures.failed,
+                started_at=failures.started_at,
+                error=failures.error,
+                wake_at=self.engine.clock.now().wall_s + retry.seconds,
+            )
+        )
+        self._suspend_if_longer(retry.seconds, f"waits to try step {asked.fact.name!r} again")
+        await self.engine.clock.sleep(min(retry.seconds, RECHECK_S))
+
+    def _suspend_if_longer(self, seconds: float, doing: str) -> None:
+        if self.max_wait_s is None or seconds <= self.max_wait_s:
+            return
+        until = datetime.fromtimestamp(time.time() + seconds).astimezone()
+        self.stop(
+            RunSuspended(
+                f"cell {self.name!r} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
+                f"({say_duration(self.max_wait_s)}); everything so far is kept: run this cell again then, or with a "
+                "longer --max-wait"
+            )
+        )
+        raise asyncio.CancelledError
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _check_open(self, name: str) -> None:
+        if self._stopped is not None:
+            raise asyncio.CancelledError
+        if self._ended:
+            raise NotInRunError(
+                f"step {name!r} was asked for by a task that outlived its cell {self.name!r}; nothing was run. Await "
+                "the task in the cell (await asyncio.gather(...)), then its steps are recorded"
+            )
+
+    def _key(self, identity: str, n: int) -> StepKey:
+        return StepKey(self.record.scope, self.record.generation, identity, n)
+
+    def _path(self, branch: str, name: str) -> str:
+        place = f"{branch}/{name}" if branch else name
+        count = self._names[place] = self._names.get(place, 0) + 1
+        return place if count == 1 else f"{place}#{count}"
+
+    def _branch_of(self, key: StepKey) -> str:
+        row = self._outcomes.get(key.outcome)
+        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
+
+    def _outcome(self, asked: _Request) -> Outcome | None:
+        row = self._outcomes.get(asked.key.outcome)
+        if row is None:
+            return None
+        try:
+            return unpack(self.engine.store.seal, asked.key.outcome, row, Outcome)
+        except StoreError as error:
+            raise self._unreadable(asked, error) from error
+
+    def _failures(self, asked: _Request) -> Attempts | None:
+        row = self._attempts.get(asked.key.attempts)
+        return unpack(self.engine.store.seal, asked.key.attempts, row, Attempts) if row else None
+
+    async def _recall(self, asked: _Request, outcome: Outcome) -> Any:
+        """The recorded value; what the body displayed is shown again."""
+        journal = self.engine.store.journal
+        try:
+            data = (
+                await self.engine.store.writer.call(lambda: journal.get_blob(outcome.blob)) if outcome.blob else outcome.value
+            )
+        except StoreError as error:
+            raise self._unreadable(asked, error) from error
+        if outcome.shown:
+            self.stage.show_again(outcome.shown)
+        return _codec.decode(outcome.form, data)
+
+    def _unreadable(self, asked: _Request, error: StoreError) -> StoreError:
+        kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
+        return kind(
+            f"step {asked.request.name!r} of cell {self.name!r} is recorded, but the record can't be used: {error}. Its "
+            "body was not run again, since it may have been paid for; to do so, run the cell once with --rerun"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """How an attempt ended: recorded, failed for good, or neither (look at the records again)."""
+
+    outcome: Outcome | None = None
+    value: Any = None
+    error: Exception | None = None
+
+
+_FINAL = (Status.COMPLETED, Status.FAILED)
+
+
+def _carry_over(context: Context) -> None:
+    """What the cell's code did to context variables (decimal's precision is one) holds after the cell, as it would plainly."""
+    for variable, value in context.items():
+        if variable not in (current_run, current_branch) and (
+            variable not in (now := copy_context()) or now[variable] is not value
+        ):
+            variable.set(value)
+
+
+async def _never_interrupted(body: Coroutine[Any, Any, Any]) -> Any:
+    """A KeyboardInterrupt that leaves a task's step ends the kernel process (asyncio re-raises it from the loop)."""
+    try:
+        return await body
+    except KeyboardInterrupt as interrupt:
+        raise asyncio.CancelledError from interrupt
+
+
+def _identity(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _branch_name() -> str:
+    branch = current_branch.get()
+    return branch.name if branch else ""
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _times(outcome: Outcome) -> dict[str, Any]:
+    return {"attempts": outcome.attempts, "started_at": outcome.started_at, "ended_at": outcome.ended_at}

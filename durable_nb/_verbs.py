@@ -1,0 +1,193 @@
+"""The verbs of a run: `run` and `sleep`, and `step`, which says how a function is to be run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from durable_nb import _fingerprint
+from durable_nb._clock import parse_duration, parse_when
+from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
+from durable_nb._retry import Backoff, RetryOn, RetryPolicy
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+    """Run `fn(*args, **kwargs)` as the step `name`, or return its recorded result.
+
+    The step is identified by `name`, the code of `fn` (followed into what it calls) and the arguments, at the moment of
+    this call. An async function runs on the loop, a plain one in a worker thread. When the await returns, the result is on
+    disk; executed again, by a new kernel too, it comes from there and no code of `fn` runs.
+
+    A failing step is tried again three times, 1 s, 2 s, 4 s apart (with jitter); programming errors and bad data are not.
+    `durable.step(fn, retries=0)` in place of `fn` says otherwise. After the last attempt its exception is raised.
+
+    Raises NotInRunError outside a durable cell, NestedStepError inside another step, UnserializableError where the result
+    can't be stored.
+    """
+    __tracebackhide__ = True
+    if not callable(fn):
+        raise TypeError(f"durable.run({name!r}, {fn!r}): give the function itself and its arguments, as in "
+                        "durable.run('charge', charge, cart), not the result of calling it")  # fmt: skip
+    step_fn = fn if isinstance(fn, Step) else Step(fn)
+    return step_fn._ask("run", name, args, kwargs)
+
+
+def sleep(name: str, duration: float | str | timedelta) -> Coroutine[Any, Any, None]:
+    """Pause for `duration`: seconds, a timedelta, or "90s" "15m" "2h" "7d" "1h30m".
+
+    The deadline is written before the wait begins, so a restarted kernel waits only for the rest. Nothing wakes by itself
+    while no kernel runs: the cell goes on when it is executed again. A duration edited meanwhile counts from the beginning.
+    """
+    __tracebackhide__ = True
+    return _sleep("sleep", name, parse_duration(duration))
+
+
+def sleep_until(name: str, when: datetime | str | float) -> Coroutine[Any, Any, None]:
+    """Pause until `when`: a datetime (naive = local time), ISO text, or unix seconds; by the wall clock."""
+    __tracebackhide__ = True
+    return _sleep("sleep_until", name, parse_when(when))
+
+
+def _sleep(verb: str, name: str, wake: timedelta | datetime) -> Coroutine[Any, Any, None]:
+    __tracebackhide__ = True
+    check_name(verb, name)
+    return run_for(verb).sleep(SleepRequest(name, wake))
+
+
+def idempotency_key() -> str:
+    """A key that is the same for every attempt at the step being executed, and for no other: 32 hex characters.
+
+    Hand it to the far end ("Idempotency-Key"), and an effect that happened just before a crash happens once. LookupError
+    outside a step's body.
+    """
+    body = current_body.get()
+    if body is None:
+        raise LookupError(
+            "durable.idempotency_key() belongs in the body of a step: call it inside the function given to durable.run()"
+        )
+    return body.idempotency_key
+
+
+@dataclass(eq=False)
+class Step(Generic[_P, _T]):
+    """A function with the options of `step`. Calling it gives an awaitable: in a run a step named after the function,
+    elsewhere a plain call. `.fn` is the function itself."""  # fmt: skip
+
+    fn: Callable[_P, _T]
+    name: str | None = None
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    thread: bool = True
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, Any]:
+        if current_run.get() is None:
+            return self._plain(args, kwargs)
+        name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
+        return self._ask("step", name, args, kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    async def _plain(self, args: Any, kwargs: Any) -> Any:
+        value = self.fn(*args, **kwargs)
+        return await value if inspect.isawaitable(value) else value
+
+    def _ask(self, verb: str, name: str, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
+        __tracebackhide__ = True
+        check_name(verb, name)
+        current = run_for(verb)
+        return current.step(
+            StepRequest(
+                kind="run",
+                name=name,
+                body=functools.partial(self.fn, *args, **kwargs),
+                fingerprint=lambda: _fingerprint.of_call(self.fn, args, kwargs),
+                policy=self.policy,
+                thread=self.thread and not _is_async(self.fn),
+            )
+        )
+
+
+@overload
+def step(
+    fn: Callable[_P, _T],
+    /,
+    *,
+    name: str | None = ...,
+    retries: int = ...,
+    backoff: float | Backoff | None = ...,
+    retry_on: RetryOn | None = ...,
+    thread: bool = ...,
+) -> Step[_P, _T]: ...
+@overload
+def step(
+    *,
+    name: str | None = ...,
+    retries: int = ...,
+    backoff: float | Backoff | None = ...,
+    retry_on: RetryOn | None = ...,
+    thread: bool = ...,
+) -> Callable[[Callable[_P, _T]], Step[_P, _T]]: ...
+def step(
+    fn: Any = None,
+    /,
+    *,
+    name: str | None = None,
+    retries: int = 3,
+    backoff: float | Backoff | None = None,
+    retry_on: RetryOn | None = None,
+    thread: bool = True,
+) -> Any:
+    """Say how a function is run as a step: a decorator, or inline as `durable.run("charge", durable.step(charge, retries=0))`.
+
+    retries   attempts after the first one; a retry that is due survives a restart
+    backoff   seconds between attempts, or a function (attempt from 1) -> seconds; default 1 s, doubling up to 60 s, jittered
+    retry_on  exception types, or a function (exception) -> bool, instead of the default rule: everything but programming
+              errors (TypeError, NameError ...), bad data (ValueError, LookupError, ArithmeticError), missing files and
+              permissions, NonRetryableError, and HTTP statuses 4xx other than 408 and 429
+    thread    False calls a plain function on the kernel's thread, for connections that are bound to it; the notebook is
+              blocked meanwhile
+    """
+    if name is not None:
+        check_name("step", name)
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        raise ValueError(f"durable.step(retries={retries!r}): write how many attempts may follow the first one, 0 or more")
+    if backoff is not None and not callable(backoff):
+        parse_duration(backoff)
+    policy = RetryPolicy(retries, backoff, retry_on)
+
+    def wrap(function: Any) -> Step[Any, Any]:
+        if isinstance(function, Step):
+            function = function.fn
+        if not callable(function):
+            raise TypeError(f"durable.step({function!r}): give a function")
+        made = Step(function, name, policy, thread)
+        functools.update_wrapper(made, function, updated=())
+        return made
+
+    return wrap if fn is None else wrap(fn)
+
+
+def check_name(verb: str, name: object) -> None:
+    """Complain, before anything is recorded, about a name that can't identify a step."""
+    __tracebackhide__ = True
+    if not isinstance(name, str):
+        raise TypeError(
+            f"durable.{verb}({name!r}, ...): the first argument is the step's name, a text such as 'charge'; nothing was run"
+        )
+    if not name.strip():
+        raise ValueError(
+            f"durable.{verb}({name!r}, ...): the step's name is empty; give it one, such as 'charge'. Nothing was run"
+        )
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004

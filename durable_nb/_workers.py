@@ -1,0 +1,66 @@
+"""Threads for the bodies of synchronous steps.
+
+Not asyncio's default pool: that has six threads on two cores, and the interpreter waits for its threads at exit, so one
+stuck body would keep a kernel from shutting down. These are daemons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any
+
+MOST = 64
+
+_Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+
+
+class Workers:
+    """Up to 64 threads, started as they are needed."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = self._busy = 0
+
+    def submit(self, job: Callable[[], Any], context: Context) -> asyncio.Future[Any]:
+        """Run `job` in a thread, in `context`; the future belongs to the running loop."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        with self._lock:
+            self._busy += 1
+            if self._busy > self._threads and self._threads < MOST:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"durable_nb step {self._threads}", daemon=True).start()
+        self._jobs.put((job, context, loop, future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            job, context, loop, future = self._jobs.get()
+            try:
+                result, error = context.run(job), None
+            except BaseException as raised:
+                result, error = None, raised
+            with self._lock:
+                self._busy -= 1
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:
+                if not loop.is_closed():  # with its loop gone, nobody waits for the result any more
+                    raise
+            del job, context, future, result, error
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if isinstance(error, StopIteration):  # a future can't carry it
+        error = RuntimeError(f"the step's body raised StopIteration({error.value!r})")
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
