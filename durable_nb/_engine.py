@@ -129,7 +129,7 @@ class Engine:
         if verdict is not Verdict.APPLIED:
             return None
         self.held[record.id] = held
-        return CellRun(self, record, held)
+        return CellRun(self, record, held, resumed=adopted is not None)
 
     def _new_hold(self, run_id: str, epoch: int) -> Held:
         key = rec.lease_key(run_id)

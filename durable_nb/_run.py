@@ -105,8 +105,10 @@ class _Request:
 class CellRun:
     """One execution of a durable cell. Implements what verbs ask (`_current.Run`)."""
 
-    def __init__(self, engine: Engine, record: RunRecord, held: Held) -> None:
+    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
         self.engine, self.record = engine, record
+        self.resumed = resumed
+        """It goes on with a run that an earlier execution left unfinished."""
         self.id, self.name = record.id, record.name
         self.stage = Stage()
         self.max_wait_s: float | None = None

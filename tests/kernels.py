@@ -122,7 +122,7 @@ class Kernel:
 
     def value(self, expression: str) -> Any:
         """An expression's value, by way of its repr."""
-        message_id = self.client.execute("", silent=True, user_expressions={"v": f"repr({expression})"})
+        message_id = self.client.execute("", silent=True, user_expressions={"v": f"repr(({expression}))"})
         while True:
             reply = self.client.get_shell_msg(timeout=30)
             if reply["parent_header"].get("msg_id") == message_id:

@@ -8,6 +8,7 @@ be called; so helpers may be defined in any order. Where this can't be told, a n
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,13 +39,39 @@ def names_of(tree: ast.Module) -> Names:
     end = walk.block(tree.body, frozenset())
     walk.mention(set(walk.deferred), end)
     declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
-    return Names(frozenset(walk.read), frozenset(walk.stored | declared))
+    for call in _shell_calls(tree):
+        walk.mention(_named_in_text(call), frozenset())
+    return Names(frozenset(walk.read - {"get_ipython"}), frozenset(walk.stored | declared))
 
 
 def dynamic_reads(tree: ast.Module) -> frozenset[str]:
     """Builtins by which a cell can read names that nobody sees in its code, as far as the code mentions them."""
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    plain = {id(call.func.value.func) for call in _shell_calls(tree)}  # type: ignore[attr-defined]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in plain}
     return frozenset(used & {"eval", "exec", "globals", "locals", "vars", "get_ipython"})
+
+
+_SHELL_METHODS = ("system", "getoutput", "run_line_magic", "run_cell_magic")
+
+
+def _shell_calls(tree: ast.AST) -> list[ast.Call]:
+    """`!command` and `%magic`, as IPython's transform writes them: get_ipython().system("...") with text arguments."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _SHELL_METHODS
+        and isinstance(node.func.value, ast.Call)
+        and isinstance(node.func.value.func, ast.Name)
+        and node.func.value.func.id == "get_ipython"
+        and all(isinstance(argument, ast.Constant) for argument in node.args)
+    ]
+
+
+def _named_in_text(call: ast.Call) -> set[str]:
+    """Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`."""
+    return {word for argument in call.args for word in re.findall(r"[^\W\d]\w*", str(argument.value))}  # type: ignore[attr-defined]
 
 
 class _Walk:

@@ -56,9 +56,10 @@ class Recorder:
                 self._outputs.append(Output(kind, content, step))
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is shown meanwhile is not noted."""
+    def result(self, number: int) -> Iterator[None]:
+        """Meanwhile the cell's Nth value is displayed; it is noted as that, not as what a terminal prints of it."""
         _flush()
+        self.note(RESULT, number)
         self._paused = True
         try:
             yield

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Entry, Result
 from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated
 from durable_nb._cellcache.names import Names, names_of
+from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
 from durable_nb._facts import Status
 from durable_nb._ipython import capture
@@ -71,9 +73,16 @@ class CellExecution:
 
     async def run(self) -> None:
         """Leave the notebook as plain execution would."""
+        began = time.perf_counter()
+        try:
+            await self._restore_or_execute(began)
+        finally:
+            if self.options.time:
+                print(f"Wall time: {say_duration(time.perf_counter() - began)}")  # noqa: T201  what %%time prints
+
+    async def _restore_or_execute(self, began: float) -> None:
         if not self.options.name:
             self.status.advise("name the cell ('%%durable NAME') to keep its steps when it is edited elsewhere")
-        began = time.perf_counter()
         key = self._key()
         run = None
         while run is None:
@@ -83,7 +92,7 @@ class CellExecution:
             if run is None:
                 self.status.show("waiting", "another kernel is running this cell with the same inputs")
                 await asyncio.sleep(_BUSY_POLL_S)
-        self.status.show("running", self._why(key))
+        self.status.show("running", self._why(key, run))
         await self._execute(run, key, began)
 
     def _key(self) -> CellKey:
@@ -122,13 +131,15 @@ class CellExecution:
 
     # -- a miss --------------------------------------------------------------------------------------------------------
 
-    def _why(self, key: CellKey) -> str:
+    def _why(self, key: CellKey, run: CellRun) -> str:
         """Why the cell runs, in a few words."""
+        if run.resumed:
+            return f"goes on from {datetime.fromtimestamp(run.record.started_at).astimezone():%a %H:%M}"
         if self.options.rerun:
             return "asked for by --rerun"
         if key.unknown:
             return key.unknown[0]
-        nearest: list[str] | None = None
+        nearest: list[str] | None = None  # differences to the entry that is most like this cell
         for manifest in self.entries.manifests(self.scope) if self.options.name else ():
             found = changes(manifest.components, key.components)
             if nearest is None or len(found) < len(nearest):
@@ -168,7 +179,7 @@ class CellExecution:
             except StoreError as failed:
                 self.status.warn(f"how the run ended could not be written: {failed}")
             stage.close()
-            self.status.ended(ended, time.perf_counter() - began, run.snapshot(), timed=self.options.time)
+            self.status.ended(ended, time.perf_counter() - began, run.snapshot())
 
     async def _body(self) -> None:
         namespace = self.shell.user_ns
@@ -177,14 +188,13 @@ class CellExecution:
             if code.co_flags & inspect.CO_COROUTINE:
                 value = await value
             if shown and value is not None:
-                self.recorder.note(capture.RESULT, len(self.results))
                 self.results.append(value)
-                self._display(value)
+                with self.recorder.result(len(self.results) - 1):
+                    self._display(value)
 
     def _display(self, value: Any) -> None:
         """As the value of a cell's last expression: under Out[n], and as `_`."""
-        with self.recorder.paused():
-            self.shell.displayhook(value)
+        sys.displayhook(value)
 
     def _flush_figures(self) -> None:
         """Inline figures are shown after the cell; the cell ends here, and they are among its outputs."""

@@ -23,7 +23,7 @@ class Session:
         """Register everything."""
         shell = self.shell
         shell.register_magic_function(self.magic, "cell", "durable")
-        shell.input_transformers_cleanup.insert(0, self._transformer)
+        shell.input_transformers_cleanup.append(self._transformer)
         shell.events.register("pre_execute", self._enter_cell)
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = self.run, self.wait
@@ -60,7 +60,7 @@ class Session:
         --time       print the time it took
         --quiet      no line above the output, no view
         """
-        self.wait(line, "\n" + cell, [])
+        self.wait(line, f"# %%durable {line}\n{cell}", [])
 
     def wait(self, line: str, body: str, stack: list[str]) -> None:
         """`run`, for synchronous code."""

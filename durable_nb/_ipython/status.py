@@ -49,7 +49,7 @@ class StatusLine:
         saved = f", saved {say_duration(saved_s)}" if saved_s > took_s else ""
         self._display("restored", f"restored {counts}, {_bytes(size)} in {say_duration(took_s)}{saved}")
 
-    def ended(self, status: Status, took_s: float, run: Snapshot, *, timed: bool) -> None:
+    def ended(self, status: Status, took_s: float, run: Snapshot) -> None:
         """The cell ran."""
         kept = sum(step.status is Status.COMPLETED for step in run.steps)
         restored = sum(step.restored for step in run.steps)
@@ -63,8 +63,6 @@ class StatusLine:
             )
         if self._live:
             self._display(status.value, text)
-        if timed:
-            print(f"Wall time: {say_duration(took_s)}")  # noqa: T201  what %%time prints
 
     def warn(self, text: str) -> None:
         """One line on stderr."""

@@ -31,7 +31,8 @@ class DurableTransformer:
             above += 1
         if above == len(lines) or not _MAGIC.match(lines[above]):
             return lines
-        body = "\n" * (above + 1) + "".join(lines[above + 1 :])  # line numbers are those of the user's cell
+        # The magics' lines stay as comments: line numbers are those of the user's cell, and tracebacks show it.
+        body = "".join(f"# {text}" for text in lines[: above + 1]) + "".join(lines[above + 1 :])
         if not self._compiles(body):
             return ["\n"] * (above + 1) + lines[above + 1 :]  # IPython reports it as it would
         stack = [line.strip()[2:] for line in lines[:above] if line.strip()]

@@ -1,0 +1,62 @@
+"""The command line: `durable-nb`, also as `jupyter durable`.
+
+A command is a function that adds its parser and says what it runs. Status 0: done; 1: tried, and failed; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import durable_nb
+from durable_nb.errors import DurableError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except DurableError as error:
+        print(f"durable-nb: {error}", file=sys.stderr)  # noqa: T201  a command line program speaks
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad input is told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="durable-nb", description="Durable functions for Jupyter.")
+    parser.add_argument("--version", action="version", version=f"durable-nb {durable_nb.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for add in (_demo,):
+        add(commands)
+    return parser
+
+
+def _demo(commands: Any) -> None:
+    from durable_nb._demo.verdict import KILLS
+
+    parser = commands.add_parser(
+        "demo",
+        help="run an order flow in a real kernel, kill it half-way, and prove what ran how often",
+        description="Runs a notebook in a real kernel and kills that with SIGKILL half-way; then twice in new kernels. Prints "
+        "which step ran where. Status 0 only if no finished step ran twice and the customer was charged once.",
+    )
+    parser.add_argument("--kill", choices=list(KILLS), default="sleep", help="the step in which the kernel is killed")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from durable_nb._demo.runner import demo
+
+        return demo(arguments.kill)
+
+    parser.set_defaults(run=run)
