@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import os
 import pickle
 import sys
 import types
@@ -67,6 +68,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return _reduce_function(obj)
         if isinstance(obj, types.CellType):
             return _reduce_cell(obj)
+        if type(obj) in _FILES and obj.closed:
+            return _closed_file, (type(obj).__name__, obj.name, obj.mode, getattr(obj, "encoding", None))
         return super().reducer_override(obj)
 
     def _is_live(self, cls: type) -> bool:
@@ -147,6 +150,25 @@ def _reduce_cell(cell: types.CellType) -> Any:
 
 def _fill_cell(cell: types.CellType, content: tuple[Any]) -> None:
     (cell.cell_contents,) = content
+
+
+_FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
+
+
+def _closed_file(kind: str, name: Any, mode: str, encoding: str | None) -> Any:
+    """A closed file, which `with open(...) as f` leaves behind. The file itself isn't touched: it may be gone."""
+    raw: Any = io.FileIO(
+        os.devnull, mode.replace("b", "").replace("t", "").replace("x", "w") if kind != "TextIOWrapper" else "r"
+    )
+    raw.name = name
+    file: Any = raw
+    if kind in ("BufferedReader", "BufferedWriter", "BufferedRandom"):
+        file = getattr(io, kind)(raw)
+    elif kind == "TextIOWrapper":
+        file = io.TextIOWrapper(io.BufferedReader(raw), encoding=encoding)
+        file.mode = mode
+    file.close()
+    return file
 
 
 __all__ = ["Pickler", "Reference", "Unpickler", "dumps", "loads", "main_namespace"]

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from inspect import isawaitable
@@ -135,6 +135,11 @@ class CellRun:
         """How the run and its steps stand now."""
         return Snapshot(self.id, self.name, self.status, self.began_at, self.ended_at, tuple(self._facts.values()))
 
+    def spent_before_s(self) -> float:
+        """What the steps of this run took before this execution began: a restored one all, a sleep what had passed."""
+        times = ((f.started_at, min(f.ended_at or self.began_at, self.began_at)) for f in self._facts.values())
+        return sum(max(until - since, 0.0) for since, until in times if since is not None)
+
     def _tell(self, fact: Step) -> None:
         self._facts[fact.path] = fact
         self.stage.changed()
@@ -179,7 +184,6 @@ class CellRun:
                 await asyncio.wait({main}, timeout=_UNWIND_S)
             self._ended = True  # no step starts from here on
             await self._drain()
-        _carry_over(context)
         if self._stopped is None:
             return main.result()
         if main.done() and not main.cancelled():
@@ -575,15 +579,6 @@ class _Ended:
 
 
 _FINAL = (Status.COMPLETED, Status.FAILED)
-
-
-def _carry_over(context: Context) -> None:
-    """What the cell's code did to context variables (decimal's precision is one) holds after the cell, as it would plainly."""
-    for variable, value in context.items():
-        if variable not in (current_run, current_branch) and (
-            variable not in (now := copy_context()) or now[variable] is not value
-        ):
-            variable.set(value)
 
 
 async def _never_interrupted(body: Coroutine[Any, Any, Any]) -> Any:

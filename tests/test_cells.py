@@ -76,7 +76,10 @@ def wait_for_row(folder: Path, prefix: str, timeout: float = 30) -> None:
     deadline = time.monotonic() + timeout
     while True:
         assert time.monotonic() < deadline, f"no row {prefix}* after {timeout} s"
-        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db,
+        ):
             if db.execute("SELECT 1 FROM Cache WHERE key GLOB ?", (f"{prefix}*",)).fetchone():
                 return
         time.sleep(0.01)
@@ -166,7 +169,9 @@ def test_an_interrupt_stops_whatever_the_cell_does(shared, waiting):
     """Python code, a blocking call, an await or an async step: stopped, and neither `except Exception` nor the kernel notices."""
     shared.run("import asyncio\nasync def pause():\n    await asyncio.sleep(30)")
     body = "\n".join(f"    {line}" for line in waiting.splitlines())
-    sent = shared.send(f"%%durable stop\nopen('begun', 'w').write('x\\n')\ntry:\n{body}\nexcept Exception:\n    print('swallowed')")
+    sent = shared.send(
+        f"%%durable stop\nopen('begun', 'w').write('x\\n')\ntry:\n{body}\nexcept Exception:\n    print('swallowed')"
+    )
     shared.wait_until(shared.folder / "begun")
     time.sleep(0.2)
     began = time.monotonic()
@@ -392,11 +397,15 @@ def test_without_a_front_end_misses_are_told_on_stderr_and_a_table_is_left(tmp_p
 def test_a_long_sleep_without_a_front_end_ends_the_cell_and_says_what_to_do(tmp_path):
     """Nobody would see why the notebook takes a week; --max-wait says how long is fine."""
     with kernel(tmp_path) as k:
-        shown = k.run("%%durable week\nn = await durable.run('count', len, [1])\nawait durable.sleep('week', '7d')", front_end=False)
+        shown = k.run(
+            "%%durable week\nn = await durable.run('count', len, [1])\nawait durable.sleep('week', '7d')", front_end=False
+        )
         assert shown.error.startswith("RunSuspended: cell 'week' sleeps 'week' until")
         assert "run this cell again" in shown.error
         assert len(plain(shown.traceback).splitlines()) == 1
-        shown = k.run("%%durable week --max-wait 1s\nn = await durable.run('count', len, [1])\nawait durable.sleep('week', '7d')")
+        shown = k.run(
+            "%%durable week --max-wait 1s\nn = await durable.run('count', len, [1])\nawait durable.sleep('week', '7d')"
+        )
         assert shown.error.startswith("RunSuspended")
 
 
@@ -414,7 +423,11 @@ def test_terminal_ipython_runs_and_restores(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env={**__import__("os").environ, "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_DATA_DIR": str(tmp_path / "jupyter")},
+            env={
+                **__import__("os").environ,
+                "IPYTHONDIR": str(tmp_path / "ipython"),
+                "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),
+            },
             timeout=60,
             check=False,
         )
@@ -444,7 +457,10 @@ def test_terminal_ipython_runs_and_restores(tmp_path):
             "await durable.run('outer', body)",
             r"NestedStepError: durable.sleep\(\) was called inside the body of step 'outer'",
         ),
-        ("%%durable a\nawait durable.run('x', lambda: (i for i in [1]))", r"UnserializableError: step 'x' of cell 'a' returned a generator"),
+        (
+            "%%durable a\nawait durable.run('x', lambda: (i for i in [1]))",
+            r"UnserializableError: step 'x' of cell 'a' returned a generator",
+        ),
     ],
 )
 def test_bad_input_gets_one_clear_line(shared, cell, error):

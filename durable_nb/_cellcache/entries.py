@@ -18,7 +18,7 @@ import mmap
 import os
 import pickle
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from durable_nb._cellcache.world import World
 from durable_nb._codec import Seal
 from durable_nb._files import write_file
 from durable_nb._pickling import Pickler, Reference, Unpickler
@@ -72,6 +73,7 @@ class Manifest:
     outputs_size: int
     outputs_digest: str
     outputs_count: int
+    world: World = field(default_factory=World)
     buffers: list[Buffer] = field(default_factory=list)
     format: int = FORMAT
 
@@ -86,7 +88,8 @@ class Result:
     """What a cell left behind."""
 
     values: dict[str, Any]
-    """By name; with the last expression's value under ''."""
+    """By name; besides, under names that no variable can have, what the notebook layer keeps for itself."""
+    world: World
     deleted: list[str]
     outputs: bytes
     outputs_count: int
@@ -94,7 +97,7 @@ class Result:
 
 
 class Entries:
-    """All entries of a store: `FOLDER/SCOPE/KEY.cell`."""
+    """All entries of a store: `FOLDER/SCOPE/KEY-WORLD.cell`. One key has an entry for each state of the files it read."""
 
     def __init__(self, folder: Path, seal: Seal) -> None:
         self._folder, self._seal = folder, seal
@@ -124,7 +127,7 @@ class Entries:
             key,
             components,
             versions,
-            sorted(result.values.keys() - {""}),
+            sorted(name for name in result.values if name.isidentifier()),
             result.deleted,
             created_at,
             result.took_s,
@@ -133,9 +136,10 @@ class Entries:
             len(result.outputs),
             _digest(result.outputs),
             result.outputs_count,
+            result.world,
             buffers,
         )
-        path = self._path(scope, key)
+        path = self._folder / scope / f"{key}-{result.world.digest()}{SUFFIX}"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_file(path, self._parts(manifest, stream, result.outputs, raw))
         return manifest
@@ -153,31 +157,31 @@ class Entries:
             yield buffer
             yield bytes(_aligned(buffer.nbytes) - buffer.nbytes)
 
-    def open(self, scope: str, key: str) -> Entry | None:
-        """The entry of that key, authenticated; None where there is none. CorruptStoreError, UntrustedStoreError."""
+    def of_key(self, scope: str, key: str) -> Iterator[Entry]:
+        """The authenticated entries of a key, newest first; CorruptStoreError, UntrustedStoreError at one that isn't."""
+        for name in self._names(scope):
+            if name.startswith(f"{key}-"):
+                yield self._open(self._folder / scope / name, key)
+
+    def manifests(self, scope: str, limit: int = 20) -> Iterator[Manifest]:
+        """Of the newest entries of a cell, newest first. Unreadable ones are left out: they could never be a hit."""
+        for name in self._names(scope)[:limit]:
+            with contextlib.suppress(CorruptStoreError, UntrustedStoreError):
+                yield self._open(self._folder / scope / name, name.partition("-")[0]).manifest
+
+    def _names(self, scope: str) -> list[str]:
         try:
-            file = self._path(scope, key).open("rb")
+            files = [(f.stat().st_mtime_ns, f.name) for f in os.scandir(self._folder / scope) if f.name.endswith(SUFFIX)]
         except FileNotFoundError:
-            return None
+            return []
+        return [name for _, name in sorted(files, reverse=True)]
+
+    def _open(self, path: Path, key: str) -> Entry:
+        try:
+            with path.open("rb") as file:
+                return self._read(file, key)
         except OSError as error:
             raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
-        with file:
-            return self._read(file, key)
-
-    def manifests(self, scope: str, limit: int = 20) -> list[Manifest]:
-        """Of the newest entries of a cell, newest first. Unreadable ones are left out: they could never be a hit."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            files = [(f.stat().st_mtime_ns, f.name) for f in os.scandir(self._folder / scope) if f.name.endswith(SUFFIX)]
-            for _, name in sorted(files, reverse=True)[:limit]:
-                with contextlib.suppress(CorruptStoreError, UntrustedStoreError):
-                    entry = self.open(scope, name.removesuffix(SUFFIX))
-                    if entry is not None:
-                        found.append(entry.manifest)
-        return found
-
-    def _path(self, scope: str, key: str) -> Path:
-        return self._folder / scope / f"{key}{SUFFIX}"
 
     def _read(self, file: io.BufferedReader, key: str) -> Entry:
         head = file.read(_HEAD.size)

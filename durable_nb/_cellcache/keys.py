@@ -96,4 +96,3 @@ def _said(label: str) -> str:
         case "aliases":
             return "which names share an object"
     return label
-

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 from urllib.request import urlopen
 
 PORT = 8765
@@ -56,7 +56,7 @@ class Shop:
         self._thread = threading.Thread(target=self._server.serve_forever, name="durable_nb shop", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Shop:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,13 +134,13 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
-    def do_GET(self) -> None:  # noqa: N802  http.server calls it by this name
+    def do_GET(self) -> None:
         if self.path == "/counts":
             self._answer(200, self.server.shop.counts())
         else:
             self._answer(404, {"error": f"no {self.path} here; GET /counts, or POST {' '.join(PATHS)}"})
 
-    def do_POST(self) -> None:  # noqa: N802  http.server calls it by this name
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path not in PATHS:
             self._answer(404, {"error": f"no {self.path} here; POST {' '.join(PATHS)}"})

@@ -36,11 +36,11 @@ class Evidence:
     nap_s: float
     paused_s: float
     """From the receipt's answer to the request for a review, the new kernel's start included."""
-    waited_s: tuple[float, ...]
-    """How long each kernel was in the sleep."""
+    waited_s: float
+    """How long the second kernel was in the sleep."""
     same_deadline: bool
     """The sleep's record was never rewritten."""
-    restored_line: str
+    third_line: str
     """What the third kernel said above the cell's output."""
     third_took_s: float
 
@@ -75,9 +75,14 @@ def faults(seen: Evidence) -> list[str]:
         found.append("sleep: the deadline that kernel 1 wrote was changed")
     if seen.paused_s < seen.nap_s:
         found.append(f"sleep: the review was asked for after {seen.paused_s:.2f} s, before the {seen.nap_s:g} s were over")
-    if "restored" not in seen.restored_line:
-        found.append(f"kernel 3 did not restore the cell but said {seen.restored_line!r}")
+    if not restored_whole(seen):
+        found.append(f"kernel 3 did not restore the cell as a whole but said {seen.third_line!r}")
     return found
+
+
+def restored_whole(seen: Evidence) -> bool:
+    """Did the third kernel take the cell from its entry, and ask the shop nothing?"""
+    return " · restored " in seen.third_line and not any(seen.requests[2].values())
 
 
 def table(seen: Evidence) -> str:
@@ -121,16 +126,10 @@ def _row(seen: Evidence, step: str) -> list[str]:
 
 
 def _sleep_row(seen: Evidence) -> list[str]:
-    first, second = seen.waited_s[:2]
-    began = seen.killed == "sleep"
-    return [
-        "sleep",
-        f"{first:.1f} s of {seen.nap_s:g} s (killed inside)" if began else "no",
-        f"the rest, {second:.1f} s" if began and second else "no" if began else f"yes, {second:.1f} s",
-        ("its deadline" if seen.same_deadline else "no") if began else "no",
-        "",
-        "",
-    ]
+    if seen.killed != "sleep":
+        return ["sleep", "no", f"yes, {seen.waited_s:.1f} s", "no", "", ""]
+    rest = f"the rest, {seen.waited_s:.1f} of {seen.nap_s:g} s"
+    return ["sleep", "yes (killed inside)", rest, "its deadline" if seen.same_deadline else "no", "", ""]
 
 
 def _yes(count: int) -> str:

@@ -28,6 +28,7 @@ from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Entry, Result
 from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated
 from durable_nb._cellcache.names import Names, names_of
+from durable_nb._cellcache.world import Watch, mentioned_paths, set_generator, watching
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
 from durable_nb._facts import Status
@@ -42,6 +43,7 @@ HEADLESS_SLEEP_S = 600.0
 """The longest wait without a front end, where nobody sees why the notebook takes so long."""
 
 _BUSY_POLL_S = 0.1
+_RESULTS, _STATES = "<results>", "<generators>"
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 _OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
 
@@ -104,30 +106,37 @@ class CellExecution:
         """Was there an entry, and is the notebook now as it says?"""
         if key.unknown:
             return False
-        try:
-            entry = self.entries.open(self.scope, key.key)
-            if entry is None:
-                return False
-            values = entry.values(self.shell.user_ns.__getitem__)
-        except (CorruptStoreError, UntrustedStoreError) as error:
-            self.status.warn(f"what was stored of this cell is not used: {error}; the cell runs and stores it anew")
-            return False
-        except Exception as error:  # a class or module that its values need is gone
-            self.status.warn(f"what was stored of this cell can't be restored ({type(error).__name__}: {error}); the cell runs")
+        found = self._find(key)
+        if found is None:
             return False
         await self.engine.close_finished(self.owner, key.key)
-        self._apply(entry, values, began)
+        self._apply(*found, began)
         return True
+
+    def _find(self, key: CellKey) -> tuple[Entry, dict[str, Any]] | None:
+        """The entry that holds in the world as it is now, decoded. Nothing of the notebook has changed when this returns."""
+        try:
+            for entry in self.entries.of_key(self.scope, key.key):
+                if not entry.manifest.world.changes():
+                    return entry, entry.values(self.shell.user_ns.__getitem__)
+        except (CorruptStoreError, UntrustedStoreError) as error:
+            self.status.warn(f"what was stored of this cell is not used: {error}; the cell runs and is stored anew")
+        except Exception as error:  # a class or module that its values need is gone
+            what = f"{type(error).__name__}: {error}"
+            self.status.warn(f"what was stored of this cell can't be restored ({what}); the cell runs and is stored anew")
+        return None
 
     def _apply(self, entry: Entry, values: dict[str, Any], began: float) -> None:
         namespace, manifest = self.shell.user_ns, entry.manifest
-        results = values.pop("", [])
+        results, states = values.pop(_RESULTS), values.pop(_STATES)
         namespace.update(values)
         for name in manifest.deleted:
             namespace.pop(name, None)
-        capture.show_again(self.shell, entry.outputs, lambda n: self._display(results[n]))
+        for name, state in states.items():
+            set_generator(name, state)
         took = time.perf_counter() - began
         self.status.restored(len(values), manifest.outputs_count, manifest.size, took, manifest.took_s)
+        capture.show_again(self.shell, entry.outputs, lambda n: self._display(results[n]))
 
     # -- a miss --------------------------------------------------------------------------------------------------------
 
@@ -141,7 +150,7 @@ class CellExecution:
             return key.unknown[0]
         nearest: list[str] | None = None  # differences to the entry that is most like this cell
         for manifest in self.entries.manifests(self.scope) if self.options.name else ():
-            found = changes(manifest.components, key.components)
+            found = changes(manifest.components, key.components) or manifest.world.changes()
             if nearest is None or len(found) < len(nearest):
                 nearest = found
         if nearest is None:
@@ -155,19 +164,21 @@ class CellExecution:
             self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
         )
         before = dict(self.shell.user_ns)
+        inputs = {name: before[name] for name in self.code.names.read if name in before}
+        watch = Watch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
         ended, error = Status.INTERRUPTED, ""
         body = self._body()
         try:
-            with _interruptible(run), self.recorder.recording():
+            with _interruptible(run), self.recorder.recording(), watching(watch):
                 try:
                     await run.execute(body)
                 finally:
                     body.close()
                 self._flush_figures()
-                took = time.perf_counter() - began
+                cost = time.perf_counter() - began + run.spent_before_s()
                 outputs = self.recorder.outputs()
             ended = Status.COMPLETED
-            self._store(key, before, outputs, took)
+            self._store(key, before, watch, outputs, cost)
         except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
             raise
         except BaseException as raised:
@@ -204,7 +215,7 @@ class CellExecution:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def _store(self, key: CellKey, before: dict[str, Any], outputs: list[capture.Output], took: float) -> None:
+    def _store(self, key: CellKey, before: dict[str, Any], watch: Watch, outputs: list[capture.Output], cost_s: float) -> None:
         namespace = self.shell.user_ns
         if key.unknown:
             self.status.not_stored(key.unknown[0])
@@ -216,13 +227,17 @@ class CellExecution:
         if changed:
             self.status.not_stored(f"it changes {changed[0]} in place")
             return
-        values = bound if not self.results else {**bound, "": self.results}
+        world, problems = watch.world()
+        if problems:
+            self.status.not_stored(problems[0])
+            return
+        values = {**bound, _RESULTS: self.results, _STATES: watch.moved_states(world)}
         links = _Links(before, key, bound)
         try:
             self.entries.store(
                 self.scope,
                 key.key,
-                Result(values, sorted(touched - bound.keys()), capture.encode(outputs), len(outputs), took),
+                Result(values, world, sorted(touched - bound.keys()), capture.encode(outputs), len(outputs), cost_s),
                 name=self.options.name,
                 components=key.components,
                 versions=key.versions,
@@ -241,7 +256,7 @@ class CellExecution:
         """Name the variable that is to blame."""
         for name, value in values.items():
             if not links.is_picklable(value):
-                what = f"{name} ({type(value).__name__})" if name else "the displayed value"
+                what = f"{name} ({type(value).__name__})" if name.isidentifier() else "the displayed value"
                 return f"{what} can't be pickled; its steps are kept: put what costs time or money into durable.run(...)"
         return f"its variables can't be pickled together ({type(error).__name__}: {error})"
 

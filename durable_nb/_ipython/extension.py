@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from durable_nb._cellcache.world import seeds_noticed
 from durable_nb._ipython.transform import DurableTransformer
 from durable_nb._store import default_path
 
@@ -17,6 +18,7 @@ class Session:
         self.shell = shell
         self.path: Path = default_path()
         self._engine: Any = None
+        self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
     def load(self) -> None:
@@ -27,6 +29,7 @@ class Session:
         shell.events.register("pre_execute", self._enter_cell)
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = self.run, self.wait
+        self._noticing.enter_context(seeds_noticed())
 
     def unload(self) -> None:
         """Take everything back; the store is closed."""
@@ -37,6 +40,7 @@ class Session:
         shell.events.unregister("pre_execute", self._enter_cell)
         shell.events.unregister("post_execute", self._leave_cell)
         del shell._durable_run, shell._durable_wait
+        self._noticing.close()
         if self._engine is not None:
             self._engine.store.close()
 

@@ -48,8 +48,10 @@ def parse(line: str, stack: list[str]) -> Options:
         elif word.startswith("-"):
             raise UsageError(f"%%durable: unknown option {word!r}; nothing was run. Write {_USAGE}")
         elif options.name:
-            raise UsageError(f"%%durable: a second name {word!r} after {options.name!r}; nothing was run. Write {_USAGE}, and put "
-                             "a name with spaces in quotes")  # fmt: skip
+            raise UsageError(
+                f"%%durable: a second name {word!r} after {options.name!r}; nothing was run. Write {_USAGE}, and put a "
+                "name with spaces in quotes"
+            )
         else:
             options.name = word
     for above in stack:

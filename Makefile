@@ -1,0 +1,63 @@
+# `make demo` and `make test` do all set-up themselves: a fresh machine needs Python 3.11 or later, git and make.
+# What they install is the wheel, into .venv; a stamp file there says what is done already.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.PHONY: demo test lint browser clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+KILL ?= sleep
+WORKERS ?= 2
+
+# The first Python that is new enough and can make environments; PYTHON=/path/to/python chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+UV = $(shell command -v uv || echo $(BIN)/uv)
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python
+WHEEL = $(firstword $(wildcard $(VENV)/dist/*.whl))
+
+SOURCES := $(shell find durable_nb \( -type f -not -name '*.pyc' \) -o \( -type d -not -name __pycache__ \))
+
+demo: $(VENV)/wheel
+	$(BIN)/durable-nb demo --kill $(KILL)
+
+test: $(VENV)/test browser
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --installed --known-skips-only $(ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check --extend-exclude '*.ipynb'
+	$(BIN)/ruff format --check --extend-exclude '*.ipynb'
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# An environment is made anew when pyproject.toml changes: a dependency that was taken out must be missed.
+$(VENV)/made: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later with venv and ensurepip found; set PYTHON=/path/to/python" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(VENV)/wheel: $(VENV)/made $(SOURCES) README.md LICENSE
+	rm -rf $(VENV)/dist
+	$(UV) build --quiet --wheel --python $(BIN)/python --out-dir $(VENV)/dist
+	$(INSTALL) --reinstall-package durable-nb $(VENV)/dist/*.whl
+	@touch $@
+
+$(VENV)/test: $(VENV)/made | $(VENV)/wheel
+	$(INSTALL) "$(WHEEL)[test]"
+	@touch $@
+
+$(VENV)/lint: $(VENV)/made | $(VENV)/wheel
+	$(INSTALL) "$(WHEEL)[lint]"
+	@touch $@
+
+# Tests of the view want a Chromium. On Debian, as root, it is installed; elsewhere those tests are skipped, and say so.
+browser:
+	@test -x "$${DURABLE_NB_CHROMIUM:-/usr/bin/chromium}" || ! grep -qs '^ID=debian' /etc/os-release || test "$$(id -u)" != 0 || \
+	{ echo "installing Chromium with apt-get"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -y -qq --no-install-recommends chromium >/dev/null || echo "Chromium could not be installed" >&2; }

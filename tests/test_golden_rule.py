@@ -1,0 +1,192 @@
+"""The golden rule, in real kernels: after a durable cell, hit or miss, the notebook is as plain execution leaves it."""
+
+from __future__ import annotations
+
+import pytest
+from kernels import Kernel, kernel
+
+pytestmark = pytest.mark.kernel
+
+COUNT = "open('ran', 'a').write('x\\n')\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A kernel that is restarted by the tests that need a fresh one."""
+    with kernel(tmp_path_factory.mktemp("golden")) as started:
+        yield started
+
+
+def runs(k: Kernel, cell: str) -> bool:
+    """Execute a durable cell; did its body run?"""
+    ran = k.folder / "ran"
+    before = len(ran.read_text()) if ran.exists() else 0
+    magic, _, body = cell.partition("\n")
+    shown = k.run(f"{magic}\n{COUNT}{body}")
+    assert shown.status == "ok", shown.traceback
+    return (len(ran.read_text()) if ran.exists() else 0) > before
+
+
+def test_a_changed_data_file_is_read_again_and_the_old_one_is_remembered(home):
+    """Opened by Python, or named by the cell for a reader that Python doesn't see."""
+    opened = "%%durable opened\ny = open('data.txt').read()"
+    native = "%%durable native\nlines = !cat data.txt\nz = list(lines)"
+    for content, expected in (("one", True), ("one", False), ("two", True), ("one", False), ("two", False)):
+        (home.folder / "data.txt").write_text(content)
+        home.restart()
+        assert (runs(home, opened), runs(home, native)) == (expected, expected), content
+        assert home.value("y, z") == (content, [content])
+
+
+def test_a_file_that_appears_was_an_input_when_it_was_not_there(home):
+    """`except FileNotFoundError` saw something too."""
+    cell = "%%durable missing\ntry:\n    w = open('later.txt').read()\nexcept FileNotFoundError:\n    w = None"
+    assert (runs(home, cell), runs(home, cell), home.value("w")) == (True, False, None)
+    (home.folder / "later.txt").write_text("here")
+    assert (runs(home, cell), home.value("w")) == (True, "here")
+
+
+def test_a_result_file_that_is_gone_or_changed_is_made_again(home):
+    """Appending isn't checked: the count above is an append."""
+    cell = "%%durable made\nwith open('made.txt', 'w') as f:\n    n = f.write('made')"
+    made = home.folder / "made.txt"
+    assert (runs(home, cell), runs(home, cell)) == (True, False)
+    made.unlink()
+    assert (runs(home, cell), made.read_text()) == (True, "made")
+    made.write_text("spoilt")
+    assert (runs(home, cell), made.read_text()) == (True, "made")
+
+
+def test_a_folders_listing_is_an_input(home):
+    """A new file in it is a change; importing in the cell lists no folder of the user's."""
+    (home.folder / "many").mkdir()
+    (home.folder / "many" / "a").touch()
+    cell = "%%durable listed\nimport os, colorsys\nnames = sorted(os.listdir('many'))"
+    assert (runs(home, cell), runs(home, cell)) == (True, False)
+    (home.folder / "many" / "b").touch()
+    assert (runs(home, cell), home.value("names")) == (True, ["a", "b"])
+
+
+@pytest.mark.parametrize("module", ["random", "np.random"])
+def test_a_seeded_generator_goes_on_where_the_cell_left_it(home, module):
+    """Its state is an input, and after a hit the next draw is the one that would have come."""
+    cell = f"%%durable draw_{module[:2]}\ny = {module}.random()"
+
+    def draws(seed):
+        home.restart()
+        home.run(f"import random, numpy as np\n{module}.seed({seed})")
+        ran = runs(home, cell)
+        return ran, home.value(f"float(y), float({module}.random())")
+
+    ran, first = draws(0)
+    assert ran
+    assert draws(0) == (False, first)
+    ran, other = draws(1)
+    assert ran
+    assert other != first
+
+
+def test_an_unseeded_generator_is_no_input(home):
+    """What it gave is kept, as the clock's time would be."""
+    cell = "%%durable frozen\nimport random, time\ny = random.random(), time.time()"
+    home.restart()
+    assert runs(home, cell)
+    before = home.value("y")
+    home.restart()
+    assert (runs(home, cell), home.value("y")) == (False, before)
+
+
+def test_a_cell_that_changes_an_earlier_object_in_place_leaves_it_changed(home):
+    """However it is done: by restoring the change, or by running."""
+    for _ in range(2):
+        home.restart()
+        home.run("items = [1]\nalias = items")
+        runs(home, "%%durable grow\nitems.append(2)")
+        assert home.value("items, alias is items") == ([1, 2], True)
+
+
+def test_names_that_share_part_of_an_earlier_object_still_share_it(home):
+    """A copy would take the next change silently."""
+    for _ in range(2):
+        home.restart()
+        home.run("rows = [[1], [2]]")
+        runs(home, "%%durable part\nfirst = rows[0]\nboth = (rows, first)")
+        assert home.value("first is rows[0], both[0] is rows") == (True, True)
+
+
+def test_a_name_bound_to_an_equal_object_is_restored_whatever_it_held_before(home):
+    """Small integers are one object: identity can't tell that the cell bound the name."""
+    cell = "%%durable same\ny = 7"
+    home.run("y = 7")
+    assert runs(home, cell)
+    home.run("y = 'other'")
+    assert (runs(home, cell), home.value("y")) == (False, 7)
+
+
+def test_a_cell_that_looks_names_up_dynamically_runs(home):
+    """What it reads can't be told from its code."""
+    for value in (1, 2):
+        home.run(f"hidden = {value}")
+        assert runs(home, "%%durable dynamic\ny = globals()['hidden']")
+        assert home.value("y") == value
+
+
+def test_a_helper_edited_two_levels_down_is_an_input_and_a_comment_is_none(home):
+    """Code counts by what it does, transitively."""
+    helpers = "def inner(x):\n    return x + {}  # {}\ndef outer(x):\n    return inner(x) * 2"
+    cell = "%%durable deep\ny = outer(3)"
+    home.run(helpers.format(1, "one"))
+    assert (runs(home, cell), home.value("y")) == (True, 8)
+    home.run(helpers.format(1, "a comment"))
+    assert not runs(home, cell)
+    home.run(helpers.format(2, "one"))
+    shown = home.run(f"{cell.splitlines()[0]}\n{COUNT}{cell.splitlines()[1]}")
+    assert shown.told[0] == "deep · running: helper inner changed"
+    assert home.value("y") == 10
+
+
+def test_a_closed_file_comes_back_closed(home):
+    """`with open(...) as f` leaves one behind, which must not keep the cell from being stored."""
+    (home.folder / "text.txt").write_text("text")
+    cell = "%%durable closed\nwith open('text.txt') as f:\n    t = f.read()\nwith open('text.txt', 'rb') as g:\n    pass"
+    for ran in (True, False):
+        home.restart()
+        assert runs(home, cell) is ran
+        assert home.value("t, f.closed, f.name, f.mode, f.encoding, type(f).__name__, g.closed, g.name, g.mode") == (
+            "text", True, "text.txt", "r", "UTF-8", "TextIOWrapper", True, "text.txt", "rb",
+        )  # fmt: skip
+
+
+def test_an_unpicklable_variable_is_named_and_the_cell_runs_again(home):
+    """One line names it, and what to do about what was paid for."""
+    cell = "%%durable lock\nimport threading\nlk = threading.Lock()\ny = 5"
+    assert runs(home, cell)
+    shown = home.run(f"{cell.splitlines()[0]}\n{COUNT}" + "\n".join(cell.splitlines()[1:]))
+    assert "not stored: lk (lock) can't be pickled" in shown.told[-1]
+
+
+def test_class_instances_and_functions_of_the_cell_come_back_live(home):
+    """Classes of the cell are one object again, functions see the notebook's names."""
+    cell = (
+        "%%durable live\nclass P:\n    def v(self): return k\np = P()\nq = [p, P]\n"
+    cell = "%%durable closed\nwith open('text.txt') as f:\n    t = f.read()\nwith open('text.txt', 'rb') as g:\n    pass"
+        "    return inc\nc = counter(); _ = c()"
+    )
+    for ran in (True, False):
+        home.restart()
+        home.run("k = 10")
+        assert runs(home, cell) is ran
+        assert home.value("type(p) is P, q[1] is P, q[0] is p, p.v(), f(), f.__globals__ is globals(), c()") == (
+            True, True, True, 10, 11, True, 2,
+        )  # fmt: skip
+
+
+def test_figures_are_shown_again_after_the_value(home):
+    """Inline figures come after the cell's value, as they do plainly, and none leaks into the next cell."""
+    home.run("%matplotlib inline\nimport matplotlib.pyplot as plt")
+    cell = "%%durable figure\nplt.plot([1, 2])\n'value'"
+    plain = home.run("plt.plot([1, 2])\n'value'").order
+    assert [word.split()[0] for word in plain] == ["result", "display_data"]
+    assert home.run(cell).order == plain
+    assert home.run(cell).order == plain
+    assert home.run("len(plt.get_fignums())").result == "0"
