@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Where the store is, and files that are whole or not there, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def default_store() -> Path:
+    """`DURABLE_NB_DIR`, else `.durable_nb` in the working directory."""
+    return Path(os.environ.get("DURABLE_NB_DIR") or ".durable_nb").absolute()
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o400) -> None:

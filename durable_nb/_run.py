@@ -81,7 +81,7 @@ class Held:
         return rec.lease_key(self.run_id), self.row
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """An attempt that is being made."""
 
@@ -125,7 +125,8 @@ class CellRun:
         self._names: dict[str, int] = {}
         self._facts: dict[str, Step] = {}
         self._main: asyncio.Task[Any] | None = None
-        self._works: list[Work] = []
+        self._works: set[Work] = set()
+        """Attempts being made that this execution began or waits for."""
         self._stopped: BaseException | None = None
         self._ended = self._step_failed = False
 
@@ -201,7 +202,7 @@ class CellRun:
         if self._main is not None:
             self._main.cancel()
         if not isinstance(why, RunSuspended):
-            for work in self._works:
+            for work in set(self._works):
                 work.cancel()
 
     def is_running(self, task: asyncio.Task[Any] | None) -> bool:
@@ -305,17 +306,18 @@ class CellRun:
         attempting = self._attempt(asked, attempt, began)
         work = Work(asyncio.get_running_loop().create_task(attempting, context=context), asked.request.thread)
         self.engine.works[asked.key.outcome] = work
-        self._works.append(work)
+        self._works.add(work)
         work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
         return work
 
     async def _follow(self, work: Work) -> _Ended:
         """Wait for an attempt. Cancelled by the cell's own code, it is stopped; but after a step has failed, work that its
         siblings have begun is finished, since it is paid for."""  # fmt: skip
-        if work not in self._works:  # begun by an earlier execution of the cell
-            self._works.append(work)
+        if not work.task.done():
+            self._works.add(work)  # it may have been begun by an earlier execution of the cell
         try:
             await asyncio.wait({work.task})
+            self._works.discard(work)
         except asyncio.CancelledError:
             if not self._step_failed and self._stopped is None:
                 work.cancel()
@@ -324,6 +326,7 @@ class CellRun:
 
     def _work_ended(self, key: str, work: Work) -> None:
         self.engine.works.pop(key, None)
+        self._works.discard(work)
         if not work.task.cancelled():
             work.task.exception()  # seen: who waits for the step gets it; where nobody does, the next execution tries again
         if self._ended and self.id in self.engine.held and self.id not in self.engine.active:

@@ -27,12 +27,6 @@ from durable_nb._journal.writer import Writer
 from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
-FOLDER = ".durable_nb"
-
-
-def default_path() -> Path:
-    """`DURABLE_NB_DIR`, else `.durable_nb` in the working directory."""
-    return Path(os.environ.get("DURABLE_NB_DIR") or FOLDER).absolute()
 
 
 class Store:

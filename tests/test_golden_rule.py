@@ -169,8 +169,9 @@ def test_class_instances_and_functions_of_the_cell_come_back_live(home):
     """Classes of the cell are one object again, functions see the notebook's names."""
     cell = (
         "%%durable live\nclass P:\n    def v(self): return k\np = P()\nq = [p, P]\n"
-    cell = "%%durable closed\nwith open('text.txt') as f:\n    t = f.read()\nwith open('text.txt', 'rb') as g:\n    pass"
-        "    return inc\nc = counter(); _ = c()"
+        "def f(): return k + 1\n"
+        "def counter():\n    n = 0\n    def inc():\n        nonlocal n\n        n += 1\n"
+        "        return n\n    return inc\nc = counter(); _ = c()"
     )
     for ran in (True, False):
         home.restart()

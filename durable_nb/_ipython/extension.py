@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from durable_nb._cellcache.world import seeds_noticed
+from durable_nb._files import default_store
 from durable_nb._ipython.transform import DurableTransformer
-from durable_nb._store import default_path
 
 
 class Session:
@@ -16,7 +16,7 @@ class Session:
 
     def __init__(self, shell: Any) -> None:
         self.shell = shell
-        self.path: Path = default_path()
+        self.path: Path = default_store()
         self._engine: Any = None
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)

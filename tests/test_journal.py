@@ -1,0 +1,694 @@
+"""The journal: guarded commits, on disk and in memory alike, and a disk journal that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from itertools import product
+from pathlib import Path
+
+import diskcache
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from durable_nb._journal import Commit, Verdict
+from durable_nb._journal import disk as disk_module
+from durable_nb._journal.disk import DiskJournal, journal_mode
+from durable_nb._journal.memory import MemoryJournal
+from durable_nb._journal.writer import GROUP_LIMIT, Writer
+from durable_nb.errors import CorruptStoreError, StoreError
+
+APPLIED, GUARD_FAILED, EXISTS = Verdict.APPLIED, Verdict.GUARD_FAILED, Verdict.EXISTS
+
+
+@pytest.fixture(params=["disk", "memory"])
+def journal(request, tmp_path):
+    made = MemoryJournal() if request.param == "memory" else DiskJournal(tmp_path / "journal", tmp_path / "values")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    made = DiskJournal(tmp_path / "journal", tmp_path / "values")
+    yield made
+    made.close()
+
+
+def rows(**named):
+    return tuple((key, value.encode()) for key, value in named.items())
+
+
+# -- the contract, for both -------------------------------------------------------------------------------------------
+
+
+def test_a_row_comes_back_byte_by_byte(journal):
+    for value in (b"", b"\0", b"\r\n", b"a\r\nb" * 20_000, bytes(range(256)), os.urandom(300_000)):
+        assert journal.apply([Commit(puts=(("k", value),))]) == [APPLIED]
+        assert journal.get("k") == value
+        assert journal.scan("k") == [("k", value)]
+
+
+def test_a_missing_row_is_none(journal):
+    assert journal.get("k") is None
+    assert journal.scan("k") == []
+
+
+def test_an_insert_must_be_new_or_nothing_of_its_commit_is_applied(journal):
+    assert journal.apply([Commit(inserts=rows(a="1"))]) == [APPLIED]
+    clash = Commit(inserts=rows(b="2", a="3"), puts=rows(c="4"), deletes=("a",))
+    assert journal.apply([clash]) == [EXISTS]
+    assert journal.scan("") if False else [journal.get(key) for key in "abc"] == [b"1", None, None]
+
+
+def test_a_put_replaces_and_a_delete_of_nothing_is_no_trouble(journal):
+    journal.apply([Commit(puts=rows(a="1"))])
+    assert journal.apply([Commit(puts=rows(a="2"), deletes=("gone",))]) == [APPLIED]
+    assert journal.get("a") == b"2"
+    assert journal.apply([Commit(deletes=("a",))]) == [APPLIED]
+    assert journal.get("a") is None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("commit", ["insert", "put", "delete", "several"])
+def test_a_guard_is_compared_byte_by_byte(journal, alone, commit):
+    """In every kind of commit, the ones with a fast path of their own included."""
+    made = {
+        "insert": {"inserts": rows(new="n")},
+        "put": {"puts": rows(new="n")},
+        "delete": {"deletes": ("old",)},
+        "several": {"inserts": rows(new="n", new2="m"), "puts": rows(p="p"), "deletes": ("old",)},
+    }[commit]
+    journal.apply([Commit(puts=rows(lease="mine", old="o"))])
+    before = journal.scan("n") + journal.scan("o") + journal.scan("p")
+    for guard in (
+        ("lease", b"min"),
+        ("lease", b"mine\0"),
+        ("lease", b"MINE"),
+        ("lease", None),
+        ("none", b""),
+        ("none", b"mine"),
+    ):
+        others = [] if alone else [Commit(puts=rows(beside="x"))]
+        assert journal.apply([Commit(guard, **made), *others])[0] is GUARD_FAILED
+        assert journal.scan("n") + journal.scan("o") + journal.scan("p") == before
+    assert journal.apply([Commit(("lease", b"mine"), **made)]) == [APPLIED]
+    assert journal.scan("n") + journal.scan("o") + journal.scan("p") != before
+
+
+def test_a_guard_on_absence_holds_only_while_there_is_no_row(journal):
+    first = Commit(("lease", None), puts=rows(lease="a"))
+    assert journal.apply([first]) == [APPLIED]
+    assert journal.apply([first]) == [GUARD_FAILED]
+    journal.apply([Commit(puts=(("empty", b""),))])
+    assert journal.apply([Commit(("empty", None), puts=rows(x="1"))]) == [GUARD_FAILED]
+    assert journal.apply([Commit(("empty", b""), puts=rows(x="1"))]) == [APPLIED]
+
+
+def test_a_failed_guard_counts_before_an_existing_row(journal):
+    journal.apply([Commit(puts=rows(lease="a", k="1"))])
+    assert journal.apply([Commit(("lease", b"b"), inserts=rows(k="2"))]) == [GUARD_FAILED]
+    assert journal.apply([Commit(("lease", b"a"), inserts=rows(k="2"))]) == [EXISTS]
+    assert journal.get("k") == b"1"
+
+
+def test_commits_of_one_call_are_applied_in_order_each_seeing_the_last(journal):
+    takes_over = Commit(("lease", b"a"), puts=rows(lease="b"))
+    late = Commit(("lease", b"a"), inserts=rows(k="late"))
+    new = Commit(("lease", b"b"), inserts=rows(k="new"))
+    journal.apply([Commit(puts=rows(lease="a"))])
+    assert journal.apply([takes_over, late, new, new]) == [APPLIED, GUARD_FAILED, APPLIED, EXISTS]
+    assert journal.get("k") == b"new"
+
+
+def test_no_commits_no_verdicts(journal):
+    assert journal.apply([]) == []
+
+
+ODD = [
+    "a/",
+    "a/b",
+    "a/b/c",
+    "a0",
+    "a.",
+    "a",
+    "aa",
+    "A",
+    "a\u00e9",
+    "\u00e9",
+    "a\uffff",
+    "a\U0001f600",
+    "a%",
+    "a_",
+    "a*",
+    "a'b",
+    'a"',
+    "a\\",
+]
+
+
+@pytest.mark.parametrize("prefix", ["a", "a/", "a/b", "A", "\u00e9", "a\uffff", "a\U0001f600", "a%", "a_", "a*", "a'", "zz"])
+def test_a_scan_gives_the_rows_of_its_prefix_in_key_order(journal, prefix):
+    """No character of a prefix is a wildcard, and no neighbour slips in."""
+    journal.apply([Commit(puts=tuple((key, key.encode()) for key in ODD))])
+    wanted = sorted(key for key in ODD if key.startswith(prefix))
+    assert journal.scan(prefix) == [(key, key.encode()) for key in wanted]
+
+
+def test_large_values_are_found_by_their_digest(journal):
+    data = os.urandom(3 << 20)
+    digest = journal.put_blob(data)
+    assert journal.put_blob(bytes(data)) == digest
+    assert journal.get_blob(digest) == data
+    assert journal.put_blob(b"") != digest
+    assert journal.get_blob(journal.put_blob(b"")) == b""
+    with pytest.raises(CorruptStoreError, match="0000"):
+        journal.get_blob("0" * 64)
+
+
+def test_every_method_may_be_called_from_any_thread(journal):
+    failures = []
+
+    def work(me):
+        try:
+            for i in range(20):
+                assert journal.apply([Commit(inserts=((f"{me}/{i:02}", b"x"),))]) == [APPLIED]
+                assert len(journal.scan(f"{me}/")) == i + 1
+                assert journal.apply([Commit(inserts=((f"all/{i}", me.encode()),))])[0] in (APPLIED, EXISTS)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(journal.scan("all/")) == 20
+
+
+# -- the twins --------------------------------------------------------------------------------------------------------
+
+KEYS = st.sampled_from(["a", "a/b", "b", "\u00e9", "lease"])
+BYTES = st.sampled_from([b"", b"1", b"2", b"\0"])
+ROWS = st.lists(st.tuples(KEYS, BYTES), max_size=2).map(tuple)
+COMMITS = st.builds(
+    Commit,
+    guard=st.none() | st.tuples(KEYS, st.none() | BYTES),
+    inserts=ROWS,
+    puts=ROWS,
+    deletes=st.lists(KEYS, max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(COMMITS, min_size=1, max_size=3), max_size=8))
+def test_both_journals_say_and_hold_the_same(tmp_path_factory, groups):
+    folder = tmp_path_factory.mktemp("twins")
+    disk, memory = DiskJournal(folder / "journal", folder / "values"), MemoryJournal()
+    try:
+        for group in groups:
+            assert disk.apply(group) == memory.apply(group)
+            held = {key: disk.get(key) for key in ("a", "a/b", "b", "\u00e9", "lease")}
+            assert held == {key: memory.get(key) for key in held}
+        for prefix in ("a", "a/", "l", "\u00e9"):
+            assert disk.scan(prefix) == memory.scan(prefix)
+    finally:
+        disk.close()
+        shutil.rmtree(folder)
+
+
+# -- diskcache beneath ------------------------------------------------------------------------------------------------
+
+SAFE = {"eviction_policy": "none", "cull_limit": 0}
+
+
+def in_force(folder):
+    with sqlite3.connect(f"file:{folder / 'cache.db'}?mode=ro", uri=True) as connection:
+        settings = dict(connection.execute("SELECT key, value FROM Settings").fetchall())
+    connection.close()
+    return settings
+
+
+def test_the_settings_that_lose_no_steps_are_in_force(disk, tmp_path):
+    said = in_force(tmp_path / "journal")
+    assert {key: said[key] for key in SAFE} == SAFE
+    assert said["sqlite_mmap_size"] == 0
+    assert disk._sql("PRAGMA synchronous").fetchone() == (2,)
+    assert disk._sql("PRAGMA mmap_size").fetchone() in {(0,), None}
+    assert disk.mode == journal_mode(sqlite3.sqlite_version_info)
+
+
+def test_they_are_in_force_on_every_threads_connection(disk):
+    """A connection is opened for each thread; a commit is made on the writer's."""
+    found = []
+
+    def look():
+        found.append((disk.mode, *(disk._sql(f"PRAGMA {what}").fetchone()[0] for what in ("synchronous", "mmap_size"))))
+        disk.close()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [(journal_mode(sqlite3.sqlite_version_info), 2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("version", "mode"),
+    [
+        ((3, 40, 1), "persist"),
+        ((3, 44, 5), "persist"),
+        ((3, 44, 6), "wal"),
+        ((3, 45, 0), "persist"),
+        ((3, 50, 6), "persist"),
+        ((3, 50, 7), "wal"),
+        ((3, 51, 0), "persist"),
+        ((3, 51, 2), "persist"),
+        ((3, 51, 3), "wal"),
+        ((3, 52, 0), "wal"),
+        ((4, 0, 0), "wal"),
+    ],
+)
+def test_wal_is_used_only_where_its_race_is_fixed(version, mode):
+    assert journal_mode(version) == mode
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_journal_may_be_reopened_in_the_other_mode(tmp_path, wal, monkeypatch):
+    monkeypatch.setattr(disk_module, "journal_mode", lambda _: "wal")
+    for mode in (wal, not wal, wal):
+        journal = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=mode)
+        journal.apply([Commit(puts=rows(k="v"))])
+        assert journal.get("k") == b"v"
+        assert journal.mode == ("wal" if mode else "persist")
+        journal.close()
+
+
+@pytest.mark.parametrize("commit", [Commit(puts=rows(n="1")), Commit(("lease", b"mine"), inserts=rows(n="1"))])
+def test_settings_that_another_program_changed_are_repaired_by_the_next_commit(disk, tmp_path, commit):
+    disk.apply([Commit(puts=rows(lease="mine"))])
+    stranger = diskcache.Cache(str(tmp_path / "journal"), eviction_policy="least-recently-stored", cull_limit=10)
+    stranger.close()
+    assert in_force(tmp_path / "journal")["cull_limit"] == 10
+    assert disk.apply([commit]) == [APPLIED]
+    said = in_force(tmp_path / "journal")
+    assert {key: said[key] for key in SAFE} == SAFE
+
+
+def test_more_than_a_gigabyte_of_rows_would_stay(disk):
+    """diskcache culls above its size limit: none of ours is ever in reach of it."""
+    assert disk._cache.size_limit >= 2**60
+    for i in range(100):
+        disk.apply([Commit(puts=((f"k{i:03}", b"x"),))])
+    disk._cache.cull()
+    disk._cache.expire()
+    disk._cache.evict(None)
+    assert len(disk.scan("k")) == 100
+
+
+def test_stock_diskcache_reads_the_rows(disk, tmp_path):
+    disk.apply([Commit(inserts=rows(a="1", b="2"))])
+    with diskcache.Cache(str(tmp_path / "journal")) as stock:
+        assert stock.get("a") == b"1"
+        assert sorted(stock) == ["a", "b"]
+        assert len(stock) == 2
+        assert stock.check() == []
+
+
+def test_what_stock_diskcache_pickled_there_is_never_unpickled(disk, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.abort, ()
+
+    with diskcache.Cache(str(tmp_path / "journal")) as stock:
+        stock.set("bomb", Bomb())
+        stock.set("text", "t")
+        stock.set("big", b"x" * 100_000)
+        stock.set(1, b"number")
+    for key in ("bomb", "text", "big", "1"):
+        assert disk.get(key) is None or isinstance(disk.get(key), bytes)
+    assert all(isinstance(value, bytes) for prefix in "btn1" for _, value in disk.scan(prefix))
+
+
+def test_a_damaged_or_missing_large_value_is_corrupt_and_healed_by_writing_it_again(disk, tmp_path):
+    digest = disk.put_blob(b"x" * 5000)
+    (file,) = (tmp_path / "values").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o400
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    for damaged in (b"x" * 4999, b"x" * 4999 + b"y", b""):
+        file.unlink()
+        file.write_bytes(damaged)
+        with pytest.raises(CorruptStoreError, match=digest):
+            disk.get_blob(digest)
+    file.unlink()
+    with pytest.raises(CorruptStoreError, match=digest):
+        disk.get_blob(digest)
+    assert disk.put_blob(b"x" * 5000) == digest
+    assert disk.get_blob(digest) == b"x" * 5000
+
+
+def test_a_large_value_damaged_without_changing_its_size_is_healed_too(disk, tmp_path):
+    digest = disk.put_blob(b"x" * 5000)
+    (file,) = (tmp_path / "values").iterdir()
+    file.unlink()
+    file.write_bytes(b"y" * 5000)
+    assert disk.put_blob(b"x" * 5000) == digest
+    assert disk.get_blob(digest) == b"x" * 5000
+
+
+# -- death ------------------------------------------------------------------------------------------------------------
+
+COMMITS_IN_A_LOOP = """
+    import itertools, os, sys
+    from pathlib import Path
+    from durable_nb._journal import Commit
+    from durable_nb._journal.disk import DiskJournal
+
+    folder, told = Path(sys.argv[1]), os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    journal = DiskJournal(folder / "journal", folder / "values")
+    me = os.getpid()
+    journal.apply([Commit(puts=(("lease", b"%d" % me),))])
+    for i in itertools.count():
+        rows = [(f"k/{me}/{i}/{n}", b"v" * 100) for n in range(1 + i % 3)]
+        group = [Commit(("lease", b"%d" % me), inserts=(row,), deletes=("x",) * (i % 2)) for row in rows]
+        journal.apply(group)
+        for commit in group:
+            os.write(told, commit.inserts[0][0].encode() + b"\\n")
+"""
+
+
+def test_no_acknowledged_row_is_missing_after_sigkill(tmp_path):
+    """Ten kills at arbitrary instants of a process that commits in a loop; each successor opens what is there."""
+    told = tmp_path / "told"
+    command = [sys.executable, "-c", textwrap.dedent(COMMITS_IN_A_LOOP), str(tmp_path), str(told)]
+    for kill in range(10):
+        size = told.stat().st_size if told.exists() else 0
+        process = subprocess.Popen(command)
+        while not told.exists() or told.stat().st_size < size + 500 * (1 + kill % 3):
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
+    kept = {key for key, value in journal.scan("k/") if value == b"v" * 100}
+    assert journal._sql("PRAGMA integrity_check").fetchone() == ("ok",)
+    journal.close()
+    acknowledged = told.read_text().split()
+    assert len(acknowledged) > 100
+    assert set(acknowledged) - kept == set()
+
+
+def test_processes_that_commit_at_once_all_succeed(tmp_path):
+    source = """
+        import sys
+        from pathlib import Path
+        from durable_nb._journal import Commit
+        from durable_nb._journal.disk import DiskJournal
+        folder, me = Path(sys.argv[1]), sys.argv[2]
+        journal = DiskJournal(folder / "journal", folder / "values")
+        won = 0
+        for i in range(60):
+            journal.apply([Commit(inserts=((f"own/{me}/{i:02}", b"x"),))])
+            won += journal.apply([Commit(("gate", None), inserts=((f"all/{i:02}", me.encode()),))])[0].value == "applied"
+        print(won)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), str(tmp_path)]
+    racers = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(3)]
+    won = [int(racer.communicate()[0]) for racer in racers]
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
+    assert sum(won) == 60
+    assert len(journal.scan("own/")) == 180
+    assert [sum(v == str(n).encode() for _, v in journal.scan("all/")) for n in range(3)] == won
+    journal.close()
+
+
+# -- a disk that refuses ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        [Commit(puts=rows(new="n"))],
+        [Commit(("lease", b"mine"), inserts=rows(new="n"))],
+        [Commit(("lease", b"mine"), inserts=rows(new="n")), Commit(puts=rows(new2="n"))],
+    ],
+    ids=["put", "one statement", "group"],
+)
+def test_a_disk_that_refuses_is_a_store_error_and_what_was_there_stays_readable(disk, group):
+    disk.apply([Commit(puts=rows(lease="mine", old="o"))])
+    disk._sql("PRAGMA query_only = 1")
+    with pytest.raises(StoreError, match=r"could not be written.*Steps acknowledged before are safe.*DURABLE_NB_DIR"):
+        disk.apply(group)
+    assert disk.get("old") == b"o"
+    assert disk.scan("new") == []
+    assert not disk._in_transaction()
+    disk._sql("PRAGMA query_only = 0")
+    assert disk.apply(group) == [APPLIED] * len(group)
+
+
+def test_a_refusal_in_the_middle_of_a_group_applies_none_of_it(disk, monkeypatch):
+    real = DiskJournal._apply
+
+    def apply(self, commit):
+        if commit.puts == rows(bad="b"):
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(self, commit)
+
+    monkeypatch.setattr(DiskJournal, "_apply", apply)
+    with pytest.raises(StoreError, match="disk is full"):
+        disk.apply([Commit(puts=rows(good="g")), Commit(puts=rows(bad="b"))])
+    assert disk.get("good") is None
+    assert disk.apply([Commit(puts=rows(good="g"))]) == [APPLIED]
+
+
+def test_a_full_disk_is_a_store_error_and_space_makes_it_good(tmp_path):
+    """On a file system of one megabyte, where this machine lets us mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs rights that this process hasn't got")
+    try:
+        journal = DiskJournal(folder / "journal", folder / "values")
+        ballast = folder / "ballast"
+        ballast.write_bytes(bytes(200_000))
+        kept = []
+        with pytest.raises(StoreError, match="could not be written"):
+            for i in range(1000):
+                journal.apply([Commit(puts=((f"k{i:04}", os.urandom(20_000)),))])
+                kept.append(f"k{i:04}")
+        assert len(kept) > 5
+        assert [key for key, _ in journal.scan("k")] == kept
+        with pytest.raises(OSError, match="No space"):
+            journal.put_blob(os.urandom(2 << 20))
+        assert not list((folder / "values").iterdir())
+        ballast.unlink()
+        assert journal.apply([Commit(puts=rows(k_last="s"))]) == [APPLIED]
+        assert [key for key, _ in journal.scan("k")] == [*kept, "k_last"]
+        journal.close()
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "cache.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(StoreError, match="could not be opened"):
+        DiskJournal(tmp_path / "journal", tmp_path / "values")
+
+
+def test_a_writer_that_never_lets_go_is_a_store_error_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_module, "BUSY_TIMEOUT_S", 0.05)
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
+    journal.apply([Commit(puts=rows(a="1", lease="l"))])
+    other = sqlite3.connect(tmp_path / "journal" / "cache.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for commit in (Commit(puts=rows(b="2")), Commit(("lease", b"l"), inserts=rows(b="2"))):
+        with pytest.raises(StoreError, match="locked"):
+            journal.apply([commit])
+    assert journal.get("a") == b"1"
+    other.execute("ROLLBACK")
+    other.close()
+    assert journal.apply([Commit(puts=rows(b="2"))]) == [APPLIED]
+    journal.close()
+
+
+# -- the writer -------------------------------------------------------------------------------------------------------
+
+
+class Watched(MemoryJournal):
+    """Counts the groups that reach it, and can hold the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[int] = []
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.refused: bytes | None = None
+
+    def apply(self, commits):
+        self.groups.append(len(commits))
+        self.entered.set()
+        assert self.gate.wait(30)
+        if any(self.refused in dict(c.puts).values() for c in commits):
+            raise StoreError("refused")
+        return super().apply(commits)
+
+
+def put(n, value=b"v"):
+    return Commit(puts=((f"k{n:05}", value),))
+
+
+def test_commits_that_wait_at_the_same_time_share_one_transaction():
+    async def main():
+        journal = Watched()
+        writer = Writer(journal)
+        first = writer.commit(put(0))
+        await asyncio.to_thread(journal.entered.wait)
+        others = [writer.commit(put(n)) for n in range(1, 1001)]
+        journal.gate.set()
+        assert await asyncio.gather(first, *others) == [APPLIED] * 1001
+        assert journal.groups == [1, 1000]
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_group_has_a_limit():
+    async def main():
+        journal = Watched()
+        writer = Writer(journal)
+        first = writer.commit(put(0))
+        await asyncio.to_thread(journal.entered.wait)
+        others = [writer.commit(put(n)) for n in range(1, 2 * GROUP_LIMIT + 11)]
+        journal.gate.set()
+        await asyncio.gather(first, *others)
+        assert journal.groups == [1, GROUP_LIMIT, GROUP_LIMIT, 10]
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_one_bad_commit_fails_alone():
+    async def main():
+        journal = Watched()
+        journal.refused = b"bad"
+        writer = Writer(journal)
+        first = writer.commit(put(0))
+        await asyncio.to_thread(journal.entered.wait)
+        others = [writer.commit(put(n, b"bad" if n == 3 else b"v")) for n in range(1, 6)]
+        journal.gate.set()
+        told = await asyncio.gather(first, *others, return_exceptions=True)
+        assert [type(t) for t in told] == [Verdict, Verdict, Verdict, StoreError, Verdict, Verdict]
+        assert sorted(journal.rows) == ["k00000", "k00001", "k00002", "k00004", "k00005"]
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_calls_keep_their_place_among_commits_and_their_errors():
+    async def main():
+        journal = Watched()
+        journal.gate.set()
+        writer = Writer(journal)
+        seen = []
+        writer.commit(put(1))
+        look = writer.call(lambda: seen.append(sorted(journal.rows)))
+        writer.commit(put(2))
+        fails = writer.call(lambda: 1 / 0)
+        await look
+        with pytest.raises(ZeroDivisionError):
+            await fails
+        assert seen == [["k00001"]]
+        assert await writer.commit(put(3)) is APPLIED
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_the_commit_of_a_cancelled_future_still_lands():
+    async def main():
+        journal = Watched()
+        writer = Writer(journal)
+        first, second = writer.commit(put(0)), writer.commit(put(1))
+        await asyncio.to_thread(journal.entered.wait)
+        first.cancel()
+        second.cancel()
+        journal.gate.set()
+        assert await writer.commit(put(2)) is APPLIED
+        assert sorted(journal.rows) == ["k00000", "k00001", "k00002"]
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_closing_writes_what_was_handed_over():
+    async def main():
+        journal = Watched()
+        writer = Writer(journal)
+        futures = [writer.commit(put(n)) for n in range(20)]
+        journal.gate.set()
+        await asyncio.to_thread(writer.close)
+        assert len(journal.rows) == 20
+        assert await asyncio.gather(*futures) == [APPLIED] * 20
+
+    asyncio.run(main())
+
+
+def test_what_is_handed_over_to_a_closed_writer_is_refused_and_waits_for_nothing():
+    """A thread that outlives its store must not leave its cell waiting for ever."""
+
+    async def main():
+        writer = Writer(MemoryJournal())
+        writer.close()
+        with pytest.raises((StoreError, RuntimeError)):
+            await asyncio.wait_for(writer.commit(put(1)), 2)
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_ended_takes_only_its_own_waiters_along():
+    journal = Watched()
+    writer = Writer(journal)
+
+    async def leaves():
+        writer.commit(put(1))
+        await asyncio.to_thread(journal.entered.wait)
+
+    async def stays():
+        commit = writer.commit(put(2))
+        journal.gate.set()
+        return await commit
+
+    asyncio.run(leaves())
+    assert asyncio.run(stays()) is APPLIED
+    assert sorted(journal.rows) == ["k00001", "k00002"]
+    writer.close()
+
+
+def test_a_future_resolves_after_its_commit_is_on_disk(disk, tmp_path):
+    async def main():
+        writer = Writer(disk)
+        for n, insert in product(range(3), (False, True)):
+            commit = Commit(inserts=((f"i{n}", b"v"),)) if insert else put(n)
+            await writer.commit(commit)
+            other = DiskJournal(tmp_path / "journal", tmp_path / "values")
+            assert other.get((commit.inserts or commit.puts)[0][0]) == b"v"
+            other.close()
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_diskcache_is_met_in_one_module_only():
+    package = Path(disk_module.__file__).parents[1]
+    users = {file.relative_to(package).as_posix() for file in package.rglob("*.py") if "import diskcache" in file.read_text()}
+    assert users == {"_journal/disk.py"}

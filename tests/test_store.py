@@ -1,0 +1,367 @@
+"""The store's folder, and who of several processes is alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager, suppress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from durable_nb import _store
+from durable_nb._files import default_store
+from durable_nb._store import FORMAT, Process, Store
+from durable_nb.errors import CorruptStoreError, StoreError
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DURABLE_NB_KEY_FILE", str(tmp_path_factory.getbasetemp() / "store-tests.key"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / ".durable_nb"
+
+
+@contextmanager
+def opened(path):
+    store = Store(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def contents(folder):
+    return {
+        file.relative_to(folder).as_posix(): (file.read_bytes() if file.is_file() else None, file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+    }
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_store_is_private_and_unseen_by_git(path):
+    with opened(path) as store:
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert (path / ".gitignore").read_text() == "*\n"
+        assert json.loads((path / "store.json").read_text()) == {"format": FORMAT, "id": store.id}
+        assert len(store.id) == 16
+
+
+def test_a_store_keeps_its_id(path):
+    ids = []
+    for _ in range(2):
+        with opened(path) as store:
+            ids.append(store.id)
+    with opened(path.parent / "other") as other:
+        assert ids[0] == ids[1] != other.id
+
+
+def test_an_umask_does_not_open_the_store(path):
+    before = os.umask(0)
+    try:
+        with opened(path):
+            shared = [
+                f.relative_to(path).as_posix() for f in [path, path / "locks", path / "store.json"] if f.stat().st_mode & 0o077
+            ]
+            assert shared == []
+    finally:
+        os.umask(before)
+
+
+def test_where_the_store_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("DURABLE_NB_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert default_store() == tmp_path / ".durable_nb"
+    monkeypatch.setenv("DURABLE_NB_DIR", "elsewhere")
+    assert default_store() == tmp_path / "elsewhere"
+
+
+def test_a_later_chdir_does_not_move_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with opened(_store.Path(".durable_nb")) as store:
+        monkeypatch.chdir("/")
+        assert store.path == tmp_path / ".durable_nb"
+        assert store.cells.is_absolute()
+
+
+def test_a_store_whose_making_was_cut_short_is_made_whole(path):
+    """store.json is written last: a folder without it is no store yet."""
+    path.mkdir()
+    (path / ".gitignore").write_text("*\n")
+    with opened(path) as store:
+        assert (path / "store.json").exists()
+        assert store.id
+
+
+OPENS = """
+    import sys
+    from pathlib import Path
+    from durable_nb._store import Store
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(Store(Path(sys.argv[1])).id, flush=True)
+"""
+
+
+def test_processes_that_open_a_new_store_at_once_agree_on_its_id(path):
+    command = [sys.executable, "-c", textwrap.dedent(OPENS), str(path)]
+    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    ids = {racer.communicate()[0].strip() for racer in racers}
+    assert ids == {json.loads((path / "store.json").read_text())["id"]}
+    assert [file.name for file in path.iterdir() if file.name.startswith(".") and file.name != ".gitignore"] == []
+
+
+def test_a_newer_format_is_refused_and_nothing_in_the_folder_is_changed(path):
+    with opened(path):
+        pass
+    (path / "store.json").unlink()
+    (path / "store.json").write_text(json.dumps({"format": FORMAT + 1, "id": "x", "news": 1}))
+    before = contents(path)
+    with pytest.raises(StoreError, match=r"newer durable_nb \(store format 2.*pip install -U durable-nb"):
+        Store(path)
+    assert contents(path) == before
+
+
+DAMAGED = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"3",
+    b"{}",
+    b'{"format": 1}',
+    b'{"id": "x"}',
+    b'{"format": null, "id": "x"}',
+    b'{"format": "one", "id": "x"}',
+    b'{"format": Infinity, "id": "x"}',
+    b'{"format": NaN, "id": "x"}',
+    b"\xff\xfe\x00",
+    b'{"format": 1, "id": "\xff"}',
+    b"\0" * 64,
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("held", DAMAGED, ids=lambda held: repr(held[:24]))
+def test_a_damaged_store_file_is_told_and_nothing_in_the_folder_is_changed(path, held):
+    with opened(path):
+        pass
+    (path / "store.json").unlink()
+    (path / "store.json").write_bytes(held)
+    before = contents(path)
+    with pytest.raises(CorruptStoreError, match=r"store\.json is damaged.*DURABLE_NB_DIR"):
+        Store(path)
+    assert contents(path) == before
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=40))
+def test_no_damage_to_the_store_file_gives_another_error(tmp_path_factory, held):
+    path = tmp_path_factory.mktemp("store")
+    (path / "store.json").write_bytes(held)
+    with pytest.raises(StoreError):
+        Store(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write_is_told(path):
+    path.mkdir(mode=0o500)
+    with pytest.raises(StoreError, match=r"can't be used.*DURABLE_NB_DIR"):
+        Store(path)
+
+
+@pytest.mark.parametrize("how", ["a file in its place", "below a file", "read-only file system"])
+def test_a_folder_that_cannot_be_used_is_told(path, monkeypatch, how):
+    if how == "a file in its place":
+        path.write_text("no folder")
+    elif how == "below a file":
+        path.write_text("no folder")
+        path = path / "store"
+    else:
+
+        def refuses(*_args, **_kwargs):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(_store, "write_new", refuses)
+    with pytest.raises(
+        StoreError, match=r"can't be used \((Not a directory|File exists|Read-only file system)\).*DURABLE_NB_DIR"
+    ):
+        Store(path)
+
+
+def test_a_store_that_cannot_be_opened_leaves_no_sign_of_life(path):
+    """Else its runs would wait for a process that never had them."""
+    with opened(path):
+        pass
+    journal = path / "journal" / "cache.db"
+    journal.write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError):
+        Store(path)
+    assert list((path / "locks").iterdir()) == []
+
+
+def test_closing_lets_others_take_over(path):
+    with opened(path) as first, opened(path) as second:
+        assert second.process.is_alive(first.process.id)
+        first.close()
+        assert not second.process.is_alive(first.process.id)
+        assert not first.process.is_alive(first.process.id)
+
+
+# -- who is alive -----------------------------------------------------------------------------------------------------
+
+LIVES = """
+    import multiprocessing, os, subprocess, sys, time
+    from pathlib import Path
+    from durable_nb._store import Process
+
+    def wait():
+        print("child", flush=True)
+        time.sleep(60)
+
+    if __name__ == "__main__":
+        process = Process(Path(sys.argv[1]))
+        kind = sys.argv[2]
+        child = 0
+        if kind == "fork":
+            child = os.fork()
+            if not child:
+                wait()
+                os._exit(0)
+        elif kind == "subprocess":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False).pid
+        elif kind in ("multiprocessing fork", "multiprocessing spawn"):
+            worker = multiprocessing.get_context(kind.split()[1]).Process(target=wait, daemon=True)
+            worker.start()
+            child = worker.pid
+        elif kind == "pool":
+            pool = multiprocessing.get_context("fork").Pool(1)
+            pool.apply(print, ("child",), {"flush": True})
+            child = pool._pool[0].pid
+        elif kind == "grandchild":
+            child = os.fork()
+            if not child:
+                child = os.fork()
+                if child:
+                    os._exit(0)
+                wait()
+                os._exit(0)
+            os.waitpid(child, 0)
+            child = 0
+        elif kind == "shell":
+            child = subprocess.Popen("sleep 60 & sleep 60", shell=True).pid
+        print(process.id, child, flush=True)
+        sys.stdin.read()
+"""
+CHILDREN = ["none", "fork", "subprocess", "multiprocessing fork", "multiprocessing spawn", "pool", "grandchild", "shell"]
+
+
+@contextmanager
+def living(tmp_path, folder, kind):
+    """A process that holds its sign of life, in a process group of its own, with a child of that kind: (process, id)."""
+    script = tmp_path / "lives.py"
+    script.write_text(textwrap.dedent(LIVES))
+    command = [sys.executable, str(script), str(folder), kind]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        told = [process.stdout.readline().split() for _ in range(1 if kind in {"none", "subprocess", "shell"} else 2)]
+        ((process_id, child),) = [line for line in told if line != ["child"]]
+        yield process, process_id, int(child)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_process_is_alive_until_it_is_killed_and_dead_at_once_whatever_child_survives(tmp_path, kind):
+    me = Process(tmp_path / "locks")
+    try:
+        with living(tmp_path, tmp_path / "locks", kind) as (process, process_id, child):
+            for _ in range(3):
+                assert me.is_alive(process_id)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not me.is_alive(process_id)
+            if child and kind != "pool":
+                os.kill(child, 0)  # it survives
+            assert not me.is_alive(process_id)
+    finally:
+        me.end()
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_stopped_process_is_alive(tmp_path):
+    me = Process(tmp_path / "locks")
+    with living(tmp_path, tmp_path / "locks", "none") as (process, process_id, _):
+        process.send_signal(signal.SIGSTOP)
+        assert me.is_alive(process_id)
+    me.end()
+
+
+def test_two_who_ask_at_once_do_not_take_each_other_for_the_dead_one(tmp_path, monkeypatch):
+    """Asking takes a lock for a moment; another's question must not be answered by that."""
+    dead = Process(tmp_path / "locks")
+    asking, another = Process(tmp_path / "locks"), Process(tmp_path / "locks")
+    dead._close()
+    answers, real = [], _store.fcntl.flock
+
+    def flock(descriptor, how):
+        real(descriptor, how)
+        if not answers:
+            answers.append(None)
+            answers[0] = another.is_alive(dead.id)
+
+    monkeypatch.setattr(_store.fcntl, "flock", flock)
+    assert not asking.is_alive(dead.id)
+    assert answers == [False]
+    asking.end()
+    another.end()
+
+
+def test_asking_does_not_end_the_life_asked_about(tmp_path):
+    """lockf would: any close of the file frees its lock."""
+    me, other = Process(tmp_path / "locks"), Process(tmp_path / "locks")
+    with (tmp_path / "locks" / f"{me.id}.lock").open("rb"):
+        pass
+    assert other.is_alive(me.id)
+    assert other.is_alive(me.id)
+    assert me.is_alive(me.id)
+    assert me.is_alive(other.id)
+    me.end()
+    other.end()
+
+
+def test_nobody_is_not_alive(tmp_path):
+    me = Process(tmp_path / "locks")
+    assert not me.is_alive("")
+    assert not me.is_alive("12345-abcdef")
+    assert me.is_alive(me.id)
+    me.end()
+    assert not me.is_alive(me.id)
+    me.end()
+
+
+def test_ids_are_never_used_again(tmp_path):
+    seen = set()
+    for _ in range(50):
+        process = Process(tmp_path / "locks")
+        seen.add(process.id)
+        process.end()
+    assert len(seen) == 50
+    assert list((tmp_path / "locks").iterdir()) == []
