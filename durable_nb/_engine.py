@@ -39,8 +39,8 @@ class Engine:
         """A record as the row that a commit takes."""
         return key, pack(self.store.seal, key, record)
 
-    async def begin(self, name: str, inputs: str, *, rerun: bool = False) -> CellRun | None:
-        """A run of the cell `name` with the inputs of that digest: its unfinished one, or a new one.
+    async def begin(self, name: str, inputs: str, *, rerun: bool = False, label: str = "") -> CellRun | None:
+        """A run of the cell `name` (said as `label`) with the inputs of that digest: its unfinished one, or a new one.
 
         None where a live process is executing the cell with the same inputs: wait for its entry. With `rerun`, steps are
         counted from a new generation, unless the unfinished run is itself such a rerun whose kernel died.
@@ -59,7 +59,7 @@ class Engine:
                 adopted = None
             if rerun and not adopted:
                 generation += 1
-            run = await self._claim(scope, name, inputs, generation, rerun, adopted)
+            run = await self._claim(scope, label or name, inputs, generation, rerun, adopted)
             if run is not None:
                 await run.load()
                 return run

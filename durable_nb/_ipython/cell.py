@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -90,7 +91,7 @@ class CellExecution:
         while run is None:
             if not self.options.rerun and await self._restored(key, began):
                 return
-            run = await self.engine.begin(self.owner, key.key, rerun=self.options.rerun)
+            run = await self.engine.begin(self.owner, key.key, rerun=self.options.rerun, label=self.label)
             if run is None:
                 self.status.show("waiting", "another kernel is running this cell with the same inputs")
                 await asyncio.sleep(_BUSY_POLL_S)
@@ -98,7 +99,11 @@ class CellExecution:
         await self._execute(run, key, began)
 
     def _key(self) -> CellKey:
-        return key_of(self.options.name, self.code.tree, self.code.names, self.shell.user_ns)
+        try:
+            return key_of(self.options.name, self.code.tree, self.code.names, self.shell.user_ns)
+        except Exception as error:  # whatever is odd about an input, the cell itself must run
+            unknown = f"its inputs can't be compared ({type(error).__name__}: {error})"
+            return CellKey(secrets.token_hex(20), {}, {}, (unknown,), {})
 
     # -- a hit ---------------------------------------------------------------------------------------------------------
 
@@ -223,11 +228,15 @@ class CellExecution:
         touched = {n for n in {*before, *namespace} if n in self.code.names.bound or before.get(n) is not namespace.get(n)}
         touched = {n for n in touched if not _HIDDEN.fullmatch(n)}
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
-        changed = mutated(key, self.code.tree, self.code.names, before, touched)
+        try:
+            changed = mutated(key, self.code.tree, self.code.names, before, touched)
+            world, problems = watch.world()
+        except Exception as error:
+            self.status.not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
+            return
         if changed:
             self.status.not_stored(f"it changes {changed[0]} in place")
             return
-        world, problems = watch.world()
         if problems:
             self.status.not_stored(problems[0])
             return
