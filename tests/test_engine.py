@@ -1284,6 +1284,32 @@ def test_two_executions_in_one_kernel_at_once_execute_once(path):
     asyncio.run(main())
 
 
+def test_of_two_that_do_one_step_at_once_the_first_outcome_stands_for_both(path):
+    """Two kernels with other inputs of one cell may both run a step; what is recorded first is what both get."""
+
+    async def sample():
+        world.do("sample")
+        mine = len(world.done)
+        await world.gate(f"sample {mine}").wait()
+        return mine
+
+    async def body():
+        return await durable.run("sample", sample)
+
+    async def main():
+        async with kernel(path) as first, kernel(path) as second:
+            tasks = [asyncio.ensure_future(cell(engine, body, inputs=str(n))) for n, engine in enumerate((first, second))]
+            await until(lambda: len(world.done) == 2)
+            world.gate("sample 2").set()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            world.gate("sample 1").set()
+            assert await asyncio.gather(*tasks) == [2, 2]
+            assert await cell(first, body) == 2
+        assert len(world.done) == 2
+
+    asyncio.run(main())
+
+
 def test_a_run_killed_between_its_entry_and_its_end_is_closed(path):
     """Left open, its timers would count for the next inputs."""
 
