@@ -32,6 +32,10 @@ class StepRequest:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     thread: bool = False
     """Call `body` in a worker thread instead of on the loop."""
+    timeout_s: float | None = None
+    """Of each attempt."""
+    at_most_once: bool = False
+    """An attempt that was cut off is not made again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,11 +57,13 @@ class Provenance:
     components: dict[str, str]
     versions: dict[str, str] = field(default_factory=dict)
     python: str = ""
+    digest: str = ""
+    """Of the whole fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A completed step."""
+    """A step that has ended."""
 
     kind: str
     name: str
@@ -76,6 +78,8 @@ class Outcome:
     ended_at: float
     provenance: Provenance
     blob: str = ""
+    failed: bool = False
+    """`value` is the exception that the step raised; workflow runs only, where the code may have caught it."""
     shown: bytes = b""
     """What the body displayed, encoded; shown again when the step is restored."""
     format: int = FORMAT
@@ -96,6 +100,8 @@ class Attempts:
     since: Instant
     delay_s: float
     """The next attempt is due this long after `since`."""
+    begun: bool = False
+    """One more attempt has begun, of a step that is tried at most once."""
     format: int = FORMAT
 
 
@@ -120,13 +126,20 @@ class RunRecord:
     scope: str
     generation: int
     inputs: str
-    """Key of the cell that this run executes."""
+    """Key of the cell that this run executes; of a workflow's run, the digest of its arguments."""
     started_at: float
     status: str = "running"
     ended_at: float | None = None
     error: str = ""
     rerun: bool = False
     """It began with `--rerun`."""
+    form: str = ""
+    arguments: bytes = b""
+    """Of a workflow: (args, kwargs), encoded as `form` says."""
+    result_form: str = ""
+    result: bytes = b""
+    """What the workflow returned or, failed, the exception it raised."""
+    labels: tuple[str, ...] = ()
     format: int = FORMAT
 
 

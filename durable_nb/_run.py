@@ -1,7 +1,7 @@
-"""One execution of a durable cell: its steps performed or recalled, as `_replay` and `_retry` say.
+"""One execution of a run, a cell's or a workflow's: its steps performed or recalled, as `_replay` and `_retry` say.
 
 User code runs on the kernel's loop (synchronous bodies in worker threads); only the disk lives on the writer's thread. A
-step's body runs in a task of the engine's own, which also commits the outcome: when the cell stops waiting for it, because
+step's body runs in a task of the engine's own, which also commits the outcome: when the code stops waiting for it, because
 another step failed or the user interrupted a thread that can't be stopped, the work that was paid for is still recorded.
 """
 
@@ -28,13 +28,15 @@ from durable_nb._current import Body, SleepRequest, StepRequest, current_body, c
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Attempts, Lease, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
-from durable_nb._replay import Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
+from durable_nb._replay import CutOff, Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
 from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
     NotInRunError,
     RunSuspended,
+    StepInterrupted,
+    StepTimeout,
     StoreError,
     UnserializableError,
     UntrustedStoreError,
@@ -102,8 +104,13 @@ class _Request:
         self.fact = Step(request.name, path, request.kind, Status.PENDING)
 
 
-class CellRun:
-    """One execution of a durable cell. Implements what verbs ask (`_current.Run`)."""
+class Run:
+    """One execution of a run. Implements what verbs ask (`_current.Run`); how a step is identified is told by subclasses."""
+
+    what: str
+    """How messages call the run: "cell 'a'"."""
+    again: str
+    """What a user does to go on with it."""
 
     def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
         self.engine, self.record = engine, record
@@ -120,8 +127,6 @@ class CellRun:
         self._outcomes: dict[str, bytes] = {}
         self._attempts: dict[str, bytes] = {}
         self._timers: dict[str, bytes] = {}
-        self._occurrences = Occurrences({})
-        self._timer_counts: dict[str, int] = {}
         self._names: dict[str, int] = {}
         self._facts: dict[str, Step] = {}
         self._main: asyncio.Task[Any] | None = None
@@ -145,8 +150,6 @@ class CellRun:
         self._facts[fact.path] = fact
         self.stage.changed()
 
-    # -- executing the cell's code -------------------------------------------------------------------------------------
-
     async def load(self) -> None:
         """Read what was recorded. Called once, before `execute`."""
         prefixes = (
@@ -160,11 +163,31 @@ class CellRun:
         self._outcomes = outcomes | self._outcomes
         self._attempts = attempts | self._attempts
         self._timers = timers
-        recorded: dict[str, set[int]] = {}
-        for key in (*self._outcomes, *self._attempts):
-            identity, number = key.rsplit("/", 2)[1:]
-            recorded.setdefault(identity, set()).add(int(number))
-        self._occurrences = Occurrences(recorded)
+        self._loaded()
+
+    # -- what cells and workflows do differently -----------------------------------------------------------------------
+
+    def _loaded(self) -> None:
+        """The records are here."""
+        raise NotImplementedError
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+        """Which record a step has, fixed now."""
+        raise NotImplementedError
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:
+        """Which record a sleep has, fixed now."""
+        raise NotImplementedError
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
+        """The timer that counts, of the recorded one and the one that the code asks for now."""
+        raise NotImplementedError
+
+    async def _give_up(self, asked: _Request, attempt: int, began: float, error: Exception) -> _Ended:
+        """The last attempt at a step has failed: write down what is to be known of it."""
+        raise NotImplementedError
+
+    # -- executing the code --------------------------------------------------------------------------------------------
 
     async def execute(self, body: Coroutine[Any, Any, Any]) -> Any:
         """Run the cell's code as this run; what it returns or raises.
@@ -194,7 +217,7 @@ class CellRun:
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
         if self._main is not None:
-            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt("the cell was interrupted"))
+            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self.what} was interrupted"))
 
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
@@ -248,21 +271,17 @@ class CellRun:
 
     def _lost(self) -> LeaseLost:
         return LeaseLost(
-            f"run {self.id} of cell {self.name!r} was taken over by another process; what was acknowledged before is safe, and "
-            "this commit was refused. Run the cell again to attach to it"
+            f"{self.what} was taken over by another process; what was acknowledged before is safe, and this commit was refused. "
+            f"{self.again[0].upper()}{self.again[1:]} to attach to it"
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
+        __tracebackhide__ = True
         self._check_open(request.name)
-        print_ = request.fingerprint()
-        identity = _identity(request.kind, request.name, print_.digest)
         branch = _branch_name()
-        rivals = self._occurrences.rivals(identity)
-        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
-        key = self._key(identity, self._occurrences.take(identity, branches, branch))
-        provenance = Provenance(_fingerprint.FORMAT, dict(print_.components), dict(print_.versions), platform.python_version())
+        key, provenance = self._place(request, branch)
         asked = _Request(key, request, provenance, branch, self._path(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
@@ -276,9 +295,14 @@ class CellRun:
                 failures = self._failures(asked)
                 match decide(self._outcome(asked), failures, engine.clock.now()):
                     case Recall(outcome):
-                        value = await self._recall(asked, outcome)
-                        self._tell(replace(asked.fact, status=Status.COMPLETED, restored=not performed, **_times(outcome)))
+                        value = await self._recall(asked, outcome, show=not performed)
+                        ended_as = Status.FAILED if outcome.failed else Status.COMPLETED
+                        self._tell(replace(asked.fact, status=ended_as, restored=not performed, **_times(outcome)))
+                        if outcome.failed:
+                            raise value
                         return value
+                    case CutOff():
+                        raise self._cut_off(asked)
                     case Retry() as later:
                         await self._pause(asked, later)
                         continue
@@ -300,7 +324,7 @@ class CellRun:
         self._check_open(asked.request.name)
         began = failures.started_at if failures else time.time()
         self._tell(replace(asked.fact, status=Status.RUNNING, attempts=attempt, started_at=began))
-        idempotency_key = _identity(self.engine.store.id, asked.key.outcome)
+        idempotency_key = digest_of(self.engine.store.id, asked.key.outcome)
         context = copy_context()
         context.run(current_body.set, Body(asked.request.name, idempotency_key))
         attempting = self._attempt(asked, attempt, began)
@@ -344,6 +368,8 @@ class CellRun:
         """Run the body once and record how it ended."""
         with self.stage.recording(asked.fact.path) as shown:
             try:
+                if asked.request.at_most_once:
+                    await self._note_beginning(asked, attempt, began)
                 value, error = await self._perform(asked), None
             except KeyboardInterrupt as interrupt:  # out of a task it would end the kernel
                 raise asyncio.CancelledError from interrupt
@@ -354,10 +380,33 @@ class CellRun:
         try:
             outcome = await self._encode(asked, attempt, began, value, shown())
         except UnserializableError as unserializable:
-            return _Ended(error=unserializable)
+            return await self._give_up(asked, attempt, began, unserializable)
         return await self._record(asked, outcome, value)
 
     async def _perform(self, asked: _Request) -> Any:
+        limit = asked.request.timeout_s
+        if limit is None:
+            return await self._call_body(asked)
+        body = asyncio.get_running_loop().create_task(self._call_body(asked), context=copy_context())
+        try:
+            await asyncio.wait({body}, timeout=limit)
+        except asyncio.CancelledError:
+            body.cancel()
+            raise
+        if body.done():
+            return body.result()
+        work = self.engine.works[asked.key.outcome]
+        late = StepTimeout(f"step {asked.request.name!r} of {self.what} took longer than its timeout of {say_duration(limit)}")
+        if not work.in_thread:
+            body.cancel()
+            await asyncio.wait({body})
+            raise late
+        # A thread can't be stopped: no other attempt may begin while it lives.
+        self._tell(replace(self._facts[asked.fact.path], error=_say(late)))
+        await asyncio.wait({body})
+        return body.result()
+
+    async def _call_body(self, asked: _Request) -> Any:
         if asked.request.thread:
             value = await self.engine.workers.submit(asked.request.body, copy_context())
             self.engine.works[asked.key.outcome].in_thread = False
@@ -365,13 +414,31 @@ class CellRun:
             value = asked.request.body()
         return await value if isawaitable(value) else value
 
+    async def _note_beginning(self, asked: _Request, attempt: int, began: float) -> None:
+        """Written before the body of a step that is tried at most once: without an end, it was cut off."""
+        now = self.engine.clock.now()
+        record = Attempts(asked.request.kind, asked.request.name, self.id, attempt - 1, "", began, now, 0.0, begun=True)
+        await self._commit(Commit(self._held.guard, puts=(self.engine.pack(asked.key.attempts, record),)))
+        self._learn_attempts(asked.key, self.engine.pack(asked.key.attempts, record)[1])
+
+    def _cut_off(self, asked: _Request) -> StepInterrupted:
+        return StepInterrupted(
+            f"step {asked.request.name!r} of {self.what} was cut off in an earlier execution, and may have had its effect; "
+            "as it is tried at most once, its body was not run again. Look at the far end, then "
+            + self._try_again(asked.request.name)
+        )
+
+    def _try_again(self, step: str) -> str:
+        """What a user types to have a step that was cut off executed again."""
+        raise NotImplementedError
+
     async def _encode(self, asked: _Request, attempt: int, began: float, value: Any, shown: bytes) -> Outcome:
         request = asked.request
         try:
             form, data = _codec.encode(value)
         except Exception as error:
             raise UnserializableError(
-                f"step {request.name!r} of cell {self.name!r} returned a {type(value).__qualname__} that can't be stored "
+                f"step {request.name!r} of {self.what} returned a {type(value).__qualname__} that can't be stored "
                 f"({type(error).__name__}: {error}). Its body has run and nothing was recorded: return plain data (numbers, "
                 "text, lists, dicts, arrays, frames), and make connections and the like in the cell, from that data"
             ) from error
@@ -410,42 +477,44 @@ class CellRun:
         return _Ended(outcome, value)
 
     async def _failed(self, asked: _Request, attempt: int, began: float, error: Exception) -> _Ended:
-        """Note a failed attempt and when the next is due. After the last one forget them: the next execution tries anew."""
-        key, request = asked.key, asked.request
+        """Note a failed attempt and when the next is due, or give up."""
+        request = asked.request
         delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
-        attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
         if delay is None:
+            attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
             error.add_note(
-                f"durable_nb: step {request.name!r} of cell {self.name!r} failed after {attempts}. Completed steps are kept: "
-                "run the cell again to go on from here"
+                f"durable_nb: step {request.name!r} of {self.what} failed after {attempts}. Completed steps are kept: "
+                f"{self.again} to go on from here"
             )
             self.stage.notice(f"step {request.name!r} failed after {attempts}: {_say(error)}")
-            commit = Commit(self._held.guard, deletes=(key.attempts,))
-            if key.attempts not in self._attempts:
-                return _Ended(error=error)
-        else:
-            now = self.engine.clock.now()
-            record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
-            row = self.engine.pack(key.attempts, record)
-            commit = Commit(self._held.guard, puts=(row,))
-            self.stage.notice(
-                f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
-                f"trying again in {say_duration(delay)}"
-            )
+            return await self._give_up(asked, attempt, began, error)
+        now = self.engine.clock.now()
+        record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
+        row = self.engine.pack(asked.key.attempts, record)
+        self.stage.notice(
+            f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
+            f"trying again in {say_duration(delay)}"
+        )
+        await self._commit(Commit(self._held.guard, puts=(row,)))
+        self._learn_attempts(asked.key, row[1])
+        return _Ended()
+
+    async def _commit(self, commit: Commit) -> None:
         if await self.engine.store.writer.commit(commit) is not Verdict.APPLIED:
             raise self._give_way()
-        current = self.engine.active.get(self.id, self)
-        if delay is None:
-            current._attempts.pop(key.attempts, None)
-            return _Ended(error=error)
-        current._attempts[key.attempts] = row[1]
-        return _Ended()
+
+    def _learn_attempts(self, key: StepKey, row: bytes | None) -> None:
+        for run in (self, self.engine.active.get(self.id, self)):
+            if row is None:
+                run._attempts.pop(key.attempts, None)
+            else:
+                run._attempts[key.attempts] = row
 
     def _learn(self, key: StepKey, row: bytes) -> None:
         """A body that outlived its execution tells the one that is active now."""
         for run in (self, self.engine.active.get(self.id, self)):
             run._outcomes[key.outcome] = row
-            run._attempts.pop(key.attempts, None)
+        self._learn_attempts(key, None)
 
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""
@@ -455,27 +524,26 @@ class CellRun:
     # -- sleeping ------------------------------------------------------------------------------------------------------
 
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+        __tracebackhide__ = True
         self._check_open(request.name)
-        n = self._timer_counts.get(request.name, 0)
-        self._timer_counts[request.name] = n + 1
-        fact = Step(request.name, self._path(_branch_name(), request.name), "sleep", Status.PENDING)
+        branch = _branch_name()
+        key = self._timer_key(request, branch)
+        fact = Step(request.name, self._path(branch, request.name), "sleep", Status.PENDING)
         self._tell(fact)
-        return self._sleep(request, rec.timer_key(self.id, request.name, n), fact)
+        return self._sleep(request, key, fact)
 
     async def _sleep(self, request: SleepRequest, key: str, fact: Step) -> None:
         engine = self.engine
         row, began = self._timers.get(key), engine.clock.now()
         recorded = unpack(engine.store.seal, key, row, Timer) if row else None
         since = recorded.since if recorded else began
-        # An edited duration counts from the first asking; the record follows the code, so that listings tell the truth.
         if isinstance(request.wake, datetime):
-            timer = Timer(request.name, since, 0.0, request.wake.timestamp())
+            wanted = Timer(request.name, since, 0.0, request.wake.timestamp())
         else:
-            timer = Timer(request.name, since, request.wake.total_seconds())
+            wanted = Timer(request.name, since, request.wake.total_seconds())
+        timer = self._timer(recorded, wanted)
         if timer != recorded:
-            verdict = await engine.store.writer.commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
-            if verdict is not Verdict.APPLIED:
-                raise self._give_way()
+            await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
         waited = False
         while isinstance(left := decide_sleep(timer, engine.clock.now()), Wait):
             waited = True
@@ -508,7 +576,7 @@ class CellRun:
         until = datetime.fromtimestamp(time.time() + seconds).astimezone()
         self.stop(
             RunSuspended(
-                f"cell {self.name!r} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
+                f"{self.what} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
                 f"({say_duration(self.max_wait_s)}); everything so far is kept: run this cell again then, or with a "
                 "longer --max-wait"
             )
@@ -522,8 +590,8 @@ class CellRun:
             raise asyncio.CancelledError
         if self._ended:
             raise NotInRunError(
-                f"step {name!r} was asked for by a task that outlived its cell {self.name!r}; nothing was run. Await "
-                "the task in the cell (await asyncio.gather(...)), then its steps are recorded"
+                f"step {name!r} was asked for by a task that outlived {self.what}; nothing was run. Await the task in it "
+                "(await asyncio.gather(...)), then its steps are recorded"
             )
 
     def _key(self, identity: str, n: int) -> StepKey:
@@ -533,10 +601,6 @@ class CellRun:
         place = f"{branch}/{name}" if branch else name
         count = self._names[place] = self._names.get(place, 0) + 1
         return place if count == 1 else f"{place}#{count}"
-
-    def _branch_of(self, key: StepKey) -> str:
-        row = self._outcomes.get(key.outcome)
-        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
 
     def _outcome(self, asked: _Request) -> Outcome | None:
         row = self._outcomes.get(asked.key.outcome)
@@ -551,7 +615,7 @@ class CellRun:
         row = self._attempts.get(asked.key.attempts)
         return unpack(self.engine.store.seal, asked.key.attempts, row, Attempts) if row else None
 
-    async def _recall(self, asked: _Request, outcome: Outcome) -> Any:
+    async def _recall(self, asked: _Request, outcome: Outcome, *, show: bool) -> Any:
         """The recorded value; what the body displayed is shown again."""
         journal = self.engine.store.journal
         try:
@@ -560,16 +624,64 @@ class CellRun:
             )
         except StoreError as error:
             raise self._unreadable(asked, error) from error
-        if outcome.shown:
+        if show and outcome.shown:
             self.stage.show_again(outcome.shown)
         return _codec.decode(outcome.form, data)
 
     def _unreadable(self, asked: _Request, error: StoreError) -> StoreError:
         kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
         return kind(
-            f"step {asked.request.name!r} of cell {self.name!r} is recorded, but the record can't be used: {error}. Its "
+            f"step {asked.request.name!r} of {self.what} is recorded, but the record can't be used: {error}. Its "
             "body was not run again, since it may have been paid for; to do so, run the cell once with --rerun"
         )
+
+
+class CellRun(Run):
+    """One execution of a durable cell. Its steps are identified by content: editing the cell is normal."""
+
+    again = "run the cell again"
+
+    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
+        super().__init__(engine, record, held, resumed=resumed)
+        self.what = f"cell {record.name!r}"
+        self._occurrences = Occurrences({})
+        self._timer_counts: dict[str, int] = {}
+
+    def _loaded(self) -> None:
+        recorded: dict[str, set[int]] = {}
+        for key in (*self._outcomes, *self._attempts):
+            identity, number = key.rsplit("/", 2)[1:]
+            recorded.setdefault(identity, set()).add(int(number))
+        self._occurrences = Occurrences(recorded)
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+        provenance = provenance_of(request)
+        identity = digest_of(request.kind, request.name, provenance.digest)
+        rivals = self._occurrences.rivals(identity)
+        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
+        return self._key(identity, self._occurrences.take(identity, branches, branch)), provenance
+
+    def _branch_of(self, key: StepKey) -> str:
+        row = self._outcomes.get(key.outcome)
+        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
+        n = self._timer_counts.get(request.name, 0)
+        self._timer_counts[request.name] = n + 1
+        return rec.timer_key(self.id, request.name, n)
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
+        return asked  # an edited duration counts from the first asking
+
+    async def _give_up(self, asked: _Request, attempt: int, began: float, error: Exception) -> _Ended:  # noqa: ARG002
+        """A failed step isn't kept: the next execution tries anew."""
+        if asked.key.attempts in self._attempts:
+            await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
+            self._learn_attempts(asked.key, None)
+        return _Ended(error=error)
+
+    def _try_again(self, step: str) -> str:
+        return f"run the cell once with --rerun={step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,7 +704,15 @@ async def _never_interrupted(body: Coroutine[Any, Any, Any]) -> Any:
         raise asyncio.CancelledError from interrupt
 
 
-def _identity(*parts: str) -> str:
+def provenance_of(request: StepRequest) -> Provenance:
+    """What a step's outcome depends on, as its record keeps it."""
+    found = request.fingerprint()
+    python = platform.python_version()
+    return Provenance(_fingerprint.FORMAT, dict(found.components), dict(found.versions), python, found.digest)
+
+
+def digest_of(*parts: str) -> str:
+    """32 hex characters that no other sequence of texts gives."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
