@@ -26,8 +26,8 @@ test: $(VENV)/test browser
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --installed --known-skips-only $(ARGS)
 
 lint: $(VENV)/lint
-	$(BIN)/ruff check --extend-exclude '*.ipynb'
-	$(BIN)/ruff format --check --extend-exclude '*.ipynb'
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

@@ -105,6 +105,6 @@ def retry_delay_s(policy: RetryPolicy, attempt: int, error: Exception, jitter: f
     if policy.backoff is None:
         # Between half and the whole of the exponential step: "equal jitter",
         # https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
-        return min(CAP_S, BASE_S * FACTOR ** (attempt - 1)) * (0.5 + jitter / 2)
+        return min(CAP_S, BASE_S * FACTOR ** min(attempt - 1, 30)) * (0.5 + jitter / 2)
     delay = policy.backoff(attempt) if callable(policy.backoff) else policy.backoff
     return parse_duration(delay).total_seconds()

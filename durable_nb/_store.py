@@ -48,7 +48,11 @@ class Store:
                 f"the store folder {self.path} can't be used ({error.strerror}); nothing was run. Make it writable, or set "
                 "DURABLE_NB_DIR to a folder you may write and restart the kernel"
             ) from error
-        self.journal = DiskJournal(self.path / "journal", self.path / "values")
+        try:
+            self.journal = DiskJournal(self.path / "journal", self.path / "values")
+        except StoreError:
+            self.process.end()
+            raise
         self.writer = Writer(self.journal)
 
     def close(self) -> None:
@@ -113,10 +117,10 @@ def _prepare(path: Path) -> str:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_new(path / ".gitignore", b"*\n")
         write_new(file, json.dumps({"format": FORMAT, "id": secrets.token_hex(8)}).encode())
-    return _check(path, file.read_text())
+    return _check(path, file.read_bytes())
 
 
-def _check(path: Path, text: str) -> str:
+def _check(path: Path, text: bytes) -> str:
     try:
         about: Any = json.loads(text)
         form, store_id = int(about["format"]), str(about["id"])

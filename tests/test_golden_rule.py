@@ -157,6 +157,16 @@ def test_a_closed_file_comes_back_closed(home):
         )  # fmt: skip
 
 
+def test_a_name_that_the_cell_and_its_helper_read_and_rebind_is_no_change_in_place(home):
+    """Bound anew, a helper sees the new object; the old one is as it was."""
+    cell = "%%durable rebound\ny = helper() + rate\nrate = rate * 2\nz = helper()"
+    for ran in (True, False):
+        home.restart()
+        home.run("rate = 10\ndef helper(): return rate")
+        assert runs(home, cell) is ran
+        assert home.value("y, z, rate") == (20, 20, 20)
+
+
 def test_an_unpicklable_variable_is_named_and_the_cell_runs_again(home):
     """One line names it, and what to do about what was paid for."""
     cell = "%%durable lock\nimport threading\nlk = threading.Lock()\ny = 5"

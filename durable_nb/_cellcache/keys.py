@@ -44,20 +44,14 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
     )
 
 
-def mutated(before: CellKey, tree: ast.Module, names: Names, old: Mapping[str, Any], rebound: Iterable[str]) -> list[str]:
-    """Inputs that the cell changed in place, as its user would name them; `old` is the namespace as it was.
+def mutated(before: CellKey, tree: ast.Module, names: Names, namespace: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """Inputs that the cell changed in place, as its user would name them; `old` is what `namespace` held before it ran.
 
-    A name that the cell bound anew has not changed in place, though a function that reads it sees another value now.
+    A name that the cell bound anew has not changed in place: what it held before is looked at.
     """
-    found, unknown = _fingerprint(tree, names.read, old)
+    found, unknown = _fingerprint(tree, names.read, namespace, earlier=old)
     after = found.result().components
-    changed = [label for label, digest in before.components.items() if after.get(label) != digest]
-    for label in [label for label in changed if label.removeprefix("global ") in set(rebound)]:
-        name = label.removeprefix("global ")
-        alone, failed = _fingerprint(ast.Module([], []), [name], old)
-        if not failed and alone.result().components.get(label) == before.components[label]:
-            changed.remove(label)
-    return [_said(label) for label in changed] + unknown
+    return [_said(label) for label, digest in before.components.items() if after.get(label) != digest] + unknown
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -70,8 +64,10 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _fingerprint(tree: ast.Module, read: Iterable[str], namespace: Mapping[str, Any]) -> tuple[Fingerprinter, list[str]]:
-    found = Fingerprinter()
+def _fingerprint(
+    tree: ast.Module, read: Iterable[str], namespace: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
+) -> tuple[Fingerprinter, list[str]]:
+    found = Fingerprinter(earlier=None if earlier is None else (namespace, earlier))
     unknown: list[str] = []
     found.add_code("code", tree)
     uses = attribute_uses(tree)

@@ -108,8 +108,16 @@ class Fingerprinter:
     arrays count as well; values that went through pickle have lost that.
     """
 
-    def __init__(self, *, docstrings: bool = False, memory: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        docstrings: bool = False,
+        memory: bool = True,
+        earlier: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`earlier`: a namespace and what it held at an earlier time, which counts in its place, for functions in it too."""
         self._docstrings = docstrings
+        self._earlier = earlier
         self._memory = memory
         self._shows_docstrings = False
         self._components: dict[str, bytes] = {}
@@ -142,7 +150,7 @@ class Fingerprinter:
 
         `uses`, from `attribute_uses`, narrows a project's module to the attributes that are read.
         """
-        value = _look_up(name, namespace)
+        value = _look_up(name, self._held_by(namespace))
         label = self._global_label(name, namespace)
         if label in self._components:
             return
@@ -184,7 +192,7 @@ class Fingerprinter:
 
     def result(self) -> Fingerprint:
         if self._shows_docstrings and not self._docstrings:
-            documented = Fingerprinter(docstrings=True, memory=self._memory)
+            documented = Fingerprinter(docstrings=True, memory=self._memory, earlier=self._earlier)
             for add in self._added:
                 add(documented)
             return documented.result()
@@ -318,6 +326,9 @@ class Fingerprinter:
         self._taken.add(unique)
         return unique
 
+    def _held_by(self, namespace: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._earlier[1] if self._earlier is not None and namespace is self._earlier[0] else namespace
+
     def _global_label(self, name: str, namespace: Mapping[str, Any]) -> str:
         key = (id(namespace), name)
         label = self._globals.get(key)
@@ -351,7 +362,7 @@ class Fingerprinter:
         self._imports(walk, reading.imports, fn.__globals__)
 
     def _global(self, walk: Walk, name: str, namespace: dict[str, Any], uses: Paths) -> Iterator[Any]:
-        value = _look_up(name, namespace)
+        value = _look_up(name, self._held_by(namespace))
         if value is MISSING:
             walk.out += b"undefined"
         elif isinstance(value, types.ModuleType) and uses is not None:

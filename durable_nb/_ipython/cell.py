@@ -229,7 +229,7 @@ class CellExecution:
         touched = {n for n in touched if not _HIDDEN.fullmatch(n)}
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
-            changed = mutated(key, self.code.tree, self.code.names, before, touched)
+            changed = mutated(key, self.code.tree, self.code.names, namespace, before)
             world, problems = watch.world()
         except Exception as error:
             self.status.not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
