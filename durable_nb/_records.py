@@ -8,6 +8,7 @@
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
+| `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
 A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
@@ -160,7 +161,17 @@ class Generation:
     format: int = FORMAT
 
 
-Record = Outcome | Attempts | Timer | RunRecord | Lease | Generation
+@dataclass(frozen=True, slots=True)
+class Loose:
+    """What is left out of the identity of the steps of this kind and name: sets of components, the newest last."""
+
+    kind: str
+    name: str
+    left_out: tuple[tuple[str, ...], ...]
+    format: int = FORMAT
+
+
+Record = Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -192,6 +203,11 @@ def step_prefix(scope: str, generation: int) -> str:
 def attempts_prefix(scope: str, generation: int) -> str:
     """Keys of all unfinished retries of a cell."""
     return f"try/{scope}/{generation:06}/"
+
+
+def loose_prefix(scope: str, generation: int) -> str:
+    """Keys of what a cell's steps change themselves."""
+    return f"loose/{scope}/{generation:06}/"
 
 
 def timer_prefix(run_id: str) -> str:
