@@ -18,14 +18,27 @@ if TYPE_CHECKING:
     from durable_nb._verbs import sleep as sleep
     from durable_nb._verbs import sleep_until as sleep_until
     from durable_nb._verbs import step as step
+    from durable_nb._workflow import Run as Run
+    from durable_nb._workflow import get_run as get_run
+    from durable_nb._workflow import resume as resume
+    from durable_nb._workflow import runs as runs
+    from durable_nb._workflow import workflow as workflow
+    from durable_nb._workflows import open_store as open  # noqa: A004, F401
     from durable_nb.errors import CorruptStoreError as CorruptStoreError
     from durable_nb.errors import DurableError as DurableError
     from durable_nb.errors import LeaseLost as LeaseLost
     from durable_nb.errors import NestedStepError as NestedStepError
+    from durable_nb.errors import NonDeterminismError as NonDeterminismError
     from durable_nb.errors import NonRetryableError as NonRetryableError
     from durable_nb.errors import NotInRunError as NotInRunError
     from durable_nb.errors import RetryAfter as RetryAfter
+    from durable_nb.errors import RunCancelled as RunCancelled
+    from durable_nb.errors import RunConflictError as RunConflictError
+    from durable_nb.errors import RunNotFoundError as RunNotFoundError
     from durable_nb.errors import RunSuspended as RunSuspended
+    from durable_nb.errors import StepFailed as StepFailed
+    from durable_nb.errors import StepInterrupted as StepInterrupted
+    from durable_nb.errors import StepTimeout as StepTimeout
     from durable_nb.errors import StoreError as StoreError
     from durable_nb.errors import UnserializableError as UnserializableError
     from durable_nb.errors import UntrustedStoreError as UntrustedStoreError
@@ -35,6 +48,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "call": "durable_nb.http",
+    "open": "durable_nb._workflows",
+    **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
     **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),
     **dict.fromkeys(
         (
@@ -45,6 +60,13 @@ _HOMES = {
             "NonRetryableError",
             "NotInRunError",
             "RetryAfter",
+            "NonDeterminismError",
+            "RunCancelled",
+            "RunConflictError",
+            "RunNotFoundError",
+            "StepFailed",
+            "StepInterrupted",
+            "StepTimeout",
             "RunSuspended",
             "StoreError",
             "UnserializableError",
@@ -62,7 +84,7 @@ def __getattr__(name: str) -> Any:
     """Load what is asked for, when it is asked for: loading the extension takes a few milliseconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'durable_nb' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_HOMES[name]), "open_store" if name == "open" else name)
     globals()[name] = value
     return value
 

@@ -12,13 +12,14 @@ import hmac
 import json
 import os
 import secrets
+import traceback
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from durable_nb import _pickling
 from durable_nb._files import write_new
-from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
+from durable_nb.errors import CorruptStoreError, StepFailed, StoreError, UntrustedStoreError
 
 JSON, PICKLE = "json", "pickle"
 
@@ -60,6 +61,22 @@ def _json_exact(value: Any, seen: set[int], depth: int) -> bool:
     if kind is list:
         return all(_json_exact(v, seen, depth + 1) for v in value)
     return all(type(k) is str and _json_exact(k, seen, depth) and _json_exact(v, seen, depth + 1) for k, v in value.items())
+
+
+def encode_error(error: Exception) -> tuple[str, bytes, Exception]:
+    """An exception as (form, bytes, what decoding them gives): itself, or StepFailed where pickle would lose it."""
+    try:
+        data = _pickling.dumps(error)
+        same = _pickling.loads(data)
+        if type(same) is type(error) and same.args == error.args and str(same) == str(error):
+            return PICKLE, data, error
+    except Exception:  # noqa: S110  whatever is wrong with it, the stand-in below says what is left of it
+        pass
+    trace = "".join(traceback.format_exception(error))
+    stand_in = StepFailed(type(error).__qualname__, str(error), trace)
+    for note in getattr(error, "__notes__", ()):
+        stand_in.add_note(note)
+    return PICKLE, _pickling.dumps(stand_in), stand_in
 
 
 class Seal:

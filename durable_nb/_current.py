@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
+from durable_nb._facts import Snapshot
 from durable_nb._retry import RetryPolicy
 from durable_nb.errors import NestedStepError, NotInRunError
 
@@ -32,6 +33,10 @@ class StepRequest:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     thread: bool = False
     """Call `body` in a worker thread instead of on the loop."""
+    timeout_s: float | None = None
+    """Of each attempt."""
+    at_most_once: bool = False
+    """An attempt that was cut off is not made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,62 @@ class Body:
 
 current_run: ContextVar[Run | None] = ContextVar("durable_nb_run", default=None)
 current_body: ContextVar[Body | None] = ContextVar("durable_nb_body", default=None)
+
+
+class Engine(Protocol):
+    """What starts and finds the runs of workflows."""
+
+    def start(
+        self,
+        workflow: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        run_id: str | None,
+        labels: tuple[str, ...],
+        on_conflict: str,
+    ) -> str:
+        """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns."""
+        ...
+
+    def resume(self, run_id: str, *, take_over: bool) -> None:
+        """Go on with a run that is not completed and that nobody executes."""
+        ...
+
+    def cancel(self, run_id: str, reason: str) -> None:
+        """Stop a run at its next await."""
+        ...
+
+    def snapshot(self, run_id: str) -> Snapshot:
+        """The run and its steps; RunNotFoundError."""
+        ...
+
+    async def outcome(self, run_id: str) -> Any:
+        """What the run returns or raises, when it has ended."""
+        ...
+
+    def snapshots(self) -> list[Snapshot]:
+        """All runs, the newest first, without their steps."""
+        ...
+
+    def labels(self, run_id: str) -> tuple[str, ...]:
+        """The texts that a run was started with."""
+        ...
+
+
+_engines: list[Callable[[], Engine]] = []
+
+
+def use_engine(provider: Callable[[], Engine] | None) -> None:
+    """Workflows of this process run on the engine that `provider` gives; None: on none."""
+    _engines[:] = [] if provider is None else [provider]
+
+
+def engine() -> Engine:
+    """The engine in use; NotInRunError where there is none."""
+    if not _engines:
+        raise NotInRunError("no store is open: run '%load_ext durable_nb' in a notebook, or durable.open(path) in a program")
+    return _engines[0]()
 
 
 def run_for(verb: str) -> Run:

@@ -17,7 +17,7 @@ from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
-from durable_nb._run import CellRun, Held, Work
+from durable_nb._run import CellRun, Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
 
@@ -31,7 +31,7 @@ class Engine:
         self.jitter = jitter
         self.workers = Workers()
         self.held: dict[str, Held] = {}
-        self.active: dict[str, CellRun] = {}
+        self.active: dict[str, Run] = {}
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
 
@@ -49,9 +49,9 @@ class Engine:
         while True:
             found = await self.store.writer.call(lambda: self._unfinished(scope))
             generation = found.generation
-            if any(run.inputs == inputs and self._is_executing(run, lease) for run, lease in found.runs):
+            if any(run.inputs == inputs and self.is_owned(run.id, lease) for run, lease in found.runs):
                 return None
-            free = [(run, lease) for run, lease in found.runs if not self._is_executing(run, lease)]
+            free = [(run, lease) for run, lease in found.runs if not self.is_owned(run.id, lease)]
             free = [pair for pair in free if pair[0].generation == generation]
             free.sort(key=lambda pair: (pair[0].inputs == inputs, pair[0].started_at))
             adopted = free[-1] if free else None
@@ -71,7 +71,7 @@ class Engine:
         """
         found = await self.store.writer.call(lambda: self._unfinished(rec.scope_of(name)))
         for run, lease in found.runs:
-            if run.inputs == inputs and not self._is_executing(run, lease):
+            if run.inputs == inputs and not self.is_owned(run.id, lease):
                 claimed = await self._claim(run.scope, name, inputs, found.generation, run.rerun, (run, lease))
                 if claimed is not None:
                     await claimed.finish(Status.COMPLETED)
@@ -81,59 +81,80 @@ class Engine:
         journal, seal = self.store.journal, self.store.seal
         runs = []
         for key, _ in journal.scan(rec.open_prefix(scope)):
-            run_id = key.rsplit("/", 1)[1]
-            run_row, lease_row = journal.get(rec.run_key(run_id)), journal.get(rec.lease_key(run_id))
-            if run_row is not None and lease_row is not None:
-                run = unpack(seal, rec.run_key(run_id), run_row, RunRecord)
-                runs.append((run, unpack(seal, rec.lease_key(run_id), lease_row, Lease)))
+            found = self.read_run(key.rsplit("/", 1)[1])
+            if found is not None and found[1] is not None:
+                runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
         generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
         return _Unfinished(generation, runs)
 
-    def _is_executing(self, run: RunRecord, lease: Lease) -> bool:
-        if lease.owner == self.store.process.id:
-            return run.id in self.active
-        return self.store.process.is_alive(lease.owner)
-
     async def _claim(
         self, scope: str, name: str, inputs: str, generation: int, rerun: bool, adopted: tuple[RunRecord, Lease] | None
     ) -> CellRun | None:
-        """Become the run's one executor; None where another process was faster."""
+        """Become the one executor of a cell's run; None where another process was faster."""
         if adopted:
-            old, lease = adopted
-            record = replace(old, inputs=inputs, status="running", ended_at=None, error="")
-            lease_key = rec.lease_key(old.id)
-            held = self.held.get(old.id)
-            if held is None:
-                before: bytes | None = pack(self.store.seal, lease_key, lease)
-                held = self._new_hold(old.id, lease.epoch + 1)
-            else:  # ours already: a body of an earlier execution still writes under it
-                before = held.row
+            record = replace(adopted[0], inputs=inputs, status="running", ended_at=None, error="")
         else:
-            run_id = f"{datetime.now().astimezone():%y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+            run_id = new_id()
             record = RunRecord(run_id, "cell", name, scope, generation, inputs, self.clock.now().wall_s, rerun=rerun)
-            lease_key, before = rec.lease_key(run_id), None
-            held = self._new_hold(run_id, 1)
-        open_key = rec.open_prefix(scope) + record.id
-        verdict = await self.store.writer.commit(
-            Commit(
-                guard=(lease_key, before),
-                puts=(
-                    (lease_key, held.row),
-                    self.pack(rec.run_key(record.id), record),
-                    self.pack(rec.generation_key(scope), Generation(generation)),
-                    (open_key, self.store.seal.close(open_key, b"")),
-                ),
-            )
+        held = await self.claim(record, adopted[1] if adopted else None)
+        return CellRun(self, record, held, resumed=adopted is not None) if held else None
+
+    async def claim(self, record: RunRecord, lease: Lease | None, deletes: tuple[str, ...] = ()) -> Held | None:
+        """Take a run whose lease is `lease` (None: a new run), and write its record; None where another process was faster.
+
+        Who held the lease before has its commits refused from here on.
+        """
+        commit, held = self._claiming(record, lease, deletes)
+        return self._claimed(held, await self.store.writer.commit(commit))
+
+    def claim_and_wait(self, record: RunRecord, lease: Lease | None) -> Held | None:
+        """The same for synchronous code; the record is on disk when this returns."""
+        commit, held = self._claiming(record, lease, ())
+        return self._claimed(held, self.store.writer.commit_and_wait(commit))
+
+    def _claiming(self, record: RunRecord, lease: Lease | None, deletes: tuple[str, ...]) -> tuple[Commit, Held]:
+        lease_key, open_key = rec.lease_key(record.id), rec.open_prefix(record.scope) + record.id
+        held = self.held.get(record.id)
+        if held is not None:  # ours already: a body of an earlier execution still writes under it
+            before: bytes | None = held.row
+        else:
+            before = pack(self.store.seal, lease_key, lease) if lease else None
+            new = Lease(lease.epoch + 1 if lease else 1, self.store.process.id)
+            held = Held(record.id, new.epoch, pack(self.store.seal, lease_key, new))
+        puts = (
+            (lease_key, held.row),
+            self.pack(rec.run_key(record.id), record),
+            self.pack(rec.generation_key(record.scope), Generation(record.generation)),
+            (open_key, self.store.seal.close(open_key, b"")),
         )
+        return Commit((lease_key, before), puts=puts, deletes=deletes), held
+
+    def _claimed(self, held: Held, verdict: Verdict) -> Held | None:
         if verdict is not Verdict.APPLIED:
             return None
-        self.held[record.id] = held
-        return CellRun(self, record, held, resumed=adopted is not None)
+        self.held[held.run_id] = held
+        return held
 
-    def _new_hold(self, run_id: str, epoch: int) -> Held:
-        key = rec.lease_key(run_id)
-        return Held(run_id, epoch, pack(self.store.seal, key, Lease(epoch, self.store.process.id)))
+    def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
+        """A run and its lease, as they stand in the journal."""
+        journal, seal = self.store.journal, self.store.seal
+        row, lease_row = journal.get(rec.run_key(run_id)), journal.get(rec.lease_key(run_id))
+        if row is None:
+            return None
+        lease = unpack(seal, rec.lease_key(run_id), lease_row, Lease) if lease_row else None
+        return unpack(seal, rec.run_key(run_id), row, RunRecord), lease
+
+    def is_owned(self, run_id: str, lease: Lease | None) -> bool:
+        """Does a live process, this one or another, execute the run?"""
+        if lease is None:
+            return False
+        return run_id in self.active if lease.owner == self.store.process.id else self.store.process.is_alive(lease.owner)
+
+
+def new_id() -> str:
+    """A run's id: when it began, and some randomness."""
+    return f"{datetime.now().astimezone():%y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True, slots=True)

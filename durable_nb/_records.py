@@ -8,6 +8,7 @@
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
+| `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
 A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
@@ -57,11 +58,13 @@ class Provenance:
     components: dict[str, str]
     versions: dict[str, str] = field(default_factory=dict)
     python: str = ""
+    digest: str = ""
+    """Of the whole fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A completed step."""
+    """A step that has ended."""
 
     kind: str
     name: str
@@ -76,6 +79,8 @@ class Outcome:
     ended_at: float
     provenance: Provenance
     blob: str = ""
+    failed: bool = False
+    """`value` is the exception that the step raised; workflow runs only, where the code may have caught it."""
     shown: bytes = b""
     """What the body displayed, encoded; shown again when the step is restored."""
     format: int = FORMAT
@@ -96,6 +101,8 @@ class Attempts:
     since: Instant
     delay_s: float
     """The next attempt is due this long after `since`."""
+    begun: bool = False
+    """One more attempt has begun, of a step that is tried at most once."""
     format: int = FORMAT
 
 
@@ -120,13 +127,20 @@ class RunRecord:
     scope: str
     generation: int
     inputs: str
-    """Key of the cell that this run executes."""
+    """Key of the cell that this run executes; of a workflow's run, the digest of its arguments."""
     started_at: float
     status: str = "running"
     ended_at: float | None = None
     error: str = ""
     rerun: bool = False
     """It began with `--rerun`."""
+    form: str = ""
+    arguments: bytes = b""
+    """Of a workflow: (args, kwargs), encoded as `form` says."""
+    result_form: str = ""
+    result: bytes = b""
+    """What the workflow returned or, failed, the exception it raised."""
+    labels: tuple[str, ...] = ()
     format: int = FORMAT
 
 
@@ -147,7 +161,17 @@ class Generation:
     format: int = FORMAT
 
 
-Record = Outcome | Attempts | Timer | RunRecord | Lease | Generation
+@dataclass(frozen=True, slots=True)
+class Loose:
+    """What is left out of the identity of the steps of this kind and name: sets of components, the newest last."""
+
+    kind: str
+    name: str
+    left_out: tuple[tuple[str, ...], ...]
+    format: int = FORMAT
+
+
+Record = Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -179,6 +203,11 @@ def step_prefix(scope: str, generation: int) -> str:
 def attempts_prefix(scope: str, generation: int) -> str:
     """Keys of all unfinished retries of a cell."""
     return f"try/{scope}/{generation:06}/"
+
+
+def loose_prefix(scope: str, generation: int) -> str:
+    """Keys of what a cell's steps change themselves."""
+    return f"loose/{scope}/{generation:06}/"
 
 
 def timer_prefix(run_id: str) -> str:

@@ -39,16 +39,25 @@ class Perform:
 
 
 @dataclass(frozen=True, slots=True)
+class CutOff:
+    """An attempt at a step that is tried at most once began and never ended."""
+
+    failures: Attempts
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The time has come."""
 
 
-def decide(outcome: Outcome | None, attempts: Attempts | None, now: Instant) -> Recall | Retry | Perform:
+def decide(outcome: Outcome | None, attempts: Attempts | None, now: Instant) -> Recall | Retry | Perform | CutOff:
     """What a step's request gets, given its outcome and its failed attempts so far."""
     if outcome is not None:
         return Recall(outcome)
     if attempts is None:
         return Perform(1)
+    if attempts.begun:
+        return CutOff(attempts)
     left = remaining_s(attempts.since, attempts.delay_s, now)
     return Retry(left, attempts) if left > 0 else Perform(attempts.failed + 1)
 
@@ -88,3 +97,49 @@ class Occurrences:
     def rivals(self, identity: str) -> list[int]:
         """The recorded numbers that a request could take; where there are several, their branches decide."""
         return self._free.get(identity, [])
+
+
+class Places:
+    """Where in a workflow a request is: the Nth of its branch, steps and sleeps counted alike."""
+
+    def __init__(self) -> None:
+        self._next: defaultdict[str, int] = defaultdict(int)
+
+    def take(self, branch: str) -> int:
+        """The place of this request, from 0."""
+        place = self._next[branch]
+        self._next[branch] = place + 1
+        return place
+
+    def asked(self, branch: str) -> int:
+        """How many requests the branch has made."""
+        return self._next[branch]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a recorded step of a workflow ended, as far as resuming a failed run goes."""
+
+    key: str
+    branch: str
+    ended_at: float
+    failed: bool
+
+
+def to_clear(endings: Iterable[Ending]) -> list[str]:
+    """The failures to try again when a failed run is resumed: those after which nothing succeeded in their branch or in one
+    that it came from. An earlier one was caught by the code, which went on from it."""  # fmt: skip
+    every = list(endings)
+    return [
+        failure.key
+        for failure in every
+        if failure.failed
+        and not any(
+            not later.failed and later.ended_at >= failure.ended_at and _comes_from(failure.branch, later.branch)
+            for later in every
+        )
+    ]
+
+
+def _comes_from(branch: str, ancestor: str) -> bool:
+    return branch == ancestor or branch.startswith(f"{ancestor}/")

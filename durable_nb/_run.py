@@ -1,16 +1,18 @@
-"""One execution of a durable cell: its steps performed or recalled, as `_replay` and `_retry` say.
+"""One execution of a run, a cell's or a workflow's: its steps performed or recalled, as `_replay` and `_retry` say.
 
 User code runs on the kernel's loop (synchronous bodies in worker threads); only the disk lives on the writer's thread. A
-step's body runs in a task of the engine's own, which also commits the outcome: when the cell stops waiting for it, because
+step's body runs in a task of the engine's own, which also commits the outcome: when the code stops waiting for it, because
 another step failed or the user interrupted a thread that can't be stopped, the work that was paid for is still recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import platform
 import time
+import types
 import warnings
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -26,15 +28,19 @@ from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Attempts, Lease, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
-from durable_nb._replay import Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
+from durable_nb._records import Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
+from durable_nb._replay import CutOff, Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
 from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
     NotInRunError,
+    RunCancelled,
     RunSuspended,
+    StepInterrupted,
+    StepTimeout,
     StoreError,
     UnserializableError,
     UntrustedStoreError,
@@ -64,6 +70,10 @@ class Stage:
         """Tell the user something about the run that is no output of theirs."""
         warnings.warn(f"durable_nb: {text}", stacklevel=2)
 
+    def advise(self, text: str) -> None:
+        """Tell the user something worth knowing, once."""
+        warnings.warn(f"durable_nb: {text}", stacklevel=2)
+
     def changed(self) -> None:
         """The run's facts changed. Called often, must be cheap."""
 
@@ -85,7 +95,8 @@ class Held:
 class Work:
     """An attempt that is being made."""
 
-    task: asyncio.Task[_Ended]
+    task: asyncio.Task[Ended]
+    asked: Request
     in_thread: bool
     """Nothing can stop it: it ends by itself, and is recorded then."""
 
@@ -94,16 +105,23 @@ class Work:
             self.task.cancel()
 
 
-class _Request:
+class Request:
     """A step of this execution: what was asked, which record it is, and how it stands."""
 
     def __init__(self, key: StepKey, request: StepRequest, provenance: Provenance, branch: str, path: str) -> None:
         self.key, self.request, self.provenance, self.branch = key, request, provenance, branch
         self.fact = Step(request.name, path, request.kind, Status.PENDING)
+        self.globals = {label: object_of(label) for label in provenance.components if label.startswith("global ")}
+        """What the step may read beside its arguments, as it was when it was asked for."""
 
 
-class CellRun:
-    """One execution of a durable cell. Implements what verbs ask (`_current.Run`)."""
+class Run:
+    """One execution of a run. Implements what verbs ask (`_current.Run`); how a step is identified is told by subclasses."""
+
+    what: str
+    """How messages call the run: "cell 'a'"."""
+    again: str
+    """What a user does to go on with it."""
 
     def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
         self.engine, self.record = engine, record
@@ -120,8 +138,6 @@ class CellRun:
         self._outcomes: dict[str, bytes] = {}
         self._attempts: dict[str, bytes] = {}
         self._timers: dict[str, bytes] = {}
-        self._occurrences = Occurrences({})
-        self._timer_counts: dict[str, int] = {}
         self._names: dict[str, int] = {}
         self._facts: dict[str, Step] = {}
         self._main: asyncio.Task[Any] | None = None
@@ -145,26 +161,55 @@ class CellRun:
         self._facts[fact.path] = fact
         self.stage.changed()
 
-    # -- executing the cell's code -------------------------------------------------------------------------------------
-
     async def load(self) -> None:
         """Read what was recorded. Called once, before `execute`."""
         prefixes = (
             rec.step_prefix(self.record.scope, self.record.generation),
             rec.attempts_prefix(self.record.scope, self.record.generation),
             rec.timer_prefix(self.id),
+            rec.loose_prefix(self.record.scope, self.record.generation),
         )
         journal = self.engine.store.journal
         self.engine.active[self.id] = self  # before the scan: a body that ends meanwhile tells us itself
-        outcomes, attempts, timers = await self.engine.store.writer.call(lambda: [dict(journal.scan(p)) for p in prefixes])
+        outcomes, attempts, timers, loose = await self.engine.store.writer.call(
+            lambda: [dict(journal.scan(p)) for p in prefixes]
+        )
         self._outcomes = outcomes | self._outcomes
         self._attempts = attempts | self._attempts
         self._timers = timers
-        recorded: dict[str, set[int]] = {}
-        for key in (*self._outcomes, *self._attempts):
-            identity, number = key.rsplit("/", 2)[1:]
-            recorded.setdefault(identity, set()).add(int(number))
-        self._occurrences = Occurrences(recorded)
+        self._loaded(loose)
+
+    # -- what cells and workflows do differently -----------------------------------------------------------------------
+
+    def _loaded(self, loose: dict[str, bytes]) -> None:
+        """The records are here; `loose` are those of what steps change themselves."""
+        raise NotImplementedError
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+        """Which record a step has, fixed now."""
+        raise NotImplementedError
+
+    def _work_on(self, asked: Request) -> Work | None:
+        """An attempt at this step that is being made now, by this execution or by one that was interrupted."""
+        return self.engine.works.get(asked.key.outcome)
+
+    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...]]:
+        """The body has run: the key that its outcome is recorded under, and rows to be written with it."""
+        return asked.key, ()
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:
+        """Which record a sleep has, fixed now."""
+        raise NotImplementedError
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
+        """The timer that counts, of the recorded one and the one that the code asks for now."""
+        raise NotImplementedError
+
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+        """The last attempt at a step has failed: write down what is to be known of it."""
+        raise NotImplementedError
+
+    # -- executing the code --------------------------------------------------------------------------------------------
 
     async def execute(self, body: Coroutine[Any, Any, Any]) -> Any:
         """Run the cell's code as this run; what it returns or raises.
@@ -194,7 +239,7 @@ class CellRun:
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
         if self._main is not None:
-            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt("the cell was interrupted"))
+            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self.what} was interrupted"))
 
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
@@ -209,7 +254,7 @@ class CellRun:
         """Is `task` one of this run's own, which may be left by a KeyboardInterrupt without harm?"""
         return task is not None and (task is self._main or any(task is work.task for work in self._works))
 
-    def _busy(self) -> set[asyncio.Task[_Ended]]:
+    def _busy(self) -> set[asyncio.Task[Ended]]:
         return {work.task for work in self._works if not work.task.done()}
 
     async def _drain(self) -> None:
@@ -220,7 +265,7 @@ class CellRun:
         if unwinding:
             await asyncio.wait(unwinding, timeout=_UNWIND_S)
 
-    async def finish(self, status: Status, error: str = "") -> None:
+    async def finish(self, status: Status, error: str = "", result: tuple[str, bytes] = ("", b"")) -> None:
         """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
         self.status, self.ended_at = status, time.time()
         self.engine.active.pop(self.id, None)
@@ -231,9 +276,10 @@ class CellRun:
         if isinstance(self._stopped, LeaseLost):
             return
         running = bool(self._busy())
-        ended = self.ended_at if status in (Status.COMPLETED, Status.FAILED) else None
-        stored = status if ended else Status.RUNNING
-        record = replace(self.record, status=stored.value, ended_at=ended, error=error)
+        ended = self.ended_at if status in (*_FINAL, Status.CANCELLED) else None
+        stored = status.value if ended else Status.RUNNING.value
+        form, data = result
+        record = replace(self.record, status=stored, ended_at=ended, error=error, result_form=form, result=data)
         puts = [self.engine.pack(rec.run_key(self.id), record)]
         deletes = []
         if status is Status.COMPLETED:
@@ -246,39 +292,44 @@ class CellRun:
         if verdict is not Verdict.APPLIED:
             raise self._lost()
 
+    def ends_as(self, error: BaseException) -> Status:
+        """The status that an error leaves the run in."""
+        return Status.CANCELLED if isinstance(error, RunCancelled) else Status.FAILED
+
     def _lost(self) -> LeaseLost:
         return LeaseLost(
-            f"run {self.id} of cell {self.name!r} was taken over by another process; what was acknowledged before is safe, and "
-            "this commit was refused. Run the cell again to attach to it"
+            f"{self.what} was taken over by another process; what was acknowledged before is safe, this commit was refused. "
+            f"{self.again[0].upper()}{self.again[1:]} to attach to it"
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
+        __tracebackhide__ = True
         self._check_open(request.name)
-        print_ = request.fingerprint()
-        identity = _identity(request.kind, request.name, print_.digest)
         branch = _branch_name()
-        rivals = self._occurrences.rivals(identity)
-        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
-        key = self._key(identity, self._occurrences.take(identity, branches, branch))
-        provenance = Provenance(_fingerprint.FORMAT, dict(print_.components), dict(print_.versions), platform.python_version())
-        asked = _Request(key, request, provenance, branch, self._path(branch, request.name))
+        key, provenance = self._place(request, branch)
+        asked = Request(key, request, provenance, branch, self._path(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
 
-    async def _step(self, asked: _Request) -> Any:
-        engine, key = self.engine, asked.key
+    async def _step(self, asked: Request) -> Any:
+        engine = self.engine
         performed = False
         while True:
-            work = engine.works.get(key.outcome)
+            work = self._work_on(asked)
             if work is None:
                 failures = self._failures(asked)
                 match decide(self._outcome(asked), failures, engine.clock.now()):
                     case Recall(outcome):
-                        value = await self._recall(asked, outcome)
-                        self._tell(replace(asked.fact, status=Status.COMPLETED, restored=not performed, **_times(outcome)))
+                        value = await self._recall(asked, outcome, show=not performed)
+                        ended_as = Status.FAILED if outcome.failed else Status.COMPLETED
+                        self._tell(replace(asked.fact, status=ended_as, restored=not performed, **_times(outcome)))
+                        if outcome.failed:
+                            raise value
                         return value
+                    case CutOff():
+                        raise self._cut_off(asked)
                     case Retry() as later:
                         await self._pause(asked, later)
                         continue
@@ -295,22 +346,22 @@ class CellRun:
                 self._tell(replace(asked.fact, status=Status.COMPLETED, **_times(ended.outcome)))
                 return ended.value
 
-    def _begin(self, asked: _Request, attempt: int, failures: Attempts | None) -> Work:
+    def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
         """Start an attempt in a task of its own, which records how it ends."""
         self._check_open(asked.request.name)
         began = failures.started_at if failures else time.time()
         self._tell(replace(asked.fact, status=Status.RUNNING, attempts=attempt, started_at=began))
-        idempotency_key = _identity(self.engine.store.id, asked.key.outcome)
+        idempotency_key = digest_of(self.engine.store.id, asked.key.outcome)
         context = copy_context()
         context.run(current_body.set, Body(asked.request.name, idempotency_key))
         attempting = self._attempt(asked, attempt, began)
-        work = Work(asyncio.get_running_loop().create_task(attempting, context=context), asked.request.thread)
+        work = Work(asyncio.get_running_loop().create_task(attempting, context=context), asked, asked.request.thread)
         self.engine.works[asked.key.outcome] = work
         self._works.add(work)
         work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
         return work
 
-    async def _follow(self, work: Work) -> _Ended:
+    async def _follow(self, work: Work) -> Ended:
         """Wait for an attempt. Cancelled by the cell's own code, it is stopped; but after a step has failed, work that its
         siblings have begun is finished, since it is paid for."""  # fmt: skip
         if not work.task.done():
@@ -340,10 +391,12 @@ class CellRun:
         row = self.engine.pack(rec.lease_key(self.id), Lease(held.epoch, ""))
         self.engine.store.writer.commit(Commit(held.guard, puts=(row,)))
 
-    async def _attempt(self, asked: _Request, attempt: int, began: float) -> _Ended:
+    async def _attempt(self, asked: Request, attempt: int, began: float) -> Ended:
         """Run the body once and record how it ended."""
         with self.stage.recording(asked.fact.path) as shown:
             try:
+                if asked.request.at_most_once:
+                    await self._note_beginning(asked, attempt, began)
                 value, error = await self._perform(asked), None
             except KeyboardInterrupt as interrupt:  # out of a task it would end the kernel
                 raise asyncio.CancelledError from interrupt
@@ -354,10 +407,33 @@ class CellRun:
         try:
             outcome = await self._encode(asked, attempt, began, value, shown())
         except UnserializableError as unserializable:
-            return _Ended(error=unserializable)
+            return await self._give_up(asked, attempt, began, unserializable)
         return await self._record(asked, outcome, value)
 
-    async def _perform(self, asked: _Request) -> Any:
+    async def _perform(self, asked: Request) -> Any:
+        limit = asked.request.timeout_s
+        if limit is None:
+            return await self._call_body(asked)
+        body = asyncio.get_running_loop().create_task(self._call_body(asked), context=copy_context())
+        try:
+            await asyncio.wait({body}, timeout=limit)
+        except asyncio.CancelledError:
+            body.cancel()
+            raise
+        if body.done():
+            return body.result()
+        work = self.engine.works[asked.key.outcome]
+        late = StepTimeout(f"step {asked.request.name!r} of {self.what} took longer than its timeout of {say_duration(limit)}")
+        if not work.in_thread:
+            body.cancel()
+            await asyncio.wait({body})
+            raise late
+        # A thread can't be stopped: no other attempt may begin while it lives.
+        self._tell(replace(self._facts[asked.fact.path], error=_say(late)))
+        await asyncio.wait({body})
+        return body.result()
+
+    async def _call_body(self, asked: Request) -> Any:
         if asked.request.thread:
             value = await self.engine.workers.submit(asked.request.body, copy_context())
             self.engine.works[asked.key.outcome].in_thread = False
@@ -365,39 +441,55 @@ class CellRun:
             value = asked.request.body()
         return await value if isawaitable(value) else value
 
-    async def _encode(self, asked: _Request, attempt: int, began: float, value: Any, shown: bytes) -> Outcome:
-        request = asked.request
-        try:
-            form, data = _codec.encode(value)
-        except Exception as error:
-            raise UnserializableError(
-                f"step {request.name!r} of cell {self.name!r} returned a {type(value).__qualname__} that can't be stored "
-                f"({type(error).__name__}: {error}). Its body has run and nothing was recorded: return plain data (numbers, "
-                "text, lists, dicts, arrays, frames), and make connections and the like in the cell, from that data"
-            ) from error
+    async def _note_beginning(self, asked: Request, attempt: int, began: float) -> None:
+        """Written before the body of a step that is tried at most once: without an end, it was cut off."""
+        now = self.engine.clock.now()
+        record = Attempts(asked.request.kind, asked.request.name, self.id, attempt - 1, "", began, now, 0.0, begun=True)
+        await self._commit(Commit(self._held.guard, puts=(self.engine.pack(asked.key.attempts, record),)))
+        self._learn_attempts(asked.key, self.engine.pack(asked.key.attempts, record)[1])
+
+    def _cut_off(self, asked: Request) -> StepInterrupted:
+        return StepInterrupted(
+            f"step {asked.request.name!r} of {self.what} was cut off in an earlier execution, and may have had its effect; "
+            "as it is tried at most once, its body was not run again. Look at the far end, then "
+            + self._try_again(asked.request.name)
+        )
+
+    def _try_again(self, step: str) -> str:
+        """What a user types to have a step that was cut off executed again."""
+        raise NotImplementedError
+
+    async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes) -> Outcome:
+        form, data = self.encoded(value, f"step {asked.request.name!r} of {self.what} returned")
         blob = ""
         if len(data) >= BLOB_BYTES:
             journal, content = self.engine.store.journal, data
             blob, data = await self.engine.store.writer.call(lambda: journal.put_blob(content)), b""
-        times = attempt, began, time.time()
-        return Outcome(
-            request.kind,
-            request.name,
-            asked.branch,
-            self.id,
-            form,
-            data,
-            *times,
-            asked.provenance,
-            blob=blob,
-            shown=shown,
-        )
+        return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown)
 
-    async def _record(self, asked: _Request, outcome: Outcome, value: Any) -> _Ended:
-        key = asked.key
+    @staticmethod
+    def encoded(value: Any, what: str) -> tuple[str, bytes]:
+        """A value as bytes; UnserializableError, beginning with `what`, where it can't be stored."""
+        try:
+            return _codec.encode(value)
+        except Exception as error:
+            raise UnserializableError(
+                f"{what} a {type(value).__qualname__} that can't be stored ({type(error).__name__}: {error}). Its body has run "
+                "and nothing was recorded: return plain data (numbers, text, lists, dicts, arrays, frames), and make "
+                "connections and the like outside, from that data"
+            ) from error
+
+    def _outcome_of(self, asked: Request, attempt: int, began: float, form: str, data: bytes, **more: Any) -> Outcome:
+        kind, name = asked.request.kind, asked.request.name
+        times = attempt, began, time.time()
+        return Outcome(kind, name, asked.branch, self.id, form, data, *times, asked.provenance, **more)
+
+    async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
+        key, more = self._settle(asked)
         row = self.engine.pack(key.outcome, outcome)
-        stale = (key.attempts,) if key.attempts in self._attempts else ()
-        verdict = await self.engine.store.writer.commit(Commit(self._held.guard, inserts=(row,), deletes=stale))
+        stale = (asked.key.attempts,) if asked.key.attempts in self._attempts else ()
+        commit = Commit(self._held.guard, inserts=(row,), puts=more, deletes=stale)
+        verdict = await self.engine.store.writer.commit(commit)
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
         if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands
@@ -405,47 +497,50 @@ class CellRun:
             if theirs is None:
                 raise CorruptStoreError(f"the record {key.outcome!r} disappeared while it was read")
             self._learn(key, theirs)
-            return _Ended()
+            return Ended()
+        self._learn_attempts(asked.key, None)
         self._learn(key, row[1])
-        return _Ended(outcome, value)
+        return Ended(outcome, value)
 
-    async def _failed(self, asked: _Request, attempt: int, began: float, error: Exception) -> _Ended:
-        """Note a failed attempt and when the next is due. After the last one forget them: the next execution tries anew."""
-        key, request = asked.key, asked.request
+    async def _failed(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+        """Note a failed attempt and when the next is due, or give up."""
+        request = asked.request
         delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
-        attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
         if delay is None:
+            attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
             error.add_note(
-                f"durable_nb: step {request.name!r} of cell {self.name!r} failed after {attempts}. Completed steps are kept: "
-                "run the cell again to go on from here"
+                f"durable_nb: step {request.name!r} of {self.what} failed after {attempts}. Completed steps are kept: "
+                f"{self.again} to go on from here"
             )
             self.stage.notice(f"step {request.name!r} failed after {attempts}: {_say(error)}")
-            commit = Commit(self._held.guard, deletes=(key.attempts,))
-            if key.attempts not in self._attempts:
-                return _Ended(error=error)
-        else:
-            now = self.engine.clock.now()
-            record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
-            row = self.engine.pack(key.attempts, record)
-            commit = Commit(self._held.guard, puts=(row,))
-            self.stage.notice(
-                f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
-                f"trying again in {say_duration(delay)}"
-            )
+            return await self._give_up(asked, attempt, began, error)
+        now = self.engine.clock.now()
+        record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
+        row = self.engine.pack(asked.key.attempts, record)
+        self.stage.notice(
+            f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
+            f"trying again in {say_duration(delay)}"
+        )
+        await self._commit(Commit(self._held.guard, puts=(row,)))
+        self._learn_attempts(asked.key, row[1])
+        return Ended()
+
+    async def _commit(self, commit: Commit) -> None:
         if await self.engine.store.writer.commit(commit) is not Verdict.APPLIED:
             raise self._give_way()
-        current = self.engine.active.get(self.id, self)
-        if delay is None:
-            current._attempts.pop(key.attempts, None)
-            return _Ended(error=error)
-        current._attempts[key.attempts] = row[1]
-        return _Ended()
+
+    def _learn_attempts(self, key: StepKey, row: bytes | None) -> None:
+        for run in {self, self.engine.active.get(self.id, self)}:
+            if row is None:
+                run._attempts.pop(key.attempts, None)
+            else:
+                run._attempts[key.attempts] = row
 
     def _learn(self, key: StepKey, row: bytes) -> None:
         """A body that outlived its execution tells the one that is active now."""
-        for run in (self, self.engine.active.get(self.id, self)):
+        for run in {self, self.engine.active.get(self.id, self)}:
             run._outcomes[key.outcome] = row
-            run._attempts.pop(key.attempts, None)
+        self._learn_attempts(key, None)
 
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""
@@ -455,27 +550,26 @@ class CellRun:
     # -- sleeping ------------------------------------------------------------------------------------------------------
 
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+        __tracebackhide__ = True
         self._check_open(request.name)
-        n = self._timer_counts.get(request.name, 0)
-        self._timer_counts[request.name] = n + 1
-        fact = Step(request.name, self._path(_branch_name(), request.name), "sleep", Status.PENDING)
+        branch = _branch_name()
+        key = self._timer_key(request, branch)
+        fact = Step(request.name, self._path(branch, request.name), "sleep", Status.PENDING)
         self._tell(fact)
-        return self._sleep(request, rec.timer_key(self.id, request.name, n), fact)
+        return self._sleep(request, key, fact)
 
     async def _sleep(self, request: SleepRequest, key: str, fact: Step) -> None:
         engine = self.engine
         row, began = self._timers.get(key), engine.clock.now()
         recorded = unpack(engine.store.seal, key, row, Timer) if row else None
         since = recorded.since if recorded else began
-        # An edited duration counts from the first asking; the record follows the code, so that listings tell the truth.
         if isinstance(request.wake, datetime):
-            timer = Timer(request.name, since, 0.0, request.wake.timestamp())
+            wanted = Timer(request.name, since, 0.0, request.wake.timestamp())
         else:
-            timer = Timer(request.name, since, request.wake.total_seconds())
+            wanted = Timer(request.name, since, request.wake.total_seconds())
+        timer = self._timer(recorded, wanted)
         if timer != recorded:
-            verdict = await engine.store.writer.commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
-            if verdict is not Verdict.APPLIED:
-                raise self._give_way()
+            await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
         waited = False
         while isinstance(left := decide_sleep(timer, engine.clock.now()), Wait):
             waited = True
@@ -486,7 +580,7 @@ class CellRun:
         now, restored = engine.clock.now().wall_s, recorded is not None and not waited
         self._tell(replace(fact, status=Status.COMPLETED, started_at=since.wall_s, ended_at=now, restored=restored))
 
-    async def _pause(self, asked: _Request, retry: Retry) -> None:
+    async def _pause(self, asked: Request, retry: Retry) -> None:
         """A part of the wait for a retry."""
         failures = retry.failures
         self._tell(
@@ -508,7 +602,7 @@ class CellRun:
         until = datetime.fromtimestamp(time.time() + seconds).astimezone()
         self.stop(
             RunSuspended(
-                f"cell {self.name!r} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
+                f"{self.what} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
                 f"({say_duration(self.max_wait_s)}); everything so far is kept: run this cell again then, or with a "
                 "longer --max-wait"
             )
@@ -522,8 +616,8 @@ class CellRun:
             raise asyncio.CancelledError
         if self._ended:
             raise NotInRunError(
-                f"step {name!r} was asked for by a task that outlived its cell {self.name!r}; nothing was run. Await "
-                "the task in the cell (await asyncio.gather(...)), then its steps are recorded"
+                f"step {name!r} was asked for by a task that outlived {self.what}; nothing was run. Await the task in it "
+                "(await asyncio.gather(...)), then its steps are recorded"
             )
 
     def _key(self, identity: str, n: int) -> StepKey:
@@ -534,11 +628,7 @@ class CellRun:
         count = self._names[place] = self._names.get(place, 0) + 1
         return place if count == 1 else f"{place}#{count}"
 
-    def _branch_of(self, key: StepKey) -> str:
-        row = self._outcomes.get(key.outcome)
-        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
-
-    def _outcome(self, asked: _Request) -> Outcome | None:
+    def _outcome(self, asked: Request) -> Outcome | None:
         row = self._outcomes.get(asked.key.outcome)
         if row is None:
             return None
@@ -547,11 +637,11 @@ class CellRun:
         except StoreError as error:
             raise self._unreadable(asked, error) from error
 
-    def _failures(self, asked: _Request) -> Attempts | None:
+    def _failures(self, asked: Request) -> Attempts | None:
         row = self._attempts.get(asked.key.attempts)
         return unpack(self.engine.store.seal, asked.key.attempts, row, Attempts) if row else None
 
-    async def _recall(self, asked: _Request, outcome: Outcome) -> Any:
+    async def _recall(self, asked: Request, outcome: Outcome, *, show: bool) -> Any:
         """The recorded value; what the body displayed is shown again."""
         journal = self.engine.store.journal
         try:
@@ -560,20 +650,115 @@ class CellRun:
             )
         except StoreError as error:
             raise self._unreadable(asked, error) from error
-        if outcome.shown:
+        if show and outcome.shown:
             self.stage.show_again(outcome.shown)
         return _codec.decode(outcome.form, data)
 
-    def _unreadable(self, asked: _Request, error: StoreError) -> StoreError:
+    def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
         kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
         return kind(
-            f"step {asked.request.name!r} of cell {self.name!r} is recorded, but the record can't be used: {error}. Its "
+            f"step {asked.request.name!r} of {self.what} is recorded, but the record can't be used: {error}. Its "
             "body was not run again, since it may have been paid for; to do so, run the cell once with --rerun"
         )
 
 
+class CellRun(Run):
+    """One execution of a durable cell. Its steps are identified by content: editing the cell is normal."""
+
+    again = "run the cell again"
+
+    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
+        super().__init__(engine, record, held, resumed=resumed)
+        self.what = f"cell {record.name!r}"
+        self._occurrences = Occurrences({})
+        self._timer_counts: dict[str, int] = {}
+        self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
+
+    def _loaded(self, loose: dict[str, bytes]) -> None:
+        recorded: dict[str, set[int]] = {}
+        for key in (*self._outcomes, *self._attempts):
+            identity, number = key.rsplit("/", 2)[1:]
+            recorded.setdefault(identity, set()).add(int(number))
+        self._occurrences = Occurrences(recorded)
+        for key, row in loose.items():
+            known = unpack(self.engine.store.seal, key, row, Loose)
+            self._loose[known.kind, known.name] = known.left_out
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+        provenance = provenance_of(request)
+        identities = [_identity(request, provenance, labels) for labels in self._loose.get((request.kind, request.name), ())]
+        identities = [*reversed(identities), _identity(request, provenance, ())]
+        identity = next((found for found in identities if self._occurrences.rivals(found)), identities[0])
+        rivals = self._occurrences.rivals(identity)
+        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
+        return self._key(identity, self._occurrences.take(identity, branches, branch)), provenance
+
+    def _work_on(self, asked: Request) -> Work | None:
+        found = super()._work_on(asked)
+        if found is not None:
+            return found
+        mine = _fixed(asked)
+        for work in self.engine.works.values():  # its body may have changed a global already that is part of the key
+            theirs = work.asked
+            if work not in self._works and theirs.key.scope == asked.key.scope and _fixed(theirs) == mine:
+                return work
+        return None
+
+    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...]]:
+        """What the body changes itself is no input to compare: a list that it appends to, a counter that it raises."""
+        before = asked.provenance.components
+        if not asked.globals:
+            return asked.key, ()
+        after = provenance_of(asked.request).components
+        stored = {name for code in _codes(before, asked.request.body) for name in globals_stored(code)}
+        own = {
+            label
+            for label, was in asked.globals.items()
+            if after.get(label) != before[label] and (object_of(label) is was or label.rpartition(".")[2].split()[-1] in stored)
+        }
+        place = asked.request.kind, asked.request.name
+        known = self._loose.get(place, ())
+        if not own:
+            return asked.key, ()
+        labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
+        identity = _identity(asked.request, asked.provenance, labels)
+        if identity == asked.key.identity:
+            return asked.key, ()
+        key = self._key(identity, self._occurrences.take(identity))
+        if known and known[-1] == labels:
+            return key, ()
+        self._loose[place] = (*known, labels)
+        names = ", ".join(sorted(label.partition(" ")[2] for label in own))
+        self.stage.advise(f"step {place[1]!r} changes {names}: restoring the step won't, and {names} is not compared")
+        loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*place)
+        row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
+        return key, (row,)
+
+    def _branch_of(self, key: StepKey) -> str:
+        row = self._outcomes.get(key.outcome)
+        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
+        n = self._timer_counts.get(request.name, 0)
+        self._timer_counts[request.name] = n + 1
+        return rec.timer_key(self.id, request.name, n)
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
+        return asked  # an edited duration counts from the first asking
+
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:  # noqa: ARG002
+        """A failed step isn't kept: the next execution tries anew."""
+        if asked.key.attempts in self._attempts:
+            await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
+            self._learn_attempts(asked.key, None)
+        return Ended(error=error)
+
+    def _try_again(self, step: str) -> str:
+        return f"run the cell once with --rerun={step}"
+
+
 @dataclass(frozen=True, slots=True)
-class _Ended:
+class Ended:
     """How an attempt ended: recorded, failed for good, or neither (look at the records again)."""
 
     outcome: Outcome | None = None
@@ -592,7 +777,37 @@ async def _never_interrupted(body: Coroutine[Any, Any, Any]) -> Any:
         raise asyncio.CancelledError from interrupt
 
 
-def _identity(*parts: str) -> str:
+def _identity(request: StepRequest, provenance: Provenance, left_out: tuple[str, ...]) -> str:
+    """What a cell's step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
+    if not left_out:
+        return digest_of(request.kind, request.name, provenance.digest)
+    kept = {label: digest for label, digest in provenance.components.items() if label not in left_out}
+    return digest_of(request.kind, request.name, _fingerprint.digest_of(kept), *left_out)
+
+
+def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
+    """What no body can change: the step's kind and name, its code and its arguments."""
+    parts = {k: v for k, v in asked.provenance.components.items() if k != "aliases" and not k.startswith("global ")}
+    return asked.request.kind, asked.request.name, parts
+
+
+def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
+    """The code that a step executes, as far as it can be found by name."""
+    while isinstance(body, functools.partial):
+        body = body.func
+    functions = [body, *(object_of(label) for label in components if label.startswith("function "))]
+    return [code for fn in functions if isinstance(code := getattr(fn, "__code__", None), types.CodeType)]
+
+
+def provenance_of(request: StepRequest) -> Provenance:
+    """What a step's outcome depends on, as its record keeps it."""
+    found = request.fingerprint()
+    python = platform.python_version()
+    return Provenance(_fingerprint.FORMAT, dict(found.components), dict(found.versions), python, found.digest)
+
+
+def digest_of(*parts: str) -> str:
+    """32 hex characters that no other sequence of texts gives."""
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -84,6 +84,8 @@ class Step(Generic[_P, _T]):
     name: str | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     thread: bool = True
+    timeout: timedelta | None = None
+    at_most_once: bool = False
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, Any]:
         if current_run.get() is None:
@@ -110,6 +112,8 @@ class Step(Generic[_P, _T]):
                 fingerprint=lambda: _fingerprint.of_call(self.fn, args, kwargs),
                 policy=self.policy,
                 thread=self.thread and not _is_async(self.fn),
+                timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
+                at_most_once=self.at_most_once,
             )
         )
 
@@ -122,7 +126,9 @@ def step(
     name: str | None = ...,
     retries: int = ...,
     backoff: float | Backoff | None = ...,
+    timeout: float | str | timedelta | None = ...,
     retry_on: RetryOn | None = ...,
+    at_most_once: bool = ...,
     thread: bool = ...,
 ) -> Step[_P, _T]: ...
 @overload
@@ -131,7 +137,9 @@ def step(
     name: str | None = ...,
     retries: int = ...,
     backoff: float | Backoff | None = ...,
+    timeout: float | str | timedelta | None = ...,
     retry_on: RetryOn | None = ...,
+    at_most_once: bool = ...,
     thread: bool = ...,
 ) -> Callable[[Callable[_P, _T]], Step[_P, _T]]: ...
 def step(
@@ -141,7 +149,9 @@ def step(
     name: str | None = None,
     retries: int = 3,
     backoff: float | Backoff | None = None,
+    timeout: float | str | timedelta | None = None,
     retry_on: RetryOn | None = None,
+    at_most_once: bool = False,
     thread: bool = True,
 ) -> Any:
     """Say how a function is run as a step: a decorator, or inline as `durable.run("charge", durable.step(charge, retries=0))`.
@@ -151,6 +161,9 @@ def step(
     retry_on  exception types, or a function (exception) -> bool, instead of the default rule: everything but programming
               errors (TypeError, NameError ...), bad data (ValueError, LookupError, ArithmeticError), missing files and
               permissions, NonRetryableError, and HTTP statuses 4xx other than 408 and 429
+    timeout   of each attempt (seconds, timedelta, "90s"); StepTimeout after it, which is retried. A plain function's thread
+              can't be stopped: no other attempt begins while it lives, and its result is recorded when it ends
+    at_most_once  an attempt that was cut off (killed, interrupted) is not made again: StepInterrupted until you say so
     thread    False calls a plain function on the kernel's thread, for connections that are bound to it; the notebook is
               blocked meanwhile
     """
@@ -161,13 +174,14 @@ def step(
     if backoff is not None and not callable(backoff):
         parse_duration(backoff)
     policy = RetryPolicy(retries, backoff, retry_on)
+    limit = None if timeout is None else parse_duration(timeout)
 
     def wrap(function: Any) -> Step[Any, Any]:
         if isinstance(function, Step):
             function = function.fn
         if not callable(function):
             raise TypeError(f"durable.step({function!r}): give a function")
-        made = Step(function, name, policy, thread)
+        made = Step(function, name, policy, thread, limit, at_most_once)
         functools.update_wrapper(made, function, updated=())
         return made
 

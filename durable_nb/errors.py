@@ -5,6 +5,13 @@
     ├── NestedStepError       a verb inside a step's body
     ├── NonRetryableError     raised by a step: don't try this again
     ├── RetryAfter            raised by a step: try this again after so long
+    ├── StepFailed            stands in for an exception that can't be pickled
+    ├── StepTimeout           an attempt took longer than the step's timeout (also a TimeoutError)
+    ├── StepInterrupted       an attempt at an `at_most_once` step was cut off, and may have had its effect
+    ├── RunCancelled          the run was cancelled
+    ├── RunConflictError      a run id that is used already, for something else
+    ├── RunNotFoundError      no run of that id
+    ├── NonDeterminismError   the workflow asks for other steps than it did when they were recorded
     ├── UnserializableError   a result that can't be written to the journal
     ├── LeaseLost             another process has taken this run over
     └── StoreError            the folder can't be used as it is
@@ -46,6 +53,48 @@ class RetryAfter(DurableError):  # noqa: N818  the name is a contract, and says 
 
     def __str__(self) -> str:
         return self.args[1] or f"asked to be tried again after {self.delay}"
+
+
+class StepFailed(DurableError):  # noqa: N818  a contract's name
+    """Stands in for a step's exception that can't be pickled: its type, its message and its traceback as text."""
+
+    def __init__(self, type_name: str, message: str, traceback: str = "") -> None:
+        super().__init__(type_name, message, traceback)
+        self.type_name = type_name
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.args[1]}"
+
+
+class StepTimeout(DurableError, TimeoutError):  # noqa: N818  a contract's name
+    """An attempt took longer than the step's `timeout`. It is retried like a network error."""
+
+
+class StepInterrupted(DurableError):  # noqa: N818  a contract's name
+    """An attempt at an `at_most_once` step was cut off: it may have had its effect, so its body is not run again.
+
+    Look at the far end; then run the cell once with `--rerun=STEP`, or call `run.resume()`.
+    """
+
+
+class RunCancelled(DurableError):  # noqa: N818  a contract's name
+    """The run was cancelled; its completed steps are kept."""
+
+
+class RunConflictError(DurableError):
+    """The run id is used already, with other arguments or by another workflow. Nothing was started."""
+
+
+class RunNotFoundError(DurableError, LookupError):
+    """The store has no run of that id."""
+
+
+class NonDeterminismError(DurableError):
+    """The workflow's code asks for other steps than it did when they were recorded. Nothing was executed.
+
+    Put the code back as it was, or guard the change, and `run.resume()`.
+    """
 
 
 class UnserializableError(DurableError, TypeError):

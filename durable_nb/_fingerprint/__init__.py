@@ -1,6 +1,15 @@
 """Identities: what a call, a cell or a value is, as digests the same in every process and for all time."""
 
-from ._code import Fingerprint, Fingerprinter, hash_value, of_call, of_value
+from ._code import (
+    Fingerprint,
+    Fingerprinter,
+    digest_of,
+    globals_stored,
+    hash_value,
+    object_of,
+    of_call,
+    of_value,
+)
 from ._source import attribute_uses, names_loaded, normalise
 from ._values import FORMAT, Opaque, Unhashable, identify
 
@@ -11,10 +20,13 @@ __all__ = [
     "Opaque",
     "Unhashable",
     "attribute_uses",
+    "digest_of",
+    "globals_stored",
     "hash_value",
     "identify",
     "names_loaded",
     "normalise",
+    "object_of",
     "of_call",
     "of_value",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import enum
 import functools
 import importlib.util
@@ -200,12 +201,10 @@ class Fingerprinter:
         aliases = _aliases(self._walks, self._memory)
         if aliases:
             components["aliases"] = aliases
-        whole = blake2b(digest_size=DIGEST_BYTES, person=PERSON)
-        for label in sorted(components):
-            whole.update(text(label) + components[label])
+        said = {label: digest.hex() for label, digest in components.items()}
         return Fingerprint(
-            whole.hexdigest(),
-            {label: digest.hex() for label, digest in components.items()},
+            digest_of(said),
+            said,
             tuple(sorted(self._opaque)),
             {name: found for name in sorted(self._packages) if (found := _version(name))} if self._packages else {},
         )
@@ -765,6 +764,31 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 # ---- whole identities ----
+
+
+def digest_of(components: Mapping[str, str]) -> str:
+    """The digest of a fingerprint that has these components."""
+    whole = blake2b(digest_size=DIGEST_BYTES, person=PERSON)
+    for label in sorted(components):
+        whole.update(text(label) + bytes.fromhex(components[label]))
+    return whole.hexdigest()
+
+
+def object_of(label: str) -> Any:
+    """What a component "global NAME" or "function NAME" stands for now; None where it can't be told."""
+    where, _, name = label.partition(" ")[2].rpartition(".")
+    module = sys.modules.get(where or "__main__")
+    return getattr(module, name, None)
+
+
+def globals_stored(code: types.CodeType) -> set[str]:
+    """Names that a function's code binds in its module (`global x; x = ...`), nested code included."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= globals_stored(constant)
+    return found
+
 
 _VARIABLE_KEYWORDS = 0x08
 

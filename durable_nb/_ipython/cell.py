@@ -335,6 +335,9 @@ class _Stage(Stage):
         if not self._cell.live:  # with a front end the view shows it
             self._cell.status.warn(text)
 
+    def advise(self, text: str) -> None:
+        self._cell.status.advise(text)
+
     def changed(self) -> None:
         if self._cell.options.quiet:
             return

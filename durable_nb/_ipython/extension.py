@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from durable_nb._cellcache.world import seeds_noticed
+from durable_nb._current import use_engine
 from durable_nb._files import default_store
 from durable_nb._ipython.transform import DurableTransformer
 
@@ -18,6 +19,7 @@ class Session:
         self.shell = shell
         self.path: Path = default_store()
         self._engine: Any = None
+        self._found: Any = None
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
@@ -30,6 +32,7 @@ class Session:
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = self.run, self.wait
         self._noticing.enter_context(seeds_noticed())
+        use_engine(self._workflows)
 
     def unload(self) -> None:
         """Take everything back; the store is closed."""
@@ -41,6 +44,7 @@ class Session:
         shell.events.unregister("post_execute", self._leave_cell)
         del shell._durable_run, shell._durable_wait
         self._noticing.close()
+        use_engine(None)
         if self._engine is not None:
             self._engine.store.close()
 
@@ -98,6 +102,14 @@ class Session:
 
             self._engine = Engine(Store(self.path))
         return self._engine
+
+    def _workflows(self) -> Any:
+        """The engine for workflows, on the same store."""
+        from durable_nb._workflows import Workflows
+
+        if self._found is None:
+            self._found = Workflows(self._open())
+        return self._found
 
     def _request(self) -> dict[str, Any]:
         """The message that asked for this cell; empty where no kernel is."""

@@ -29,7 +29,8 @@ class StatusLine:
 
     def advise(self, text: str) -> None:
         """Something the user may want to do, told at the end."""
-        self._notes.append(text)
+        if text not in self._notes:
+            self._notes.append(text)
 
     def not_stored(self, why: str) -> None:
         """The cell will run again next time, and why."""

@@ -10,6 +10,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -24,8 +25,9 @@ _T = TypeVar("_T")
 @dataclass(slots=True)
 class _Job:
     work: Commit | Callable[[], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop | None
+    future: asyncio.Future[Any] | Future[Any]
+    """Of `loop`; without one, of a thread that waits."""
     result: Any = None
     error: Exception | None = None
 
@@ -54,6 +56,12 @@ class Writer:
         """Hand a commit over; the future resolves after its fsync. Cancelling the future doesn't take the commit back."""
         return self._submit(commit)
 
+    def commit_and_wait(self, commit: Commit) -> Verdict:
+        """For synchronous code: returns after the fsync, which takes about a millisecond."""
+        job = _Job(commit, None, Future())
+        self._jobs.put(job)
+        return job.future.result()  # type: ignore[no-any-return]
+
     def call(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
         """Run `job` on the writer's thread, after the commits handed over before."""
         return self._submit(job)
@@ -65,9 +73,9 @@ class Writer:
 
     def _submit(self, work: Commit | Callable[[], Any]) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        job = _Job(work, loop, loop.create_future())
-        self._jobs.put(job)
-        return job.future
+        future: asyncio.Future[Any] = loop.create_future()
+        self._jobs.put(_Job(work, loop, future))
+        return future
 
     def _run(self) -> None:
         ending = False
@@ -117,7 +125,10 @@ def _tell(jobs: list[_Job]) -> None:
     """Resolve the futures, with one wake-up for each loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
     for job in jobs:
-        by_loop.setdefault(job.loop, []).append(job)
+        if job.loop is None:
+            job.tell()
+        else:
+            by_loop.setdefault(job.loop, []).append(job)
     for loop, told in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, told)

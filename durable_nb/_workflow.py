@@ -1,0 +1,165 @@
+"""Workflows: async functions whose runs are durable, found again by id, and gone on with after a crash."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from durable_nb._current import engine
+from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._verbs import check_name
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_ON_CONFLICT = ("attach", "fail", "restart")
+
+_defined: dict[str, Workflow[..., Any]] = {}
+
+
+class Workflow(Generic[_P, _T]):
+    """An async function that can be started as a run. Calling it is a plain call, for use inside another workflow or cell."""
+
+    def __init__(self, fn: Callable[_P, Coroutine[Any, Any, _T]], name: str) -> None:
+        self.fn, self.name = fn, name
+        functools.update_wrapper(self, fn, updated=())
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _T]:
+        return self.fn(*args, **kwargs)
+
+    def start(
+        self, *args: Any, id: str | None = None, labels: Iterable[str] = (), on_conflict: str = "attach", **kwargs: Any
+    ) -> Run:
+        """Begin a run and return at once. It is on disk before its first line is executed.
+
+        id           a name of yours makes the start idempotent: started again with the same arguments, it is the same run.
+                     If that one is interrupted and nobody executes it, it goes on; a failed one stays failed
+        labels       texts that `durable.runs(label=...)` finds it by
+        on_conflict  what happens where the id is known: "attach" to its run, "fail" with RunConflictError, or "restart" it
+
+        RunConflictError where the id belongs to another workflow or to other arguments, UnserializableError where the
+        arguments can't be stored; then nothing is recorded. Needs a running event loop, as a notebook's cell has.
+        """
+        __tracebackhide__ = True
+        inspect.signature(self.fn).bind(*args, **kwargs)  # a TypeError now, not in the run
+        if id is not None:
+            check_name("start", id)
+        if on_conflict not in _ON_CONFLICT:
+            raise ValueError(
+                f"on_conflict={on_conflict!r}: write one of {', '.join(map(repr, _ON_CONFLICT))}; nothing was started"
+            )
+        texts = (labels,) if isinstance(labels, str) else tuple(labels)
+        return Run(engine().start(self.name, args, kwargs, run_id=id, labels=texts, on_conflict=on_conflict))
+
+
+@overload
+def workflow(fn: Callable[_P, Coroutine[Any, Any, _T]], /) -> Workflow[_P, _T]: ...
+@overload
+def workflow(*, name: str | None = None) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Workflow[_P, _T]]: ...
+def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
+    """Make an async function a workflow, named after the function or `name`.
+
+    A run finds its code by that name after a restart. Defining a function again replaces it, as running its cell again does;
+    ValueError where another function has the name.
+    """
+
+    def wrap(function: Any) -> Workflow[..., Any]:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"durable.workflow({function!r}): give an async function ('async def')")
+        called = name or function.__name__
+        check_name("workflow", called)
+        made = Workflow(function, called)
+        before = _defined.get(called)
+        if before is not None and _home(before.fn) != _home(function):
+            raise ValueError(
+                f"two workflows are named {called!r}: {'.'.join(_home(before.fn))} and {'.'.join(_home(function))}. Their "
+                "runs could not be told apart after a restart: give one another name, @durable.workflow(name=...)"
+            )
+        _defined[called] = made
+        return made
+
+    return wrap if fn is None else wrap(fn)
+
+
+def _home(function: Any) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
+
+
+def function_of(name: str) -> Any:
+    """The function of a workflow, None where nothing defines it."""
+    found = _defined.get(name)
+    return found.fn if found is not None else None
+
+
+class Run:
+    """A run of a workflow, or of a cell. Everything but awaiting it is a plain call."""
+
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
+
+    @property
+    def status(self) -> Status:
+        """`interrupted` is a run that is not finished and that no process executes."""
+        return self._snapshot().status
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps so far, in the order in which they were asked for."""
+        return self._snapshot().steps
+
+    def _snapshot(self) -> Snapshot:
+        return engine().snapshot(self.id)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """What the workflow returns; its exception, or RunCancelled. An interrupted run goes on."""
+        return engine().outcome(self.id).__await__()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The same for synchronous code, a cell's too; TimeoutError after `timeout` seconds, and the run goes on."""
+        import asyncio
+
+        from durable_nb._door import wait_for
+
+        return wait_for(asyncio.wait_for(engine().outcome(self.id), timeout))
+
+    def resume(self, *, take_over: bool = False) -> Run:
+        """Go on with the run where it stopped; nothing where it is completed, or executed already.
+
+        A failed run is tried again from the step that failed. `take_over` takes the run from a live process that executes it:
+        that one's commits are refused from then on, and its code is cancelled.
+        """
+        engine().resume(self.id, take_over=take_over)
+        return self
+
+    def cancel(self, reason: str = "") -> None:
+        """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
+        engine().cancel(self.id, reason)
+
+    def __repr__(self) -> str:
+        found = self._snapshot()
+        return f"<run {self.id!r} of {found.name!r}: {found.status}>"
+
+
+def get_run(run_id: str) -> Run:
+    """The run of that id; RunNotFoundError where there is none."""
+    engine().snapshot(run_id)
+    return Run(run_id)
+
+
+def runs(status: str | None = None, workflow: str | None = None, label: str | None = None, limit: int = 100) -> list[Run]:
+    """The newest runs of the store, cells' too, as far as they fit. ValueError for a status that there isn't."""
+    if status is not None and status not in list(Status):
+        raise ValueError(f"no status {status!r}; there are {', '.join(Status)}")
+    found = engine().snapshots()
+    kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
+    if label is not None:
+        kept = [run for run in kept if label in engine().labels(run.id)]
+    return [Run(run.id) for run in kept[:limit]]
+
+
+def resume() -> list[Run]:
+    """Go on with every interrupted run whose workflow is defined here; those runs."""
+    waiting = [run for run in engine().snapshots() if run.status is Status.INTERRUPTED and run.name in _defined]
+    return [Run(run.id).resume() for run in waiting]

@@ -1,0 +1,185 @@
+"""One execution of a workflow's run. Its steps are identified by place: the Nth request of a branch has the Nth record.
+
+So the recorded result stands when a step's body or arguments were edited since: editing `charge` must never charge again.
+Code that asks for something else than was recorded is told so, with both columns, before anything is executed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from durable_nb import _codec, _fingerprint
+from durable_nb import _records as rec
+from durable_nb._facts import Status
+from durable_nb._fingerprint import Unhashable
+from durable_nb._records import Attempts, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
+from durable_nb._replay import Places
+from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of
+from durable_nb.errors import NonDeterminismError
+
+if TYPE_CHECKING:
+    from durable_nb._current import SleepRequest, StepRequest
+    from durable_nb._engine import Engine
+
+_SLEEP = "sleep"
+
+
+class WorkflowRun(Run):
+    """What verbs ask, in a workflow's run."""
+
+    again = "call its resume()"
+
+    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
+        super().__init__(engine, record, held, resumed=resumed)
+        self.what = f"run {record.id!r} of workflow {record.name!r}"
+        self._places = Places()
+        self._recorded: dict[str, dict[int, tuple[str, str]]] = {}
+        """By branch and place: kind and key of the record."""
+        self._asked: defaultdict[str, list[str]] = defaultdict(list)
+        self._broken: NonDeterminismError | None = None
+        self._edited: set[str] = set()
+
+    def _loaded(self, loose: dict[str, bytes]) -> None:  # noqa: ARG002  places need no such allowance
+        self._recorded = {}
+        for kind, keys in ((Outcome, self._outcomes), (Attempts, self._attempts), (Timer, self._timers)):
+            for key in keys:
+                branch, place = key.rsplit("/", 2)[1:]
+                self._recorded.setdefault(branch, {})[int(place)] = (kind.__name__, key)
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+        place = self._take(request.kind, request.name, branch)
+        key = self._key(digest_of(branch), place)
+        return key, self._provenance(request, key)
+
+    def _provenance(self, request: StepRequest, key: StepKey) -> Provenance:
+        try:
+            now = provenance_of(request)
+        except Unhashable:  # it explains, and identifies nothing: an argument that can't be read is no reason to fail
+            return Provenance(_fingerprint.FORMAT, {}, {}, platform.python_version())
+        row = self._outcomes.get(key.outcome)
+        if row is not None and request.name not in self._edited:
+            then = unpack(self.engine.store.seal, key.outcome, row, Outcome).provenance
+            if _own(then) != _own(now):
+                self._edited.add(request.name)
+                self.stage.notice(
+                    f"step {request.name!r} of {self.what} was edited, or has other arguments, since it was recorded; the "
+                    "recorded result stands"
+                )
+        return now
+
+    def _take(self, kind: str, name: str, branch: str) -> int:
+        """The place of a request, which must be what was recorded there."""
+        __tracebackhide__ = True
+        if self._broken is not None:
+            raise self._broken
+        place = self._places.take(branch)
+        self._asked[branch].append(f"{kind} {name!r}")
+        recorded = self._said(branch, place)
+        if recorded is not None and recorded != self._asked[branch][place]:
+            raise self._breaks(branch, f"asks for {self._asked[branch][place]} where {recorded} is recorded")
+        return place
+
+    def check_complete(self) -> None:
+        """The code has returned: every recorded step must have been asked for."""
+        if self._broken is not None:
+            raise self._broken
+        names = {digest_of(branch): branch for branch in self._asked}
+        for branch_digest, places in self._recorded.items():
+            branch = names.get(branch_digest)
+            asked = self._places.asked(branch) if branch is not None else 0
+            if len(places) > asked:
+                where = branch if branch is not None else self._branch_recorded(branch_digest)
+                raise self._breaks(where, f"returned after {asked} of {len(places)} recorded steps")
+
+    def _branch_recorded(self, branch_digest: str) -> str:
+        for kind, key in self._recorded[branch_digest].values():
+            if kind == Outcome.__name__:
+                return unpack(self.engine.store.seal, key, self._outcomes[key], Outcome).branch
+        return ""
+
+    def _said(self, branch: str, place: int) -> str | None:
+        """The record at a place, as messages say it."""
+        found = self._recorded.get(digest_of(branch), {}).get(place)
+        if found is None:
+            return None
+        kind, key = found
+        seal = self.engine.store.seal
+        if kind == Timer.__name__:
+            return f"{_SLEEP} {unpack(seal, key, self._timers[key], Timer).name!r}"
+        if kind == Outcome.__name__:
+            outcome = unpack(seal, key, self._outcomes[key], Outcome)
+            return f"{outcome.kind} {outcome.name!r}"
+        row = self._attempts.get(key)
+        if row is None:
+            return None
+        attempts = unpack(seal, key, row, Attempts)
+        return f"{attempts.kind} {attempts.name!r}"
+
+    def _breaks(self, branch: str, what: str) -> NonDeterminismError:
+        places = self._recorded.get(digest_of(branch), {})
+        asked = self._asked.get(branch, [])
+        rows = [("recorded", "asked for")]
+        rows += [(self._said(branch, n) or "", asked[n] if n < len(asked) else "") for n in range(max(len(places), len(asked)))]
+        width = max(len(left) for left, _ in rows)
+        table = "\n".join(
+            f"  {n or ' '}  {left:<{width}}  {right}{'   <-' if n and left != right else ''}".rstrip()
+            for n, (left, right) in enumerate(rows)
+        )
+        where = f" in {branch.lstrip('/')}" if branch else ""
+        self._broken = NonDeterminismError(
+            f"{self.what} {what}{where}; nothing was executed, and the records are as they were. Put the code back as it was "
+            f"and call the run's resume(), or begin a new run\n{table}"
+        )
+        return self._broken
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:
+        __tracebackhide__ = True
+        return rec.timer_key(self.id, digest_of(branch), self._take(_SLEEP, request.name, branch))
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
+        return recorded or asked
+
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+        """A failure is an outcome: the code may have caught it and gone on."""
+        form, data, shown = _codec.encode_error(error)
+        outcome = self._outcome_of(asked, attempt, began, form, data, failed=True)
+        ended = await self._record(asked, outcome, None)
+        return Ended(error=shown) if ended.outcome is not None else ended
+
+    def _try_again(self, step: str) -> str:  # noqa: ARG002
+        return "call the run's resume()"
+
+    async def drive(self, function: Any) -> Any:
+        """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
+        args, kwargs = _codec.decode(self.record.form, self.record.arguments)
+        result: Any = None
+        try:
+            result = await self.execute(_called(function, args, kwargs))
+            self.check_complete()
+            form, data = self._encoded_result(result)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            await self.finish(Status.INTERRUPTED)
+            raise
+        except Exception as raised:
+            error = self._broken or raised
+            form, data, shown = _codec.encode_error(error)
+            await self.finish(self.ends_as(error), f"{type(error).__name__}: {error}", result=(form, data))
+            raise shown from None
+        await self.finish(Status.COMPLETED, result=(form, data))
+        return result
+
+    def _encoded_result(self, result: Any) -> tuple[str, bytes]:
+        return self.encoded(result, f"{self.what} returned")
+
+
+def _own(provenance: Provenance) -> dict[str, str]:
+    """A step's code and arguments, without the globals that it reads, which change for many reasons."""
+    parts = provenance.components.items()
+    return {label: digest for label, digest in parts if label != "aliases" and not label.startswith("global ")}
+
+
+async def _called(function: Any, args: Any, kwargs: Any) -> Any:
+    return await function(*args, **kwargs)
