@@ -84,7 +84,10 @@ def parse_duration(value: object) -> timedelta:
             raise ValueError(f"{value!r} is no duration: write seconds as a number, or text like '90s', '15m', '1h30m', '7d'")
         seconds = sum(float(n) * _UNITS[u] for n, u in parts)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
+        try:
+            seconds = float(value)
+        except OverflowError:
+            seconds = math.inf
     else:
         raise ValueError(f"{value!r} is no duration: write seconds, a timedelta, or text like '90s'")  # noqa: TRY004  one error for one mistake
     if not (math.isfinite(seconds) and seconds >= 0):
@@ -112,9 +115,9 @@ def parse_when(value: object) -> datetime:
 
 def say_duration(seconds: float) -> str:
     """Short, as people say it: '61 ms', '3.2 s', '12 min 5 s', '2 h 3 min', '6 d 23 h'."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     for size, big, small_size, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):

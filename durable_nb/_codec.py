@@ -63,7 +63,7 @@ def _json_exact(value: Any, seen: set[int], depth: int) -> bool:
     return all(type(k) is str and _json_exact(k, seen, depth) and _json_exact(v, seen, depth + 1) for k, v in value.items())
 
 
-def encode_error(error: Exception) -> tuple[str, bytes, Exception]:
+def encode_error(error: BaseException) -> tuple[str, bytes, BaseException]:
     """An exception as (form, bytes, what decoding them gives): itself, or StepFailed where pickle would lose it."""
     try:
         data = _pickling.dumps(error)

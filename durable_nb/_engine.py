@@ -59,7 +59,7 @@ class Engine:
                 adopted = None
             if rerun and not adopted:
                 generation += 1
-            run = await self._claim(scope, label or name, inputs, generation, rerun, adopted)
+            run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter)
             if run is not None:
                 await run.load()
                 return run
@@ -72,7 +72,7 @@ class Engine:
         found = await self.store.writer.call(lambda: self._unfinished(rec.scope_of(name)))
         for run, lease in found.runs:
             if run.inputs == inputs and not self.is_owned(run.id, lease):
-                claimed = await self._claim(run.scope, name, inputs, found.generation, run.rerun, (run, lease))
+                claimed = await self._claim(run.scope, name, inputs, found.generation, run.rerun, (run, lease), found.counter)
                 if claimed is not None:
                     await claimed.finish(Status.COMPLETED)
 
@@ -86,49 +86,80 @@ class Engine:
                 runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
         generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
-        return _Unfinished(generation, runs)
+        return _Unfinished(generation, row, runs)
 
     async def _claim(
-        self, scope: str, name: str, inputs: str, generation: int, rerun: bool, adopted: tuple[RunRecord, Lease] | None
+        self,
+        scope: str,
+        name: str,
+        inputs: str,
+        generation: int,
+        rerun: bool,
+        adopted: tuple[RunRecord, Lease] | None,
+        counter: bytes | None,
     ) -> CellRun | None:
-        """Become the one executor of a cell's run; None where another process was faster."""
+        """Become the one executor of a cell's run; None where another was faster.
+
+        A new run is begun only while the cell's `generation` row is as it was read, and changes it: of two that find nothing
+        to adopt at the same moment, one begins, and the other looks again.
+        """
         if adopted:
             record = replace(adopted[0], inputs=inputs, status="running", ended_at=None, error="")
         else:
             run_id = new_id()
             record = RunRecord(run_id, "cell", name, scope, generation, inputs, self.clock.now().wall_s, rerun=rerun)
-        held = await self.claim(record, adopted[1] if adopted else None)
+        if adopted:
+            held = await self.claim(record, adopted[1])
+        else:
+            begun = Generation(generation, record.id)
+            held = await self.claim(record, None, first=(rec.generation_key(scope), counter, begun))
         return CellRun(self, record, held, resumed=adopted is not None) if held else None
 
-    async def claim(self, record: RunRecord, lease: Lease | None, deletes: tuple[str, ...] = ()) -> Held | None:
-        """Take a run whose lease is `lease` (None: a new run), and write its record; None where another process was faster.
+    async def claim(
+        self,
+        record: RunRecord,
+        lease: Lease | None,
+        *,
+        deletes: tuple[str, ...] = (),
+        first: tuple[str, bytes | None, Generation] | None = None,
+    ) -> Held | None:
+        """Take a run whose lease is `lease` (None: a new run), and write its record; None where another was faster.
 
-        Who held the lease before has its commits refused from here on.
+        Who held the lease before has its commits refused from here on. `first`: a row that must still hold these bytes, and
+        what it shall hold then, instead of the lease's row.
         """
-        commit, held = self._claiming(record, lease, deletes)
+        commit, held = self._claiming(record, lease, deletes, first)
         return self._claimed(held, await self.store.writer.commit(commit))
 
-    def claim_and_wait(self, record: RunRecord, lease: Lease | None) -> Held | None:
-        """The same for synchronous code; the record is on disk when this returns."""
-        commit, held = self._claiming(record, lease, ())
+    def claim_and_wait(self, record: RunRecord) -> Held | None:
+        """A new run, for synchronous code: its record is on disk when this returns."""
+        commit, held = self._claiming(record, None, (), None)
         return self._claimed(held, self.store.writer.commit_and_wait(commit))
 
-    def _claiming(self, record: RunRecord, lease: Lease | None, deletes: tuple[str, ...]) -> tuple[Commit, Held]:
+    def _claiming(
+        self,
+        record: RunRecord,
+        lease: Lease | None,
+        deletes: tuple[str, ...],
+        first: tuple[str, bytes | None, Generation] | None,
+    ) -> tuple[Commit, Held]:
         lease_key, open_key = rec.lease_key(record.id), rec.open_prefix(record.scope) + record.id
+        before = pack(self.store.seal, lease_key, lease) if lease else None
         held = self.held.get(record.id)
-        if held is not None:  # ours already: a body of an earlier execution still writes under it
-            before: bytes | None = held.row
-        else:
-            before = pack(self.store.seal, lease_key, lease) if lease else None
+        if held is None or held.row != before:  # else ours already: a body of an earlier execution still writes under it
             new = Lease(lease.epoch + 1 if lease else 1, self.store.process.id)
             held = Held(record.id, new.epoch, pack(self.store.seal, lease_key, new))
-        puts = (
+        puts = [
             (lease_key, held.row),
             self.pack(rec.run_key(record.id), record),
-            self.pack(rec.generation_key(record.scope), Generation(record.generation)),
             (open_key, self.store.seal.close(open_key, b"")),
-        )
-        return Commit((lease_key, before), puts=puts, deletes=deletes), held
+        ]
+        guard = lease_key, before
+        if first is not None:
+            key, wanted, then = first
+            guard = key, wanted
+            puts.append(self.pack(key, then))
+        return Commit(guard, puts=tuple(puts), deletes=deletes), held
 
     def _claimed(self, held: Held, verdict: Verdict) -> Held | None:
         if verdict is not Verdict.APPLIED:
@@ -160,4 +191,6 @@ def new_id() -> str:
 @dataclass(frozen=True, slots=True)
 class _Unfinished:
     generation: int
+    counter: bytes | None
+    """The row that holds it, and changes with every run that is begun."""
     runs: list[tuple[RunRecord, Lease]]

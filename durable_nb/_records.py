@@ -155,9 +155,10 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How often a cell was started anew."""
+    """How often a cell was started anew, and the run of it that was begun last."""
 
     number: int
+    last_run: str = ""
     format: int = FORMAT
 
 
@@ -192,7 +193,12 @@ def unpack(seal: Seal, key: str, row: bytes, kind: type[_R]) -> _R:
 
 def scope_of(name: str) -> str:
     """A cell's name as one part of a key."""
-    return quote(name, safe="")
+    return quote(name, safe="", errors="surrogatepass")
+
+
+def plain(text: str) -> str:
+    """Text that can be stored: what is no Unicode text (a lone surrogate, of a file's name for instance) is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def step_prefix(scope: str, generation: int) -> str:

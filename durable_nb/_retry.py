@@ -12,6 +12,8 @@ from durable_nb._clock import parse_duration
 from durable_nb.errors import DurableError, NonRetryableError, RetryAfter
 
 BASE_S, FACTOR, CAP_S = 1.0, 2.0, 60.0
+LONGEST_S = 86400.0
+"""A server that asks for a longer pause than a day is asked again after one."""
 
 Backoff = Callable[[int], Any]
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
@@ -70,10 +72,10 @@ def asked_delay_s(error: BaseException) -> float | None:
     if not text:
         return None
     if text.isdecimal():
-        return float(text)
+        return min(float(text[:20]), LONGEST_S)
     try:
-        return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
+        return min(max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0), LONGEST_S)
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -87,9 +89,9 @@ def is_transient(error: BaseException) -> bool:
     return status is None or status in (408, 429) or not 400 <= status <= 499
 
 
-def retry_delay_s(policy: RetryPolicy, attempt: int, error: Exception, jitter: float) -> float | None:
+def retry_delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float) -> float | None:
     """Seconds until attempt number `attempt` + 1, or None to give up. `jitter` is a random number in [0, 1)."""
-    if attempt > policy.retries or isinstance(error, NonRetryableError):
+    if attempt > policy.retries or isinstance(error, NonRetryableError) or not isinstance(error, Exception):
         return None
     wanted = policy.retry_on
     if isinstance(error, RetryAfter) or wanted is None:

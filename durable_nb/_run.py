@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from durable_nb import _codec, _fingerprint
 from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
-from durable_nb._clock import RECHECK_S, say_duration
+from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._fingerprint import globals_stored, object_of
@@ -96,6 +96,7 @@ class Work:
     """An attempt that is being made."""
 
     task: asyncio.Task[Ended]
+    run_id: str
     asked: Request
     in_thread: bool
     """Nothing can stop it: it ends by itself, and is recorded then."""
@@ -205,7 +206,7 @@ class Run:
         """The timer that counts, of the recorded one and the one that the code asks for now."""
         raise NotImplementedError
 
-    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """The last attempt at a step has failed: write down what is to be known of it."""
         raise NotImplementedError
 
@@ -222,7 +223,7 @@ class Run:
         with branching(loop):
             context.run(current_run.set, self)
             context.run(current_branch.set, Branch())
-            self._main = main = loop.create_task(_never_interrupted(body), context=context)
+            self._main = main = loop.create_task(_caught(body), context=context)
             try:
                 await asyncio.wait({main})
             except asyncio.CancelledError as cancelled:
@@ -230,11 +231,12 @@ class Run:
                 await asyncio.wait({main}, timeout=_UNWIND_S)
             self._ended = True  # no step starts from here on
             await self._drain()
-        if self._stopped is None:
-            return main.result()
-        if main.done() and not main.cancelled():
-            main.exception()  # seen: what stopped the run is what counts
-        raise self._stopped
+        if self._stopped is not None:
+            raise self._stopped
+        value, error = main.result()
+        if error is not None:
+            raise error
+        return value
 
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
@@ -253,6 +255,10 @@ class Run:
     def is_running(self, task: asyncio.Task[Any] | None) -> bool:
         """Is `task` one of this run's own, which may be left by a KeyboardInterrupt without harm?"""
         return task is not None and (task is self._main or any(task is work.task for work in self._works))
+
+    def _is_worked_on(self) -> bool:
+        """Does a body of this run still live, of this execution or of an earlier one?"""
+        return any(work.run_id == self.id and not work.task.done() for work in self.engine.works.values())
 
     def _busy(self) -> set[asyncio.Task[Ended]]:
         return {work.task for work in self._works if not work.task.done()}
@@ -275,10 +281,11 @@ class Run:
         self.stage.changed()
         if isinstance(self._stopped, LeaseLost):
             return
-        running = bool(self._busy())
+        running = self._is_worked_on()
         ended = self.ended_at if status in (*_FINAL, Status.CANCELLED) else None
         stored = status.value if ended else Status.RUNNING.value
         form, data = result
+        error = rec.plain(error)
         record = replace(self.record, status=stored, ended_at=ended, error=error, result_form=form, result=data)
         puts = [self.engine.pack(rec.run_key(self.id), record)]
         deletes = []
@@ -355,7 +362,7 @@ class Run:
         context = copy_context()
         context.run(current_body.set, Body(asked.request.name, idempotency_key))
         attempting = self._attempt(asked, attempt, began)
-        work = Work(asyncio.get_running_loop().create_task(attempting, context=context), asked, asked.request.thread)
+        work = Work(asyncio.get_running_loop().create_task(attempting, context=context), self.id, asked, asked.request.thread)
         self.engine.works[asked.key.outcome] = work
         self._works.add(work)
         work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
@@ -385,7 +392,7 @@ class Run:
 
     def _release_if_idle(self) -> None:
         """An interrupted execution whose last thread has ended gives the run to whoever wants it."""
-        if self._busy():
+        if self._is_worked_on():
             return
         held = self.engine.held.pop(self.id)
         row = self.engine.pack(rec.lease_key(self.id), Lease(held.epoch, ""))
@@ -398,9 +405,11 @@ class Run:
                 if asked.request.at_most_once:
                     await self._note_beginning(asked, attempt, began)
                 value, error = await self._perform(asked), None
+            except asyncio.CancelledError:
+                raise
             except KeyboardInterrupt as interrupt:  # out of a task it would end the kernel
                 raise asyncio.CancelledError from interrupt
-            except Exception as raised:
+            except BaseException as raised:  # SystemExit as well
                 value, error = None, raised
         if error is not None:
             return await self._failed(asked, attempt, began, error)
@@ -502,7 +511,7 @@ class Run:
         self._learn(key, row[1])
         return Ended(outcome, value)
 
-    async def _failed(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+    async def _failed(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """Note a failed attempt and when the next is due, or give up."""
         request = asked.request
         delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
@@ -544,6 +553,7 @@ class Run:
 
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""
+        self.engine.held.pop(self.id, None)
         self.stop(self._lost())
         return asyncio.CancelledError()
 
@@ -569,6 +579,10 @@ class Run:
             wanted = Timer(request.name, since, request.wake.total_seconds())
         timer = self._timer(recorded, wanted)
         if timer != recorded:
+            await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
+        if timer.until_s is None and timer.since.boot != began.boot:
+            # From here on this boot's clock decides: a wall clock that was set back must not make the wait longer again.
+            timer = Timer(timer.name, began, remaining_s(timer.since, timer.duration_s, began))
             await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
         waited = False
         while isinstance(left := decide_sleep(timer, engine.clock.now()), Wait):
@@ -746,7 +760,7 @@ class CellRun(Run):
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
         return asked  # an edited duration counts from the first asking
 
-    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:  # noqa: ARG002
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:  # noqa: ARG002
         """A failed step isn't kept: the next execution tries anew."""
         if asked.key.attempts in self._attempts:
             await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
@@ -763,18 +777,23 @@ class Ended:
 
     outcome: Outcome | None = None
     value: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 _FINAL = (Status.COMPLETED, Status.FAILED)
 
 
-async def _never_interrupted(body: Coroutine[Any, Any, Any]) -> Any:
-    """A KeyboardInterrupt that leaves a task's step ends the kernel process (asyncio re-raises it from the loop)."""
+async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+    """What `body` returns, and what it raises. A KeyboardInterrupt or SystemExit that leaves a task's step would end the
+    kernel process (asyncio raises it from the loop)."""  # fmt: skip
     try:
-        return await body
+        return await body, None
+    except asyncio.CancelledError:
+        raise
     except KeyboardInterrupt as interrupt:
         raise asyncio.CancelledError from interrupt
+    except BaseException as raised:
+        return None, raised
 
 
 def _identity(request: StepRequest, provenance: Provenance, left_out: tuple[str, ...]) -> str:
@@ -817,7 +836,7 @@ def _branch_name() -> str:
 
 
 def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return rec.plain(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def _times(outcome: Outcome) -> dict[str, Any]:

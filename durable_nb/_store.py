@@ -124,7 +124,7 @@ def _check(path: Path, text: bytes) -> str:
     try:
         about: Any = json.loads(text)
         form, store_id = int(about["format"]), str(about["id"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CorruptStoreError(
             f"{path / 'store.json'} is damaged ({text[:40]!r}); nothing was run or changed. Restore the file, or set "
             "DURABLE_NB_DIR to another folder"

@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from durable_nb import _fingerprint
 from durable_nb._clock import parse_duration, parse_when
 from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
+from durable_nb._records import plain
 from durable_nb._retry import Backoff, RetryOn, RetryPolicy
 
 _P = ParamSpec("_P")
@@ -57,7 +58,7 @@ def sleep_until(name: str, when: datetime | str | float) -> Coroutine[Any, Any, 
 
 def _sleep(verb: str, name: str, wake: timedelta | datetime) -> Coroutine[Any, Any, None]:
     __tracebackhide__ = True
-    check_name(verb, name)
+    name = check_name(verb, name)
     return run_for(verb).sleep(SleepRequest(name, wake))
 
 
@@ -102,7 +103,7 @@ class Step(Generic[_P, _T]):
 
     def _ask(self, verb: str, name: str, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
-        check_name(verb, name)
+        name = check_name(verb, name)
         current = run_for(verb)
         return current.step(
             StepRequest(
@@ -188,8 +189,8 @@ def step(
     return wrap if fn is None else wrap(fn)
 
 
-def check_name(verb: str, name: object) -> None:
-    """Complain, before anything is recorded, about a name that can't identify a step."""
+def check_name(verb: str, name: object) -> str:
+    """The name as it is recorded. Complains, before anything is, about one that can't identify a step."""
     __tracebackhide__ = True
     if not isinstance(name, str):
         raise TypeError(
@@ -199,6 +200,7 @@ def check_name(verb: str, name: object) -> None:
         raise ValueError(
             f"durable.{verb}({name!r}, ...): the step's name is empty; give it one, such as 'charge'. Nothing was run"
         )
+    return plain(name)
 
 
 def _is_async(fn: Any) -> bool:

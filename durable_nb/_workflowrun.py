@@ -142,7 +142,7 @@ class WorkflowRun(Run):
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
         return recorded or asked
 
-    async def _give_up(self, asked: Request, attempt: int, began: float, error: Exception) -> Ended:
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """A failure is an outcome: the code may have caught it and gone on."""
         form, data, shown = _codec.encode_error(error)
         outcome = self._outcome_of(asked, attempt, began, form, data, failed=True)
@@ -163,7 +163,7 @@ class WorkflowRun(Run):
         except (asyncio.CancelledError, KeyboardInterrupt):
             await self.finish(Status.INTERRUPTED)
             raise
-        except Exception as raised:
+        except BaseException as raised:
             error = self._broken or raised
             form, data, shown = _codec.encode_error(error)
             await self.finish(self.ends_as(error), f"{type(error).__name__}: {error}", result=(form, data))

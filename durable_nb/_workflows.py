@@ -61,7 +61,7 @@ class Workflows:
             record = RunRecord(
                 new, "workflow", workflow, scope, 0, inputs, began, form=form, arguments=arguments, labels=labels
             )
-            held = self._engine.claim_and_wait(record, None)
+            held = self._engine.claim_and_wait(record)
             if held is not None:
                 self._spawn(new, self._execute(WorkflowRun(self._engine, record, held, resumed=False), function))
                 return new

@@ -58,7 +58,7 @@ def call(
     __tracebackhide__ = True
     import httpx
 
-    check_name("call", name)
+    name = check_name("call", name)
     run = run_for("call")
     limit = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S) if timeout is None else parse_duration(timeout).total_seconds()
     try:

@@ -740,7 +740,8 @@ def test_an_odd_exception_out_of_a_body_ends_the_cell_and_nothing_else(path, kin
     async def main():
         async with kernel(path) as engine:
             with pytest.raises(BaseException):  # noqa: B017  which one is not promised
-                await asyncio.wait_for(cell(engine, body), 5)
+                async with asyncio.timeout(5):
+                    await cell(engine, body)
             assert engine.store.journal.scan("step/") == []
             assert await cell(engine, three_steps) == "a done, b done done"
 
@@ -993,7 +994,7 @@ def test_a_task_that_outlives_its_cell_cannot_ask_for_steps(path):
         async with kernel(path) as engine:
             await cell(engine, body)
             gate.set()
-            with pytest.raises(NotInRunError, match=r"'late'.*outlived its cell 'cell'"):
+            with pytest.raises(NotInRunError, match=r"'late'.*outlived cell 'cell'"):
                 await tasks[0]
         assert world.done == ["a"]
 

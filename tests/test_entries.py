@@ -98,7 +98,8 @@ def test_an_array_comes_back_as_it_was(entries, array, readonly):
     array.flags.writeable = not readonly or array.dtype.kind in "OM"
     keep(entries, {"x": array})
     got = back(entries)["x"]
-    assert (got.dtype, got.shape, got.strides) == (array.dtype, array.shape, array.strides)
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    assert got.strides == array.strides or not array.size, "an empty array has no bytes to step over"
     assert list(got.ravel()) == list(array.ravel()) if got.dtype == object else got.tobytes() == array.tobytes()
     assert got.flags.writeable is array.flags.writeable
 

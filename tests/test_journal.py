@@ -616,6 +616,8 @@ def test_calls_keep_their_place_among_commits_and_their_errors():
 
 def test_the_commit_of_a_cancelled_future_still_lands():
     async def main():
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         journal = Watched()
         writer = Writer(journal)
         first, second = writer.commit(put(0)), writer.commit(put(1))
@@ -625,6 +627,7 @@ def test_the_commit_of_a_cancelled_future_still_lands():
         journal.gate.set()
         assert await writer.commit(put(2)) is APPLIED
         assert sorted(journal.rows) == ["k00000", "k00001", "k00002"]
+        assert complaints == []
         writer.close()
 
     asyncio.run(main())

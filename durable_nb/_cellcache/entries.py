@@ -197,7 +197,7 @@ class Entries:
         manifest = msgspec.msgpack.decode(packed, type=Manifest)
         data = _HEAD.size + packed_size + manifest.pickle_size + manifest.outputs_size
         buffers = sum(_aligned(b.size) for b in manifest.buffers)
-        if size != (_aligned(data) + buffers if buffers else data):
+        if size != (_aligned(data) + buffers if manifest.buffers else data):
             raise CorruptStoreError("its file is damaged: it is cut short")
         stream, outputs = file.read(manifest.pickle_size), file.read(manifest.outputs_size)
         if _digest(stream) != manifest.pickle_digest or _digest(outputs) != manifest.outputs_digest:

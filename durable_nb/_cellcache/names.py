@@ -80,16 +80,27 @@ class _Walk:
         self.stored: set[str] = set()
         self.deferred: dict[str, set[str]] = {}
         """By name of a function or class of this cell: the global names that its bodies read when called."""
+        self._reached: set[str] = set()
+        """Names that some function which has been mentioned reads: what is defined under one of them can be called."""
         self._loops: list[list[_Bound]] = []
 
     def mention(self, names: set[str], bound: _Bound) -> None:
         """These names are read here; functions among them may be called, and then read what they read."""
-        waiting = list(names)
+        waiting, seen = list(names), set(names)
         while waiting:
             name = waiting.pop()
             if bound is not None and name not in bound:
                 self.read.add(name)
-            waiting += self.deferred.pop(name, ())
+            inner = self.deferred.get(name, set())
+            self._reached |= inner
+            waiting += inner - seen
+            seen |= inner
+
+    def _define(self, name: str, inner: set[str], bound: _Bound) -> None:
+        """A function or class of that name, whose bodies read `inner` when called: from its first mention on."""
+        self.deferred[name] = self.deferred.get(name, set()) | inner
+        if name in self._reached:
+            self.mention(inner, _and(bound, {name}))
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
@@ -107,7 +118,7 @@ class _Walk:
                 if node.decorator_list:
                     self.mention(inner, _and(bound, {node.name}))
                 else:
-                    self.deferred[node.name] = inner
+                    self._define(node.name, inner, bound)
                 return self._bind({node.name}, bound)
             case ast.ClassDef():
                 return self._class(node, bound)
@@ -144,10 +155,15 @@ class _Walk:
                 if self._loops:
                     self._loops[-1].append(bound if isinstance(node, ast.Break) else None)
                 return None
+            case ast.Assert():
+                bound = self.expression(node.test, bound)
+                if node.msg is not None:
+                    self.expression(node.msg, bound)
+                return bound
             case ast.Assign():
                 bound = self.expression(node.value, bound)
                 if isinstance(node.value, ast.Lambda) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                    self.deferred[node.targets[0].id] = _reads(node.value)
+                    self._define(node.targets[0].id, _reads(node.value), bound)
                 for target in node.targets:
                     bound = self._target(target, bound)
                 return bound
@@ -208,6 +224,9 @@ class _Walk:
                     self.expression(part.value, bound)
                 elif isinstance(part, ast.MatchClass):
                     self.expression(part.cls, bound)
+                elif isinstance(part, ast.MatchMapping):
+                    for key in part.keys:
+                        self.expression(key, bound)
             inside = self._bind(names, bound)
             if case.guard is not None:
                 inside = self.expression(case.guard, inside)
@@ -222,14 +241,14 @@ class _Walk:
             bound = self.expression(part, bound)
         body = _Walk()
         body.block(node.body, bound)
-        methods = [child for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)]
-        called = {name for child in node.body if child not in methods for name in _reads(child)}
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        called = {name for child in node.body if not isinstance(child, functions) for name in _reads(child)}
         self.mention(body.read | (called & self.deferred.keys()), bound)
-        later = {name for method in methods for name in _reads(method)}
+        later = {name for child in ast.walk(node) if isinstance(child, (*functions, ast.Lambda)) for name in _reads(child)}
         if node.decorator_list or node.bases or node.keywords:  # a decorator, __init_subclass__ or a metaclass may call them
             self.mention(later, _and(bound, {node.name}))
         else:
-            self.deferred[node.name] = later
+            self._define(node.name, later, bound)
         return self._bind({node.name}, bound)
 
     # -- names ---------------------------------------------------------------------------------------------------------
@@ -313,11 +332,12 @@ class _Reads(ast.NodeVisitor):
             self.visit(child)
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        targets = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+        names = [n for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)]
+        targets = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         self.visit(node.generators[0].iter)
         inner = _Reads(self._local | targets, self._found)
         for i, generator in enumerate(node.generators):
-            for part in (*([generator.iter] if i else []), *generator.ifs):
+            for part in (generator.target, *([generator.iter] if i else []), *generator.ifs):
                 inner.visit(part)
         for part in (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,):
             inner.visit(part)

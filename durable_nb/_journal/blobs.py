@@ -23,10 +23,17 @@ class Blobs:
     def put(self, data: bytes) -> str:
         digest = blob_digest(data)
         path = self._folder / digest
-        if not path.exists() or path.stat().st_size != len(data):
+        if not self._holds(digest):
             self._folder.mkdir(mode=0o700, exist_ok=True)
             write_file(path, [data])
         return digest
+
+    def _holds(self, digest: str) -> bool:
+        try:
+            self.get(digest)
+        except CorruptStoreError:
+            return False
+        return True
 
     def get(self, digest: str) -> bytes:
         try:

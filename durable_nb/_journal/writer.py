@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from durable_nb._journal import Commit, Journal, Verdict
+from durable_nb.errors import StoreError
 
 GROUP_LIMIT = 1000
 
@@ -48,6 +49,7 @@ class Writer:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="durable_nb journal", daemon=True)
         self._thread.start()
@@ -59,7 +61,7 @@ class Writer:
     def commit_and_wait(self, commit: Commit) -> Verdict:
         """For synchronous code: returns after the fsync, which takes about a millisecond."""
         job = _Job(commit, None, Future())
-        self._jobs.put(job)
+        self._put(job)
         return job.future.result()  # type: ignore[no-any-return]
 
     def call(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
@@ -68,14 +70,20 @@ class Writer:
 
     def close(self) -> None:
         """Write what was handed over, then end the thread."""
+        self._closed = True
         self._jobs.put(None)
         self._thread.join()
 
     def _submit(self, work: Commit | Callable[[], Any]) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(_Job(work, loop, future))
+        self._put(_Job(work, loop, future))
         return future
+
+    def _put(self, job: _Job) -> None:
+        if self._closed:
+            raise StoreError("the store is closed; nothing was written. Load the extension, or open the store, again")
+        self._jobs.put(job)
 
     def _run(self) -> None:
         ending = False
