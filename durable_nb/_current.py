@@ -112,6 +112,9 @@ class Engine(Protocol):
         ...
 
 
+workflow_functions: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {}
+"""By name, the async functions that are workflows: how a run finds its code again."""
+
 _engines: list[Callable[[], Engine]] = []
 
 

@@ -20,6 +20,7 @@ from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
 from durable_nb._run import CellRun, Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
+from durable_nb.errors import StoreError
 
 
 class Engine:
@@ -47,7 +48,7 @@ class Engine:
         """
         scope = rec.scope_of(name)
         while True:
-            found = await self.store.writer.call(lambda: self._unfinished(scope))
+            found = await self.store.writer.call(lambda: self._unfinished(scope, forgiving=rerun))
             generation = found.generation
             if any(run.inputs == inputs and self.is_owned(run.id, lease) for run, lease in found.runs):
                 return None
@@ -76,16 +77,27 @@ class Engine:
                 if claimed is not None:
                     await claimed.finish(Status.COMPLETED)
 
-    def _unfinished(self, scope: str) -> _Unfinished:
-        """Runs on the writer's thread."""
+    def _unfinished(self, scope: str, *, forgiving: bool = False) -> _Unfinished:
+        """Runs on the writer's thread. `forgiving`: what can't be read counts as not there, since all is made anew."""
         journal, seal = self.store.journal, self.store.seal
         runs = []
         for key, _ in journal.scan(rec.open_prefix(scope)):
-            found = self.read_run(key.rsplit("/", 1)[1])
+            try:
+                found = self.read_run(key.rsplit("/", 1)[1])
+            except StoreError:
+                if not forgiving:
+                    raise
+                continue
             if found is not None and found[1] is not None:
                 runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
-        generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
+        try:
+            generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
+        except StoreError:
+            if not forgiving:
+                raise
+            used = [int(key.split("/")[2]) for key, _ in journal.scan(f"step/{scope}/")]
+            generation = max(used, default=0)
         return _Unfinished(generation, row, runs)
 
     async def _claim(

@@ -67,9 +67,11 @@ def asked_delay_s(error: BaseException) -> float | None:
     (RFC 9110, 10.2.3: seconds or a date)."""  # fmt: skip
     if isinstance(error, RetryAfter):
         return parse_duration(error.delay).total_seconds()
-    headers = getattr(getattr(error, "response", None), "headers", None)
-    text = headers.get("retry-after") if headers is not None else None
-    if not text:
+    found = [getattr(holder, "headers", None) for holder in (getattr(error, "response", None), error)]
+    text = next(
+        (value for headers in found if headers for k, value in dict(headers).items() if k.lower() == "retry-after"), None
+    )
+    if not isinstance(text, str):
         return None
     if text.isdecimal():
         return min(float(text[:20]), LONGEST_S)

@@ -224,6 +224,8 @@ class Run:
             context.run(current_run.set, self)
             context.run(current_branch.set, Branch())
             self._main = main = loop.create_task(_caught(body), context=context)
+            if self._stopped is not None:
+                main.cancel()
             try:
                 await asyncio.wait({main})
             except asyncio.CancelledError as cancelled:
@@ -240,8 +242,11 @@ class Run:
 
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
-        if self._main is not None:
-            self._main.get_loop().call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self.what} was interrupted"))
+        why = KeyboardInterrupt(f"{self.what} was interrupted")
+        if self._main is None:
+            self._stopped = self._stopped or why
+        else:
+            self._main.get_loop().call_soon_threadsafe(self.stop, why)
 
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
@@ -514,7 +519,11 @@ class Run:
     async def _failed(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """Note a failed attempt and when the next is due, or give up."""
         request = asked.request
-        delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
+        try:
+            delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
+        except Exception as policy_error:  # of the user's own functions; the step's error is what they want to see
+            error.add_note(f"durable_nb: its retry policy failed as well ({_say(policy_error)}), so it was not tried again")
+            delay = None
         if delay is None:
             attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
             error.add_note(
@@ -652,8 +661,16 @@ class Run:
             raise self._unreadable(asked, error) from error
 
     def _failures(self, asked: Request) -> Attempts | None:
-        row = self._attempts.get(asked.key.attempts)
-        return unpack(self.engine.store.seal, asked.key.attempts, row, Attempts) if row else None
+        key, row = asked.key.attempts, self._attempts.get(asked.key.attempts)
+        if row is None:
+            return None
+        failures, now = unpack(self.engine.store.seal, key, row, Attempts), self.engine.clock.now()
+        if failures.since.boot == now.boot:
+            return failures
+        # As with sleeps: from here on this boot's clock decides.
+        failures = replace(failures, since=now, delay_s=remaining_s(failures.since, failures.delay_s, now))
+        self._attempts[key] = self.engine.pack(key, failures)[1]
+        return failures
 
     async def _recall(self, asked: Request, outcome: Outcome, *, show: bool) -> Any:
         """The recorded value; what the body displayed is shown again."""

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from durable_nb._current import engine
+from durable_nb._current import engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._verbs import check_name
 
@@ -15,8 +15,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _ON_CONFLICT = ("attach", "fail", "restart")
-
-_defined: dict[str, Workflow[..., Any]] = {}
 
 
 class Workflow(Generic[_P, _T]):
@@ -70,27 +68,20 @@ def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
             raise TypeError(f"durable.workflow({function!r}): give an async function ('async def')")
         called = name or function.__name__
         check_name("workflow", called)
-        made = Workflow(function, called)
-        before = _defined.get(called)
-        if before is not None and _home(before.fn) != _home(function):
+        before = workflow_functions.get(called)
+        if before is not None and _home(before) != _home(function):
             raise ValueError(
-                f"two workflows are named {called!r}: {'.'.join(_home(before.fn))} and {'.'.join(_home(function))}. Their "
+                f"two workflows are named {called!r}: {'.'.join(_home(before))} and {'.'.join(_home(function))}. Their "
                 "runs could not be told apart after a restart: give one another name, @durable.workflow(name=...)"
             )
-        _defined[called] = made
-        return made
+        workflow_functions[called] = function
+        return Workflow(function, called)
 
     return wrap if fn is None else wrap(fn)
 
 
 def _home(function: Any) -> tuple[str, str]:
     return function.__module__, function.__qualname__
-
-
-def function_of(name: str) -> Any:
-    """The function of a workflow, None where nothing defines it."""
-    found = _defined.get(name)
-    return found.fn if found is not None else None
 
 
 class Run:
@@ -161,5 +152,5 @@ def runs(status: str | None = None, workflow: str | None = None, label: str | No
 
 def resume() -> list[Run]:
     """Go on with every interrupted run whose workflow is defined here; those runs."""
-    waiting = [run for run in engine().snapshots() if run.status is Status.INTERRUPTED and run.name in _defined]
+    waiting = [run for run in engine().snapshots() if run.status is Status.INTERRUPTED and run.name in workflow_functions]
     return [Run(run.id).resume() for run in waiting]

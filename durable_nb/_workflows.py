@@ -17,14 +17,13 @@ from typing import Any
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._branches import current_branch
-from durable_nb._current import current_run, use_engine
+from durable_nb._current import current_run, use_engine, workflow_functions
 from durable_nb._engine import Engine, new_id
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._fingerprint import Unhashable, hash_value
 from durable_nb._records import Attempts, Lease, Outcome, RunRecord, Timer, unpack
 from durable_nb._replay import Ending, to_clear
 from durable_nb._store import Store
-from durable_nb._workflow import function_of
 from durable_nb._workflowrun import WorkflowRun
 from durable_nb.errors import DurableError, LeaseLost, RunCancelled, RunConflictError, RunNotFoundError, UnserializableError
 
@@ -52,7 +51,7 @@ class Workflows:
         on_conflict: str,
     ) -> str:
         form, arguments, inputs = _encoded(workflow, args, kwargs)
-        function = function_of(workflow)
+        function = workflow_functions.get(workflow)
         new = run_id if run_id is not None else new_id()
         found = self._engine.read_run(new)
         if found is None:
@@ -114,7 +113,7 @@ class Workflows:
 
     def _go(self, record: RunRecord, lease: Lease | None) -> None:
         """Execute a run in a task of its own, which belongs to no cell."""
-        function = function_of(record.name)
+        function = workflow_functions.get(record.name)
         if function is None:
             warnings.warn(
                 f"durable_nb: the run {record.id!r} waits: its workflow {record.name!r} is not defined here. Run the cell or "

@@ -1079,6 +1079,53 @@ def test_a_wall_clock_set_back_across_boots_waits_at_most_the_original_duration(
     asyncio.run(main())
 
 
+def test_many_restarts_and_boots_do_not_lengthen_a_timer(path):
+    async def main():
+        clock = FakeClock()
+        for boot in (False, True, False, True, True, False):
+            if boot:
+                clock.reboot()
+            await killed_while_asleep(path, clock, pausing("1h"))
+            clock.advance(100)
+        async with kernel(path, clock) as engine:
+            await cell(engine, pausing("1h"))
+        assert clock.wall_s == pytest.approx(T0 + 3600)
+
+    asyncio.run(main())
+
+
+def test_a_duration_edited_after_a_boot_counts_from_the_first_asking_too(path):
+    async def main():
+        clock = FakeClock()
+        for _ in range(2):
+            await killed_while_asleep(path, clock, pausing("1h"))
+            clock.advance(600)
+            clock.reboot()
+        async with kernel(path, clock) as engine:
+            await cell(engine, pausing("2h"))
+        assert clock.wall_s == pytest.approx(T0 + 7200)
+
+    asyncio.run(main())
+
+
+def test_a_wall_clock_set_back_across_boots_does_not_lengthen_a_retry(path):
+    slow = durable.step(flaky, backoff=40)
+
+    async def body():
+        return await durable.run("s", slow, "s", 2)
+
+    async def main():
+        clock = FakeClock()
+        await killed_while_asleep(path, clock, body)
+        clock.wall_s -= 1_000_000
+        clock.reboot()
+        async with kernel(path, clock) as engine:
+            assert await cell(engine, body) == "s done"
+        assert sum(clock.slept) == pytest.approx(40)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("edited", "left_s"), [("2h", 6600), ("15m", 300), ("5m", 0)])
 def test_an_edited_duration_counts_from_the_first_asking(path, edited, left_s):
     async def main():
@@ -1261,8 +1308,8 @@ def test_two_kernels_that_start_the_same_cell_at_once_execute_it_once(path):
             barrier = threading.Barrier(2)
             for engine in (first, second):
 
-                def look(scope, _look=engine._unfinished):
-                    found = _look(scope)
+                def look(scope, _look=engine._unfinished, **options):
+                    found = _look(scope, **options)
                     with suppress(threading.BrokenBarrierError):
                         barrier.wait(1)  # both have looked before either claims
                     return found

@@ -231,7 +231,7 @@ LIVES = """
     from durable_nb._store import Process
 
     def wait():
-        print("child", flush=True)
+        os.write(1, b"child\\n")
         time.sleep(60)
 
     if __name__ == "__main__":
@@ -251,7 +251,7 @@ LIVES = """
             child = worker.pid
         elif kind == "pool":
             pool = multiprocessing.get_context("fork").Pool(1)
-            pool.apply(print, ("child",), {"flush": True})
+            pool.apply(os.write, (1, b"child\\n"))
             child = pool._pool[0].pid
         elif kind == "grandchild":
             child = os.fork()
@@ -265,7 +265,7 @@ LIVES = """
             child = 0
         elif kind == "shell":
             child = subprocess.Popen("sleep 60 & sleep 60", shell=True).pid
-        print(process.id, child, flush=True)
+        os.write(1, f"{process.id} {child}\\n".encode())
         sys.stdin.read()
 """
 CHILDREN = ["none", "fork", "subprocess", "multiprocessing fork", "multiprocessing spawn", "pool", "grandchild", "shell"]

@@ -118,8 +118,12 @@ class Writer:
             if len(jobs) == 1:
                 jobs[0].error = error
                 return
-            for job in jobs:  # one bad commit must not fail its neighbours
+            for n, job in enumerate(jobs):  # one bad commit must not fail its neighbours
                 self._write([job])
+                if n and job.error is not None and jobs[n - 1].error is not None:
+                    for rest in jobs[n + 1 :]:  # it is the disk, not the commit: don't wait for it once for each
+                        rest.error = job.error
+                    return
 
 
 def _do(job: _Job) -> None:
