@@ -40,11 +40,14 @@ class Engine:
         """A record as the row that a commit takes."""
         return key, pack(self.store.seal, key, record)
 
-    async def begin(self, name: str, inputs: str, *, rerun: bool = False, label: str = "") -> CellRun | None:
+    async def begin(
+        self, name: str, inputs: str, *, rerun: bool = False, rerun_step: str = "", label: str = ""
+    ) -> CellRun | None:
         """A run of the cell `name` (said as `label`) with the inputs of that digest: its unfinished one, or a new one.
 
         None where a live process is executing the cell with the same inputs: wait for its entry. With `rerun`, steps are
-        counted from a new generation, unless the unfinished run is itself such a rerun whose kernel died.
+        counted from a new generation, unless the unfinished run is itself such a rerun whose kernel died; with `rerun_step` the
+        steps of that name are, likewise. LookupError where the cell has recorded no step of that name.
         """
         scope = rec.scope_of(name)
         while True:
@@ -61,9 +64,13 @@ class Engine:
             if rerun and not adopted:
                 generation += 1
             run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter)
-            if run is not None:
-                await run.load()
-                return run
+            if run is None:
+                continue
+            await run.load()
+            died = adopted is not None and adopted[1].owner not in ("", self.store.process.id)
+            if rerun_step and not (died and adopted and adopted[0].rerun_step == rerun_step):
+                await run.forget_step(rerun_step)
+            return run
 
     async def close_finished(self, name: str, inputs: str) -> None:
         """Close a run that was killed between storing its cell's entry and saying that it was complete.

@@ -9,6 +9,7 @@
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
 | `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
+| `again/SCOPE/GENERATION/STEP` | how often the steps of this name were asked to be executed anew (`--rerun=STEP`) |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
 A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
@@ -134,6 +135,8 @@ class RunRecord:
     error: str = ""
     rerun: bool = False
     """It began with `--rerun`."""
+    rerun_step: str = ""
+    """It began with `--rerun=STEP`."""
     form: str = ""
     arguments: bytes = b""
     """Of a workflow: (args, kwargs), encoded as `form` says."""
@@ -172,7 +175,16 @@ class Loose:
     format: int = FORMAT
 
 
-Record = Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
+@dataclass(frozen=True, slots=True)
+class Again:
+    """How often the steps of this name were asked to be executed anew: a number that is part of their identity."""
+
+    name: str
+    number: int
+    format: int = FORMAT
+
+
+Record = Again | Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -214,6 +226,11 @@ def attempts_prefix(scope: str, generation: int) -> str:
 def loose_prefix(scope: str, generation: int) -> str:
     """Keys of what a cell's steps change themselves."""
     return f"loose/{scope}/{generation:06}/"
+
+
+def again_prefix(scope: str, generation: int) -> str:
+    """Keys of what was asked to be executed anew."""
+    return f"again/{scope}/{generation:06}/"
 
 
 def timer_prefix(run_id: str) -> str:

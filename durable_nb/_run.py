@@ -30,7 +30,7 @@ from durable_nb._current import Body, SleepRequest, StepRequest, current_body, c
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
+from durable_nb._records import Again, Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import CutOff, Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
 from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
@@ -169,21 +169,22 @@ class Run:
             rec.attempts_prefix(self.record.scope, self.record.generation),
             rec.timer_prefix(self.id),
             rec.loose_prefix(self.record.scope, self.record.generation),
+            rec.again_prefix(self.record.scope, self.record.generation),
         )
         journal = self.engine.store.journal
         self.engine.active[self.id] = self  # before the scan: a body that ends meanwhile tells us itself
-        outcomes, attempts, timers, loose = await self.engine.store.writer.call(
+        outcomes, attempts, timers, loose, again = await self.engine.store.writer.call(
             lambda: [dict(journal.scan(p)) for p in prefixes]
         )
         self._outcomes = outcomes | self._outcomes
         self._attempts = attempts | self._attempts
         self._timers = timers
-        self._loaded(loose)
+        self._loaded(loose, again)
 
     # -- what cells and workflows do differently -----------------------------------------------------------------------
 
-    def _loaded(self, loose: dict[str, bytes]) -> None:
-        """The records are here; `loose` are those of what steps change themselves."""
+    def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
+        """The records are here: `loose` of what steps change themselves, `again` of what is to be executed anew."""
         raise NotImplementedError
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
@@ -703,9 +704,10 @@ class CellRun(Run):
         self.what = f"cell {record.name!r}"
         self._occurrences = Occurrences({})
         self._timer_counts: dict[str, int] = {}
+        self._again: dict[str, int] = {}
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
 
-    def _loaded(self, loose: dict[str, bytes]) -> None:
+    def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
         recorded: dict[str, set[int]] = {}
         for key in (*self._outcomes, *self._attempts):
             identity, number = key.rsplit("/", 2)[1:]
@@ -714,15 +716,43 @@ class CellRun(Run):
         for key, row in loose.items():
             known = unpack(self.engine.store.seal, key, row, Loose)
             self._loose[known.kind, known.name] = known.left_out
+        for key, row in again.items():
+            asked = unpack(self.engine.store.seal, key, row, Again)
+            self._again[asked.name] = asked.number
+
+    async def forget_step(self, name: str) -> None:
+        """Execute the steps of that name anew, under identities and idempotency keys of their own."""
+        seal = self.engine.store.seal
+        names = {unpack(seal, key, row, Outcome).name for key, row in self._outcomes.items()}
+        names |= {unpack(seal, key, row, Attempts).name for key, row in self._attempts.items()}
+        if name not in names:
+            await self.finish(Status.INTERRUPTED)
+            known = f"; it has {', '.join(map(repr, sorted(names)))}" if names else ""
+            raise LookupError(f"{self.what} has recorded no step {name!r}{known}")
+        self._again[name] = self._again.get(name, 0) + 1
+        key = rec.again_prefix(self.record.scope, self.record.generation) + digest_of(name)
+        marked = self.engine.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
+        await self._commit(Commit(self._held.guard, puts=(self.engine.pack(key, Again(name, self._again[name])), marked)))
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
         provenance = provenance_of(request)
-        identities = [_identity(request, provenance, labels) for labels in self._loose.get((request.kind, request.name), ())]
-        identities = [*reversed(identities), _identity(request, provenance, ())]
+        identities = [
+            self._identity(request, provenance, labels) for labels in self._loose.get((request.kind, request.name), ())
+        ]
+        identities = [*reversed(identities), self._identity(request, provenance, ())]
         identity = next((found for found in identities if self._occurrences.rivals(found)), identities[0])
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), provenance
+
+    def _identity(self, request: StepRequest, provenance: Provenance, left_out: tuple[str, ...]) -> str:
+        """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
+        again = self._again.get(request.name)
+        parts = (request.kind, request.name) if again is None else (request.kind, request.name, f"again {again}")
+        if not left_out:
+            return digest_of(*parts, provenance.digest)
+        kept = {label: digest for label, digest in provenance.components.items() if label not in left_out}
+        return digest_of(*parts, _fingerprint.digest_of(kept), *left_out)
 
     def _work_on(self, asked: Request) -> Work | None:
         found = super()._work_on(asked)
@@ -752,7 +782,7 @@ class CellRun(Run):
         if not own:
             return asked.key, ()
         labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
-        identity = _identity(asked.request, asked.provenance, labels)
+        identity = self._identity(asked.request, asked.provenance, labels)
         if identity == asked.key.identity:
             return asked.key, ()
         key = self._key(identity, self._occurrences.take(identity))
@@ -811,14 +841,6 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
         raise asyncio.CancelledError from interrupt
     except BaseException as raised:
         return None, raised
-
-
-def _identity(request: StepRequest, provenance: Provenance, left_out: tuple[str, ...]) -> str:
-    """What a cell's step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
-    if not left_out:
-        return digest_of(request.kind, request.name, provenance.digest)
-    kept = {label: digest for label, digest in provenance.components.items() if label not in left_out}
-    return digest_of(request.kind, request.name, _fingerprint.digest_of(kept), *left_out)
 
 
 def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:

@@ -42,7 +42,7 @@ class WorkflowRun(Run):
         self._broken: NonDeterminismError | None = None
         self._edited: set[str] = set()
 
-    def _loaded(self, loose: dict[str, bytes]) -> None:  # noqa: ARG002  places need no such allowance
+    def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:  # noqa: ARG002  places need neither
         self._recorded = {}
         for kind, keys in ((Outcome, self._outcomes), (Attempts, self._attempts), (Timer, self._timers)):
             for key in keys:

@@ -372,6 +372,70 @@ def test_rerun_executes_the_cell_and_its_steps_anew(shared):
         assert len((shared.folder / "anew").read_text().splitlines()) == lines
 
 
+def test_one_step_can_be_executed_anew(shared):
+    """--rerun=STEP: that one and no other, with an idempotency key of its own; an unknown name is told with those there are."""
+    steps = "".join(
+        f"{n} = await durable.run('{n}', lambda: (open('one_{n}', 'a').write('x\\n'), durable.idempotency_key())[1])\n"
+        for n in "ab"
+    )
+    cell = "%%durable one {}\n" + steps
+    assert shared.run(cell.format("")).status == "ok"
+    first = shared.value("a, b")
+    shown = shared.run(cell.format("--rerun=b"))
+    assert shown.status == "ok", shown.traceback
+    assert shown.told[0] == "one · running: asked for by --rerun=b"
+    again = shared.value("a, b")
+    assert (again[0] == first[0], again[1] == first[1]) == (True, False)
+    assert [len((shared.folder / f"one_{n}").read_text().splitlines()) for n in "ab"] == [1, 2]
+    assert (
+        "--rerun=c: cell 'one' has recorded no step 'c'; it has 'a', 'b'; nothing was run"
+        in shared.run(cell.format("--rerun=c")).stderr
+    )
+    assert "restored" in shared.run(cell.format("")).told[-1]
+
+
+def test_a_step_tried_at_most_once_is_not_repeated_after_a_kill(tmp_path):
+    """StepInterrupted until --rerun=STEP says that the far end was looked at."""
+    cell = (
+        "%%durable once {}\ndef pay():\n    import os, time\n    open('begun', 'a').write('x\\n')\n"
+        "    while not os.path.exists('on'): time.sleep(0.01)\n    return 'paid'\n"
+        "result = await durable.run('pay', durable.step(pay, at_most_once=True))"
+    )
+    with kernel(tmp_path) as k:
+        k.send(cell.format(""))
+        k.wait_until(tmp_path / "begun")
+        k.kill()
+        (tmp_path / "on").touch()
+        for _ in range(2):
+            shown = k.run(cell.format(""))
+            assert shown.error.startswith("StepInterrupted: step 'pay' of cell 'once' was cut off"), shown.error
+        assert "--rerun=pay" in shown.error
+        assert (tmp_path / "begun").read_text() == "x\n"
+        assert k.run(cell.format("--rerun=pay")).status == "ok"
+        assert k.value("result") == "paid"
+
+
+def test_workflows_run_between_cells_and_go_on_in_a_new_kernel(tmp_path):
+    """start() returns at once; after a kill the same id goes on with what is recorded."""
+    define = (
+        "def pay(x):\n    open('paid', 'a').write('x\\n')\n    return x * 2\n"
+        "@durable.workflow\nasync def order(x):\n    paid = await durable.run('pay', pay, x)\n"
+        "    await durable.sleep('nap', 1.5)\n    return paid"
+    )
+    with kernel(tmp_path) as k:
+        k.run(define)
+        shown = k.run("run = order.start(21, id='order-1')\norder.start(21, id='order-1').id")
+        assert shown.result == "'order-1'", shown.traceback
+        wait_for_row(tmp_path, "timer/")
+        k.kill()
+        k.run(define)
+        assert k.value("durable.get_run('order-1').status.value") == "interrupted"
+        assert k.run("await order.start(21, id='order-1')").result == "42"
+        assert k.run("order.start(21, id='order-1').result()").result == "42"
+        assert k.run("order.start(22, id='order-1')").error.startswith("RunConflictError: the run id 'order-1' is used already")
+        assert (tmp_path / "paid").read_text() == "x\n"
+
+
 def test_without_a_front_end_misses_are_told_on_stderr_and_a_table_is_left(tmp_path):
     """nbclient runs it like any notebook; a second run restores the cell, and the saved notebook shows it."""
     notebook = nbformat.v4.new_notebook(

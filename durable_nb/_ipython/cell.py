@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from IPython.core.displayhook import DisplayHook
+from IPython.core.error import UsageError
 
 import durable_nb
 from durable_nb import _records as rec
@@ -89,9 +90,15 @@ class CellExecution:
         key = self._key()
         run = None
         while run is None:
-            if not self.options.rerun and await self._restored(key, began):
+            options = self.options
+            if not options.rerun and not options.rerun_step and await self._restored(key, began):
                 return
-            run = await self.engine.begin(self.owner, key.key, rerun=self.options.rerun, label=self.label)
+            try:
+                run = await self.engine.begin(
+                    self.owner, key.key, rerun=options.rerun, rerun_step=options.rerun_step, label=self.label
+                )
+            except LookupError as error:
+                raise UsageError(f"%%durable --rerun={options.rerun_step}: {error.args[0]}; nothing was run") from None
             if run is None:
                 self.status.show("waiting", "another kernel is running this cell with the same inputs")
                 await asyncio.sleep(_BUSY_POLL_S)
@@ -149,8 +156,8 @@ class CellExecution:
         """Why the cell runs, in a few words."""
         if run.resumed:
             return f"goes on from {datetime.fromtimestamp(run.record.started_at).astimezone():%a %H:%M}"
-        if self.options.rerun:
-            return "asked for by --rerun"
+        if self.options.rerun or self.options.rerun_step:
+            return "asked for by --rerun" + (f"={self.options.rerun_step}" if self.options.rerun_step else "")
         if key.unknown:
             return key.unknown[0]
         nearest: list[str] | None = None  # differences to the entry that is most like this cell

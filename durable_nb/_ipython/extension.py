@@ -57,13 +57,13 @@ class Session:
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.
 
-        %%durable [NAME] [--rerun] [--max-wait DURATION] [--time] [--quiet]
+        %%durable [NAME] [--rerun | --rerun=STEP] [--max-wait DURATION] [--time] [--quiet]
 
         Run again with nothing changed, by a new kernel too, the cell's variables and outputs are restored and no code of it
         runs. Interrupted, failed or killed, it goes on after the last completed step: await durable.run("name", function,
         ...), durable.call(...), durable.sleep(...) are its steps.
 
-        --rerun      run the cell and all its steps anew
+        --rerun      run the cell and all its steps anew; --rerun=STEP: only the steps of that name
         --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to go on
         --time       print the time it took
         --quiet      no line above the output, no view

@@ -11,7 +11,7 @@ from durable_nb._clock import parse_duration
 
 _FLAGS = {"--rerun": "rerun", "--time": "time", "--quiet": "quiet"}
 _VALUES = {"--max-wait": "max_wait_s"}
-_USAGE = "%%durable [NAME] [--rerun] [--max-wait DURATION] [--time] [--quiet]"
+_USAGE = "%%durable [NAME] [--rerun | --rerun=STEP] [--max-wait DURATION] [--time] [--quiet]"
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class Options:
 
     name: str = ""
     rerun: bool = False
+    rerun_step: str = ""
     time: bool = False
     quiet: bool = False
     max_wait_s: float | None = None
@@ -37,7 +38,11 @@ def parse(line: str, stack: list[str]) -> Options:
     while words:
         word = words.pop(0)
         option, has_value, value = word.partition("=")
-        if word in _FLAGS:
+        if option == "--rerun" and has_value:
+            if not value:
+                raise UsageError("%%durable: --rerun= needs a step's name, as in '--rerun=charge'; nothing was run")
+            options.rerun_step = value
+        elif word in _FLAGS:
             setattr(options, _FLAGS[word], True)
         elif option in _VALUES:
             if not has_value:
