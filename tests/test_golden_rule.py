@@ -123,6 +123,42 @@ def test_a_name_bound_to_an_equal_object_is_restored_whatever_it_held_before(hom
     assert (runs(home, cell), home.value("y")) == (False, 7)
 
 
+def test_a_name_that_was_left_alone_keeps_what_it_holds(home):
+    """Bound on another path, or by a helper to the very object it held: what is restored must not be an earlier value of it."""
+    cell = "%%durable maybe\nif flag:\n    left = 5"
+    helper = "def put():\n    global held\n    held = 5"
+    other = "%%durable helper\nput()"
+    home.run(f"flag = False\nleft = 1\nheld = 5\n{helper}")
+    assert (runs(home, cell), runs(home, other)) == (True, True)
+    home.run("left = 10\nheld = 7")
+    runs(home, cell)
+    runs(home, other)
+    assert home.value("left, held") == (10, 5)
+    for _ in range(2):
+        home.restart()
+        home.run("flag = False\nleft = 1\n")
+        assert not runs(home, cell)
+        assert home.value("left") == 1
+
+
+def test_a_loop_leaves_its_variable_and_is_restored_in_the_same_kernel(home):
+    """What the cell itself left behind is no new input of it."""
+    cell = "%%durable loop\nsquares = []\nfor i in range(4):\n    squares.append(i * i)"
+    home.restart()
+    assert (runs(home, cell), runs(home, cell)) == (True, False)
+    assert home.value("i, squares") == (3, [0, 1, 4, 9])
+
+
+def test_a_cell_that_sets_the_process_up_runs_each_time(home):
+    """sys.path, the working directory: a restored cell would not have set them."""
+    home.run("import sys, os")
+    assert runs(home, "%%durable path\nsys.path.append('lib')")
+    home.restart()
+    home.run("import sys, os")
+    assert runs(home, "%%durable path\nsys.path.append('lib')")
+    assert home.value("'lib' in sys.path") is True
+
+
 def test_a_cell_that_looks_names_up_dynamically_runs(home):
     """What it reads can't be told from its code."""
     for value in (1, 2):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from durable_nb._cellcache.names import Names, dynamic_reads
-from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses
+from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, object_of
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -52,6 +52,12 @@ def mutated(before: CellKey, tree: ast.Module, names: Names, namespace: Mapping[
     found, unknown = _fingerprint(tree, names.read, namespace, earlier=old)
     after = found.result().components
     return [_said(label) for label, digest in before.components.items() if after.get(label) != digest] + unknown
+
+
+def stored_by(key: CellKey) -> set[str]:
+    """The notebook's names that functions which the cell may call bind themselves (`global x; x = ...`)."""
+    codes = [getattr(object_of(label), "__code__", None) for label in key.components if label.startswith("function ")]
+    return {name for code in codes if code is not None for name in globals_stored(code)}
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

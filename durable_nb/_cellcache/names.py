@@ -31,6 +31,8 @@ class Names:
     """May be read before the cell binds them; builtins included."""
     bound: frozenset[str]
     """May be bound or deleted by the cell."""
+    certain: frozenset[str]
+    """Are bound by the cell, whatever path it takes to its end."""
 
 
 def names_of(tree: ast.Module) -> Names:
@@ -41,7 +43,7 @@ def names_of(tree: ast.Module) -> Names:
     declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for call in _shell_calls(tree):
         walk.mention(_named_in_text(call), frozenset())
-    return Names(frozenset(walk.read - {"get_ipython"}), frozenset(walk.stored | declared))
+    return Names(frozenset(walk.read - {"get_ipython"}), frozenset(walk.stored | declared), end or frozenset())
 
 
 def dynamic_reads(tree: ast.Module) -> frozenset[str]:

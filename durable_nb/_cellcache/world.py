@@ -8,6 +8,7 @@ cell has to run again.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from durable_nb._fingerprint import hash_value
 
 ABSENT = ""
 READ, LISTED, MADE = "read", "listed", "made"
@@ -47,17 +50,18 @@ class World:
     files: list[FileState] = field(default_factory=list)
     generators: dict[str, str] = field(default_factory=dict)
     """Of the random generators that the cell moved: the state they were in, or that nobody had seeded them."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Digests of variables that the cell may have left alone, or bound to the very object that they held."""
 
     def digest(self) -> str:
         """Tells executions of one cell apart that saw different files."""
-        parts = [f"{f.how}\0{f.path}\0{f.digest}" for f in self.files] + [
-            f"{k}\0{v}" for k, v in sorted(self.generators.items())
-        ]
+        parts = [f"{f.how}\0{f.path}\0{f.digest}" for f in self.files]
+        parts += [f"{k}\0{v}" for k, v in (*sorted(self.generators.items()), *sorted(self.names.items()))]
         return hashlib.blake2b("\0\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
-    def changes(self) -> list[str]:
+    def changes(self, namespace: Mapping[str, Any]) -> list[str]:
         """What is different now, in words; empty where a cell that ran in this world would see the same again."""
-        found = []
+        found = [f"{name} changed" for name, digest in self.names.items() if name_digest(namespace, name) != digest]
         for file in self.files:
             now = _listing(file.path) if file.how == LISTED else content_digest(file.path)
             if now != file.digest:
@@ -65,6 +69,13 @@ class World:
         seen = {name: generator.before() for name, generator in generators().items()}
         found += [f"the state of {n} changed" for n, state in self.generators.items() if seen.get(n, UNSEEDED) != state]
         return found
+
+
+def name_digest(namespace: Mapping[str, Any], name: str) -> str:
+    """Of what a name holds; '' where it holds nothing, or what can't be compared."""
+    with contextlib.suppress(Exception):
+        return hash_value(namespace[name])
+    return ABSENT
 
 
 # -- random generators -------------------------------------------------------------------------------------------------
@@ -191,6 +202,7 @@ class Watch:
         self._listed: dict[str, str] = {}
         self._mentioned = {path: _stat(path) for path in mentioned}
         self._generators = generators()
+        self._process = _process_state()
         self._lock = threading.Lock()
 
     def event(self, event: str, args: tuple[Any, ...]) -> None:
@@ -235,7 +247,8 @@ class Watch:
 
     def world(self) -> tuple[World, list[str]]:
         """What the cell saw, now that it has ended; and why its result can't be kept, if it can't."""
-        files, problems = [], []
+        files: list[FileState] = []
+        problems = [f"it changes {what}" for what, was in self._process.items() if _process_state()[what] != was]
         for where, (name, how, before) in self._first.items():
             if how == LISTED:
                 files.append(FileState(name, LISTED, _listing(name)))
@@ -260,6 +273,14 @@ class Watch:
     def moved_states(world: World) -> dict[str, Any]:
         """The states that seeded generators have now, of those the cell moved: what comes after must go on from there."""
         return {name: g.state for name, g in generators().items() if name in world.generators and g.seeded}
+
+
+def _process_state() -> dict[str, Any]:
+    """What cells set for the whole process now and then, and a restored one would not have set."""
+    state: dict[str, Any] = {"sys.path": list(sys.path), "the working directory": os.getcwd()}
+    matplotlib: Any = sys.modules.get("matplotlib")
+    state["matplotlib's rcParams"] = dict(matplotlib.rcParams) if hasattr(matplotlib, "rcParams") else None
+    return state
 
 
 _watches: list[Watch] = []

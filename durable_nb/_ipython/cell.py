@@ -16,7 +16,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +28,9 @@ from IPython.core.error import UsageError
 import durable_nb
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Entry, Result
-from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated
+from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, stored_by
 from durable_nb._cellcache.names import Names, names_of
-from durable_nb._cellcache.world import Watch, mentioned_paths, set_generator, watching
+from durable_nb._cellcache.world import Watch, mentioned_paths, name_digest, set_generator, watching
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
 from durable_nb._facts import Status
@@ -88,7 +88,7 @@ class CellExecution:
         if not self.options.name:
             self.status.advise("name the cell ('%%durable NAME') to keep its steps when it is edited elsewhere")
         key = self._key()
-        run = None
+        run, waited = None, False
         while run is None:
             options = self.options
             if not options.rerun and not options.rerun_step and await self._restored(key, began):
@@ -100,7 +100,9 @@ class CellExecution:
             except LookupError as error:
                 raise UsageError(f"%%durable --rerun={options.rerun_step}: {error.args[0]}; nothing was run") from None
             if run is None:
-                self.status.show("waiting", "another kernel is running this cell with the same inputs")
+                if not waited:
+                    self.status.show("waiting", "another kernel is running this cell with the same inputs")
+                waited = True
                 await asyncio.sleep(_BUSY_POLL_S)
         self.status.show("running", self._why(key, run))
         await self._execute(run, key, began)
@@ -129,7 +131,7 @@ class CellExecution:
         """The entry that holds in the world as it is now, decoded. Nothing of the notebook has changed when this returns."""
         try:
             for entry in self.entries.of_key(self.scope, key.key):
-                if not entry.manifest.world.changes():
+                if not entry.manifest.world.changes(self.shell.user_ns):
                     return entry, entry.values(self.shell.user_ns.__getitem__)
         except (CorruptStoreError, UntrustedStoreError) as error:
             self.status.warn(f"what was stored of this cell is not used: {error}; the cell runs and is stored anew")
@@ -162,7 +164,7 @@ class CellExecution:
             return key.unknown[0]
         nearest: list[str] | None = None  # differences to the entry that is most like this cell
         for manifest in self.entries.manifests(self.scope) if self.options.name else ():
-            found = changes(manifest.components, key.components) or manifest.world.changes()
+            found = changes(manifest.components, key.components) or manifest.world.changes(self.shell.user_ns)
             if nearest is None or len(found) < len(nearest):
                 nearest = found
         if nearest is None:
@@ -180,29 +182,30 @@ class CellExecution:
         watch = Watch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
         ended, error = Status.INTERRUPTED, ""
         body = self._body()
-        try:
-            with _interruptible(run), self.recorder.recording(), watching(watch):
-                try:
-                    await run.execute(body)
-                finally:
-                    body.close()
-                self._flush_figures()
-                cost = time.perf_counter() - began + run.spent_before_s()
-                outputs = self.recorder.outputs()
-            ended = Status.COMPLETED
-            self._store(key, before, watch, outputs, cost)
-        except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
-            raise
-        except BaseException as raised:
-            ended, error = Status.FAILED, f"{type(raised).__name__}: {raised}"
-            raise
-        finally:
+        with _interruptible(run):
             try:
-                await run.finish(ended, error)
-            except StoreError as failed:
-                self.status.warn(f"how the run ended could not be written: {failed}")
-            stage.close()
-            self.status.ended(ended, time.perf_counter() - began, run.snapshot())
+                with self.recorder.recording(), watching(watch):
+                    try:
+                        await run.execute(body)
+                    finally:
+                        body.close()
+                    self._flush_figures()
+                    cost = time.perf_counter() - began + run.spent_before_s()
+                    outputs = self.recorder.outputs()
+                ended = Status.COMPLETED
+                self._store(key, before, watch, outputs, cost)
+            except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
+                raise
+            except BaseException as raised:
+                ended, error = Status.FAILED, f"{type(raised).__name__}: {raised}"
+                raise
+            finally:
+                try:
+                    await run.finish(ended, error)
+                except StoreError as failed:
+                    self.status.warn(f"how the run ended could not be written: {failed}")
+                stage.close()
+                self.status.ended(ended, time.perf_counter() - began, run.snapshot())
 
     async def _body(self) -> None:
         namespace = self.shell.user_ns
@@ -232,23 +235,29 @@ class CellExecution:
         if key.unknown:
             self.status.not_stored(key.unknown[0])
             return
-        touched = {n for n in {*before, *namespace} if n in self.code.names.bound or before.get(n) is not namespace.get(n)}
-        touched = {n for n in touched if not _HIDDEN.fullmatch(n)}
+        names = self.code.names
+        touched = {
+            n for n in {*before, *namespace} if n in names.certain or before.get(n, _HIDDEN) is not namespace.get(n, _HIDDEN)
+        }
+        alone = {n for n in (*names.bound, *stored_by(key)) if n in namespace and n not in touched}
+        touched, alone = ({n for n in found if not _HIDDEN.fullmatch(n)} for found in (touched, alone))
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
             changed = mutated(key, self.code.tree, self.code.names, namespace, before)
             world, problems = watch.world()
+            world = replace(world, names={name: name_digest(namespace, name) for name in sorted(alone)})
         except Exception as error:
             self.status.not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
             return
         if changed:
             self.status.not_stored(f"it changes {changed[0]} in place")
             return
+        problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
         if problems:
             self.status.not_stored(problems[0])
             return
         values = {**bound, _RESULTS: self.results, _STATES: watch.moved_states(world)}
-        links = _Links(before, key, bound)
+        links = _Links(before, key)
         try:
             self.entries.store(
                 self.scope,
@@ -284,13 +293,12 @@ class _SharedError(Exception):
 class _Links:
     """Which objects of the notebook a stored value refers to, instead of holding them."""
 
-    def __init__(self, before: dict[str, Any], key: CellKey, bound: dict[str, Any]) -> None:
+    def __init__(self, before: dict[str, Any], key: CellKey) -> None:
         inputs = {label.removeprefix("global ") for label in key.components}
         inputs |= {label.partition(" ")[2] for label in key.components}
         self._names = {id(v): n for n, v in before.items() if n in inputs and not isinstance(v, _IMMUTABLE)}
         self._objects = key.objects
         self._keep = before  # ids hold only while their objects live
-        self._bound = {id(value) for name, value in bound.items() if value is not before.get(name)}
 
     def reference(self, obj: Any) -> str | None:
         """The name of an earlier object; _SharedError for a part of one."""

@@ -1,0 +1,360 @@
+"""What survives when processes are killed, stopped, doubled, and when their disk is full or damaged.
+
+Real processes, a real journal on disk, real signals. What step bodies did is told by a file outside the store, the oracle
+(see `workers`). `DURABLE_NB_KILLS` says how often a process is killed at a random moment: `make stress` kills 2,000 times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+from workers import PREDICTED, ForkServer, predicted, read_oracle, until
+
+from durable_nb._journal.disk import DiskJournal
+
+KILLS = int(os.environ.get("DURABLE_NB_KILLS", "60"))
+SEED = int(os.environ.get("DURABLE_NB_SEED", "1"))
+
+FULL_DISK_KB = 16 << 10
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("key") / "signing.key"
+
+
+@pytest.fixture(scope="module")
+def server(key_file):
+    made = ForkServer(key_file)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def oracle(tmp_path):
+    return tmp_path / "oracle"
+
+
+def begun(oracle, name):
+    """The processes that began the step's body, in order."""
+    return [pid for pid, what, step, _ in read_oracle(oracle) if (what, step) == ("begin", name)]
+
+
+def wait_for_line(oracle, *wanted):
+    until(lambda: any(line[1:3] == wanted for line in read_oracle(oracle)), f"the oracle's line {wanted}")
+
+
+def broken_promises(lines, values):
+    """What the oracle's lines have against a run that returned `values`."""
+    acknowledged, found = {}, []
+    for n, (_, what, name, value) in enumerate(lines):
+        if what == "ack":
+            if acknowledged.setdefault(name, value) != value:
+                found.append(f"line {n}: {name} was acknowledged as {acknowledged[name]}, and then as {value}")
+        elif what == "begin" and name in acknowledged:
+            found.append(f"line {n}: {name} ran again after it was acknowledged")
+        elif what == "done" and json.loads(value) != values:
+            found.append(f"line {n}: another process got {value}, not {values}")
+    made = {(name, value) for _, what, name, value in lines if what == "end"}
+    found += [f"{name}={value} is missing" for name, value in acknowledged.items() if values.get(name) != value]
+    found += [f"{name}={value} was made by no body" for name, value in values.items() if (name, value) not in made]
+    return found
+
+
+# -- killed at any moment -----------------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server, store, tmp_path):
+    """Every run comes to its end, and everybody who asks gets the same result."""
+    chance = random.Random(SEED)
+    killed, runs, moments = 0, 0, []
+    while killed < KILLS:
+        runs += 1
+        run_id, oracle = f"run-{runs}", tmp_path / f"oracle-{runs}"
+        args = {"store": store, "oracle": str(oracle), "run_id": run_id}
+
+        def worker(args=args):
+            return server.start("travel", **args, how=chance.choice(["start", "resume", "all", "await"]))
+
+        with ExitStack() as stack:
+            mine = stack.enter_context(worker())
+            for _ in range(chance.randrange(1, 9)):
+                heir = stack.enter_context(worker()) if chance.random() < 0.2 else None
+                if chance.random() < 0.5:
+                    moment = chance.uniform(0, 0.12)
+                    time.sleep(moment)
+                else:
+                    lines = len(read_oracle(oracle)) + chance.randrange(1, 12)
+                    give_up = time.monotonic() + 1
+                    while len(read_oracle(oracle)) < lines and mine.exit_code() is None and time.monotonic() < give_up:
+                        pass
+                over = not mine.kill()
+                killed += not over
+                moments.append(len(read_oracle(oracle)))
+                mine = heir or stack.enter_context(worker())
+                if over:
+                    break
+            values = mine.result()
+        assert server.do("travel", **args, how="await") == values
+        assert broken_promises(read_oracle(oracle), values) == [], f"seed {SEED}, {run_id}, in {store}"
+        assert len(values) == 13
+    assert len(set(moments)) > min(KILLS / 4, 30), "the kills came at many different moments"
+
+
+# -- two at once --------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_processes_that_start_the_same_run_at_once_one_executes_it(server, store, tmp_path, oracle):
+    """And both get its result. A hundred times."""
+    meeting = tmp_path / "meeting"
+    meeting.write_bytes(bytes(2 * 4096))
+    args = {"store": store, "oracle": str(oracle), "meeting": str(meeting), "count": 100}
+    with server.start("start_together", **args, me=0) as left, server.start("start_together", **args, me=1) as right:
+        assert left.result() == right.result()
+    for n in range(1, 101):
+        who = {pid for pid, _, name, _ in read_oracle(oracle) if name.startswith(f"{n}-")}
+        assert len(who) == 1, f"run {n} was executed by {who}"
+        assert len(begun(oracle, f"{n}-one")) == len(begun(oracle, f"{n}-two")) == 1
+
+
+# -- a stopped owner ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["coroutine", "thread"])
+@pytest.mark.parametrize("returns", ["while the run goes on", "after the run's end"])
+def test_a_stopped_owner_is_not_robbed_but_may_be_taken_over(server, store, tmp_path, oracle, thread, returns):
+    """Others wait for it. Taken over and then woken up, its commit is refused, its code is cancelled, and it runs no step."""
+    gates = [str(tmp_path / "first gate"), str(tmp_path / "last gate")]
+    args = {"store": store, "oracle": str(oracle), "run_id": "r", "gates": gates, "thread": thread}
+    with server.start("keep", **args) as owner:
+        wait_for_line(oracle, "begin", "held")
+        owner.stop()
+        with server.start("attach", **args) as heir:
+            assert heir.said() == {"done": False, "status": "running"}
+            assert begun(oracle, "held") == [owner.pid]
+            heir.tell("take over")
+            until(lambda: heir.pid in begun(oracle, "held"), "the heir to run the step that was not acknowledged")
+            (tmp_path / "first gate").touch()
+            until(lambda: heir.pid in begun(oracle, "end"), "the heir to go on")
+            if returns == "after the run's end":
+                (tmp_path / "last gate").touch()
+                values = heir.result()
+                owner.signal(signal.SIGCONT)
+            else:
+                owner.signal(signal.SIGCONT)
+                wait_for_line(oracle, "cancelled", "code")
+                (tmp_path / "last gate").touch()
+                values = heir.result()
+            assert owner.result() in ({"value": values}, {"lost": True})
+        assert begun(oracle, "before") == [owner.pid]
+        assert begun(oracle, "held") == [owner.pid, heir.pid]
+        assert begun(oracle, "after") == begun(oracle, "end") == [heir.pid]
+        assert [line[:2] for line in read_oracle(oracle) if line[2] == "code"] == [(owner.pid, "cancelled")]
+    lines = [line for line in read_oracle(oracle) if line[1] == "ack" and line[2] == "held"]
+    assert [(pid, value) for pid, _, _, value in lines] == [(heir.pid, values["held"])]
+
+
+@pytest.mark.parametrize("kind", ["fork", "popen", "mp fork", "mp spawn"])
+def test_a_killed_owner_whose_child_lives_on_is_succeeded_at_once(server, store, tmp_path, oracle, kind):
+    """The child, however it was made, doesn't hold the dead process's sign of life."""
+    gate = tmp_path / "gate"
+    args = {"store": store, "oracle": str(oracle), "kind": kind.removeprefix("mp "), "gate": str(gate)}
+    child = 0
+    try:
+        with server.start("rear", **args) as owner:
+            wait_for_line(oracle, "begin", "held")
+            child = int(next(value for _, what, _, value in read_oracle(oracle) if what == "ack"))
+            assert owner.kill()
+            gate.touch()
+            began = time.monotonic()
+            assert server.do("rear", **args) == child
+            assert time.monotonic() - began < 5
+        os.kill(child, 0)  # it lives
+        assert len(begun(oracle, "held")) == 2
+        assert sum(what == "child" for _, what, _, _ in read_oracle(oracle)) == 1
+    finally:
+        if child:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+
+# -- a disk that is full, or can't be written ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path, key_file):
+    """A file system of 16 MiB at `tmp_path/disk`, and a fork server whose workers see it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    server = ForkServer(key_file, tmpfs=disk, kilobytes=FULL_DISK_KB)
+    if server.trouble:
+        server.close()
+        pytest.skip(f"a small file system can't be mounted: {server.trouble}")
+    yield server, disk
+    server.close()
+
+
+SIZES = {"small rows": (40, 20), "large rows": (5, 300_000), "files": (5, 1_500_000)}
+
+
+@pytest.mark.parametrize("leave", [0, 8192], ids=["brim", "a little room"])
+@pytest.mark.parametrize("values", SIZES)
+def test_a_full_disk_is_said_and_nothing_acknowledged_is_lost(small_disk, oracle, values, leave):
+    """With room again the run goes on where it stopped, in the same process."""
+    server, disk = small_disk
+    steps, size = SIZES[values]
+    growth = {"steps": steps, "size": size, "filler": str(disk / "filler"), "leave": leave}
+    with server.start("grow", store=str(disk / "store"), oracle=str(oracle), again=True, **growth) as worker:
+        said = worker.said()
+        check_full(said, oracle)
+        server.do("delete", path=str(disk / "filler"))
+        worker.tell("go on")
+        result = worker.result()
+    assert broken_promises(read_oracle(oracle), result) == []
+    assert len(result) == steps
+
+
+@pytest.mark.parametrize("values", SIZES)
+def test_after_a_full_disk_another_process_goes_on(small_disk, oracle, values):
+    """While the disk is full it is told so; with room again it goes on where the dead process stopped."""
+    server, disk = small_disk
+    steps, size = SIZES[values]
+    growth = {"steps": steps, "size": size, "filler": str(disk / "filler"), "leave": 0}
+    args = {"store": str(disk / "store"), "oracle": str(oracle), **growth}
+    with server.start("grow", **args, again=True) as worker:
+        check_full(worker.said(), oracle)
+    with server.start("grow", **args, again=False) as worker:
+        heard = worker.hear()
+        assert heard["error"] == "StoreError", heard
+    server.do("delete", path=str(disk / "filler"))
+    result = server.do("grow", **args, again=False)
+    assert broken_promises(read_oracle(oracle), result) == []
+    assert len(result) == steps
+
+
+def check_full(said, oracle):
+    """The error is of the tree, says what to do, and what was acknowledged can be read."""
+    assert said["error"] == "StoreError", said
+    assert "full" in said["text"] or "No space" in said["text"], said["text"]
+    steps = {name for name, status in said["steps"] if status == "completed"}
+    assert {name for _, what, name, _ in read_oracle(oracle) if what == "ack"} <= steps
+    assert said["status"] in ("interrupted", "failed", "running"), said
+
+
+def test_a_disk_that_became_read_only_is_said_and_used_again_when_it_can_be(small_disk, oracle):
+    server, disk = small_disk
+    growth = {"steps": 4, "size": 20, "filler": str(disk / "filler"), "leave": 0}
+    args = {"store": str(disk / "store"), "oracle": str(oracle), **growth}
+    with server.start("grow", **args, again=True) as worker:
+        worker.said()
+    server.do("delete", path=str(disk / "filler"))
+    server.do("remount", path=str(disk), read_only=True)
+    with server.start("grow", **args, again=False) as worker:
+        heard = worker.hear()
+        assert heard["error"] == "StoreError", heard
+        assert "read-only" in heard["text"].lower(), heard["text"]
+        assert "nothing was run" in heard["text"]
+    server.do("remount", path=str(disk), read_only=False)
+    result = server.do("grow", **args, again=False)
+    assert broken_promises(read_oracle(oracle), result) == []
+    assert len(result) == 4
+
+
+# -- damage -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound(server, tmp_path):
+    """A store with a completed run, a run that was killed after all its steps, and the oracle of both."""
+    store = tmp_path / "sound"
+    assert server.do("predict", store=str(store)) == predicted()
+    return store
+
+
+def bits(path, count, chance):
+    return [{"file": path, "bit": bit} for bit in chance]
+
+
+def check_damage(outcomes):
+    """Right, or an error of the tree: nothing else may come out."""
+    bad = [(trial, found) for trial, found in outcomes if found != "right" and not (found.get("durable"))]
+    assert bad == [], f"{len(bad)} of {len(outcomes)}: {bad[0]}"
+
+
+def damaged(server, store, tmp_path, trials):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return server.do("damage", store=str(store), scratch=str(scratch), trials=trials)
+
+
+def some_bits(file, name, count):
+    """A choice of bits of a file, each of them a trial; the first bytes of all."""
+    chance, size = random.Random(SEED), file.stat().st_size
+    chosen = {*chance.sample(range(size * 8), min(count, size * 8))}
+    return [{"file": name, "bit": bit} for bit in sorted(chosen)]
+
+
+def test_a_bit_flipped_in_a_row_is_an_error_or_a_miss(server, sound, tmp_path):
+    """In any page of the journal's database: the run's record, its steps, SQLite's own pages."""
+    database = sound / "journal" / "cache.db"
+    outcomes = damaged(server, sound, tmp_path, some_bits(database, "journal/cache.db", 150))
+    check_damage(outcomes)
+
+
+@pytest.mark.parametrize("part", ["value", "store.json", "key"])
+def test_a_bit_flipped_in_another_file_is_an_error_or_a_miss(server, sound, tmp_path, key_file, part):
+    file = {"value": next((sound / "values").iterdir()), "store.json": sound / "store.json", "key": key_file}[part]
+    name = str(file) if part == "key" else str(file.relative_to(sound))
+    outcomes = damaged(server, sound, tmp_path, [*some_bits(file, name, 40), {"file": name, "cut": 5}, {"file": name, "cut": 0}, {"file": name, "gone": True}])
+    check_damage(outcomes)
+
+
+def test_a_truncated_database_is_an_error_or_a_miss(server, sound, tmp_path):
+    database = sound / "journal" / "cache.db"
+    size = database.stat().st_size
+    cuts = [0, 1, 99, 100, 4096, 4097, *range(8192, size, 4096), size - 1]
+    outcomes = damaged(server, sound, tmp_path, [{"file": "journal/cache.db", "cut": cut} for cut in cuts])
+    check_damage(outcomes)
+
+
+# -- many at once -------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_work_in_a_store_while_a_third_opens_it_as_a_forgetful_cache(server, store, oracle):
+    """Nothing is evicted: each of them finds the others' runs complete."""
+    server.do("predict", store=store)
+    groups = [[f"{side}-{n}" for n in range(40)] for side in ("left", "right")]
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(server.start("many_journeys", store=store, oracle=str(oracle), names=names)) for names in groups
+        ]
+        meddler = stack.enter_context(server.start("meddle", journal=str(store + "/journal")))
+        assert meddler.said() == "meddling"
+        for worker in workers:
+            assert worker.said() == "open"
+            worker.tell("go")
+        results = [worker.result() for worker in workers]
+        meddler.tell("stop")
+        assert meddler.result() > 1
+    found = dict(zip([name for names in groups for name in names], [v for vs in results for v in vs], strict=True))
+    acknowledged = {name: value for _, what, name, value in read_oracle(oracle) if what == "ack"}
+    assert acknowledged == {f"{name}-{step}": value for name, values in found.items() for step, value in zip(("one", "two"), values)}
+    assert len([line for line in read_oracle(oracle) if line[1] == "begin"]) == 2 * len(found)
+    for names, values in zip(groups, results, strict=True):
+        with server.start("many_journeys", store=store, oracle=str(oracle), names=names) as again:
+            again.said()
+            again.tell("go")
+            assert again.result() == values
