@@ -762,21 +762,19 @@ class CellRun(Run):
         for work in self.engine.works.values():  # its body may have changed a global already that is part of the key
             theirs = work.asked
             if work not in self._works and theirs.key.scope == asked.key.scope and _fixed(theirs) == mine:
-                return work
+                now = asked.provenance.components
+                if _changed(theirs, now) == _changed_by_itself(theirs, now):
+                    return work
         return None
 
     def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...]]:
         """What the body changes itself is no input to compare: a list that it appends to, a counter that it raises."""
-        before = asked.provenance.components
         if not asked.globals:
             return asked.key, ()
-        after = provenance_of(asked.request).components
-        stored = {name for code in _codes(before, asked.request.body) for name in globals_stored(code)}
-        own = {
-            label
-            for label, was in asked.globals.items()
-            if after.get(label) != before[label] and (object_of(label) is was or label.rpartition(".")[2].split()[-1] in stored)
-        }
+        try:
+            own = _changed_by_itself(asked, provenance_of(asked.request).components)
+        except Exception:  # a global can't be read any more: the outcome is recorded as it was asked for
+            own = set()
         place = asked.request.kind, asked.request.name
         known = self._loose.get(place, ())
         if not own:
@@ -847,6 +845,21 @@ def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
     """What no body can change: the step's kind and name, its code and its arguments."""
     parts = {k: v for k, v in asked.provenance.components.items() if k != "aliases" and not k.startswith("global ")}
     return asked.request.kind, asked.request.name, parts
+
+
+def _changed(asked: Request, now: dict[str, str]) -> set[str]:
+    """The globals that are not what they were when the step was asked for."""
+    return {label for label in asked.globals if now.get(label) != asked.provenance.components[label]}
+
+
+def _changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
+    """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
+    stored = {name for code in _codes(asked.provenance.components, asked.request.body) for name in globals_stored(code)}
+    return {
+        label
+        for label in _changed(asked, now)
+        if object_of(label) is asked.globals[label] or label.rpartition(".")[2].split()[-1] in stored
+    }
 
 
 def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:

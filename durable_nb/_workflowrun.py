@@ -18,7 +18,7 @@ from durable_nb._fingerprint import Unhashable
 from durable_nb._records import Attempts, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Places
 from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of
-from durable_nb.errors import NonDeterminismError
+from durable_nb.errors import NonDeterminismError, RunCancelled
 
 if TYPE_CHECKING:
     from durable_nb._current import SleepRequest, StepRequest
@@ -83,11 +83,18 @@ class WorkflowRun(Run):
         return place
 
     def check_complete(self) -> None:
-        """The code has returned: every recorded step must have been asked for."""
+        """The code has returned: every recorded step must have been asked for.
+
+        But for other tasks than the code's own, where a step has failed: what a failure cuts short gets differently far in
+        every execution.
+        """
         if self._broken is not None:
             raise self._broken
         names = {digest_of(branch): branch for branch in self._asked}
+        cut_short = any(fact.status is Status.FAILED for fact in self._facts.values())
         for branch_digest, places in self._recorded.items():
+            if cut_short and branch_digest != digest_of(""):
+                continue
             branch = names.get(branch_digest)
             asked = self._places.asked(branch) if branch is not None else 0
             if len(places) > asked:
@@ -156,11 +163,16 @@ class WorkflowRun(Run):
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
         args, kwargs = _codec.decode(self.record.form, self.record.arguments)
         result: Any = None
+        body = _called(function, args, kwargs)
         try:
-            result = await self.execute(_called(function, args, kwargs))
+            result = await self.execute(body)
             self.check_complete()
             form, data = self._encoded_result(result)
-        except (asyncio.CancelledError, KeyboardInterrupt):
+        except (asyncio.CancelledError, KeyboardInterrupt) as stopped:
+            if self._stopped is None and not isinstance(stopped.__cause__, KeyboardInterrupt):  # nobody did: gone on with,
+                own = RunCancelled(f"{self.what} ended with a CancelledError of its own code")  # it would do so again
+                await self.finish(Status.CANCELLED, str(own), result=_codec.encode_error(own)[:2])
+                raise own from None
             await self.finish(Status.INTERRUPTED)
             raise
         except BaseException as raised:
@@ -168,6 +180,8 @@ class WorkflowRun(Run):
             form, data, shown = _codec.encode_error(error)
             await self.finish(self.ends_as(error), f"{type(error).__name__}: {error}", result=(form, data))
             raise shown from None
+        finally:
+            body.close()  # cancelled before its first line, it was never awaited
         await self.finish(Status.COMPLETED, result=(form, data))
         return result
 

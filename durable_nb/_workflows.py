@@ -37,6 +37,8 @@ class Workflows:
         self._engine = engine
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._runs: dict[str, WorkflowRun] = {}
+        self._cancelling: dict[str, RunCancelled] = {}
+        """Runs whose task has been made and has not begun, that are to stop as soon as it does."""
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
@@ -78,7 +80,12 @@ class Workflows:
                 status = self._status(record, lease)
                 raise RunConflictError(f"the run {run_id!r} was started already (it is {status}); nothing was started")
             if on_conflict == "restart":
-                self._go(replace(record, generation=record.generation + 1), lease)
+                if self._is_owned(record.id, lease):
+                    raise RunConflictError(
+                        f"the run {run_id!r} is being executed (it is {self._status(record, lease)}), so it was not restarted; "
+                        "nothing was started. Cancel it first, with the run's cancel()"
+                    )
+                self._go(replace(record, generation=record.generation + 1), lease, anew=True)
             elif record.status == Status.RUNNING and not self._is_owned(record.id, lease):
                 self._go(record, lease)
         return new
@@ -95,7 +102,9 @@ class Workflows:
         record, lease = self._find(run_id)
         run = self._runs.get(run_id)
         if run is not None:
-            run.stop(RunCancelled(f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else "")))
+            run.stop(_cancelled(run_id, reason))
+        elif run_id in self._tasks:
+            self._cancelling[run_id] = _cancelled(run_id, reason)
         elif self._is_owned(run_id, lease):
             raise DurableError(
                 f"the run {run_id!r} is executed by another process; cancel it there, or take it over first: "
@@ -108,11 +117,11 @@ class Workflows:
         held = await self._engine.claim(record, lease)
         if held is not None:
             run = WorkflowRun(self._engine, record, held, resumed=True)
-            error = RunCancelled(f"the run {record.id!r} was cancelled" + (f": {reason}" if reason else ""))
+            error = _cancelled(record.id, reason)
             await run.finish(Status.CANCELLED, str(error), result=_codec.encode_error(error)[:2])
 
-    def _go(self, record: RunRecord, lease: Lease | None) -> None:
-        """Execute a run in a task of its own, which belongs to no cell."""
+    def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
+        """Execute a run in a task of its own, which belongs to no cell; `anew`, with none of its sleeps behind it."""
         function = workflow_functions.get(record.name)
         if function is None:
             warnings.warn(
@@ -121,7 +130,7 @@ class Workflows:
                 stacklevel=3,
             )
             return
-        self._spawn(record.id, self._drive(record, lease, function))
+        self._spawn(record.id, self._drive(record, lease, function, anew=anew))
 
     def _spawn(self, run_id: str, work: Any) -> None:
         try:
@@ -141,12 +150,16 @@ class Workflows:
     def _ended(self, run_id: str, task: asyncio.Task[Any]) -> None:
         if self._tasks.get(run_id) is task:
             del self._tasks[run_id]
+            self._cancelling.pop(run_id, None)
         if not task.cancelled():
             task.exception()  # on record: whoever waits for the run gets it from there
 
-    async def _drive(self, record: RunRecord, lease: Lease | None, function: Any) -> None:
+    async def _drive(self, record: RunRecord, lease: Lease | None, function: Any, *, anew: bool) -> None:
         cleared: tuple[str, ...] = ()
-        if record.status in (Status.FAILED, Status.CANCELLED):
+        if anew:
+            timers = await self._engine.store.writer.call(lambda: self._engine.store.journal.scan(rec.timer_prefix(record.id)))
+            cleared = tuple(key for key, _ in timers)
+        elif record.status in (Status.FAILED, Status.CANCELLED):
             cleared = await self._engine.store.writer.call(lambda: self._cleared(record))
         record = replace(record, status=Status.RUNNING.value, ended_at=None, error="", result=b"", result_form="")
         held = await self._engine.claim(record, lease, deletes=cleared)
@@ -156,6 +169,8 @@ class Workflows:
 
     async def _execute(self, run: WorkflowRun, function: Any) -> None:
         self._runs[run.id] = run
+        if run.id in self._cancelling:
+            run.stop(self._cancelling[run.id])
         try:
             await run.load()
             await run.drive(function)
@@ -168,7 +183,9 @@ class Workflows:
         endings = []
         for key, row in journal.scan(rec.step_prefix(record.scope, record.generation)):
             outcome = unpack(seal, key, row, Outcome)
-            endings.append(Ending(key, outcome.branch, outcome.ended_at, outcome.failed))
+            # A success that was under way already when another step failed is no sign that the failure was caught.
+            at_s = outcome.ended_at if outcome.failed else outcome.started_at
+            endings.append(Ending(key, outcome.branch, at_s, outcome.failed))
         begun = [
             key
             for key, row in journal.scan(rec.attempts_prefix(record.scope, record.generation))
@@ -243,7 +260,10 @@ class Workflows:
         for key, row in journal.scan(rec.timer_prefix(record.id)):
             t = unpack(seal, key, row, Timer)
             wake = t.until_s if t.until_s is not None else t.since.wall_s + t.duration_s
-            found.append(Step(t.name, key, "sleep", Status.SLEEPING, 0, t.since.wall_s, None, wake_at=wake))
+            if record.status == Status.COMPLETED or wake <= self._engine.clock.now().wall_s:
+                found.append(Step(t.name, key, "sleep", Status.COMPLETED, 0, t.since.wall_s, wake))
+            else:
+                found.append(Step(t.name, key, "sleep", Status.SLEEPING, 0, t.since.wall_s, None, wake_at=wake))
         return tuple(sorted(found, key=lambda step: step.started_at or 0.0))
 
     def _is_owned(self, run_id: str, lease: Lease | None) -> bool:
@@ -269,6 +289,10 @@ def _encoded(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     with contextlib.suppress(Unhashable):
         return form, data, hash_value((args, kwargs))
     return form, data, hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _cancelled(run_id: str, reason: str) -> RunCancelled:
+    return RunCancelled(f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else ""))
 
 
 def open_store(path: str | Path) -> None:

@@ -598,3 +598,42 @@ def test_the_extension_can_be_unloaded_and_loaded_again(tmp_path):
 def test_help_shows_how_the_magic_is_used(shared: Kernel, tmp_path: Path):
     """`%%durable?` as for any magic."""
     assert "--rerun" in shared.value("get_ipython().find_cell_magic('durable').__doc__")
+
+
+def test_a_step_that_changes_a_global_is_known_again_in_the_kernel_that_ran_it(shared):
+    """A list that it appends to, a counter that it raises: left out of its identity, and one line says so."""
+    shared.run("paid = []\ncount = 0\ndef pay(n):\n    global count\n    count += 1\n    paid.append(n)\n    return n")
+    cell = "%%durable charges\nfor n in range({}):\n    await durable.run('pay', pay, n)\nraise ValueError('later')"
+    first = shared.run(cell.format(3))
+    assert "step 'pay' changes count, paid: restoring the step won't, and count, paid is not compared" in first.told[-1]
+    for rows in (3, 4):
+        shared.run(cell.format(rows))
+        assert shared.value("paid, count") == (list(range(rows)), rows)
+
+
+def test_a_thread_that_has_changed_a_global_already_gets_no_twin(tmp_path):
+    """Interrupted, and run again while it lives: attached to, whatever its body has done meanwhile. Another input isn't."""
+    (tmp_path / "go").mkdir()
+    setup = (
+        "begun = []\nrate = 1\ndef slow():\n    import os, time\n    begun.append(1)\n"
+        "    at = rate\n    open('begun', 'a').write('x\\n')\n"
+        "    while not os.path.exists('go/on'): time.sleep(0.01)\n    return at"
+    )
+    cell = "%%durable thread\nresult = await durable.run('slow', slow)"
+    with kernel(tmp_path) as k:
+        k.run(setup)
+        sent = k.send(cell)
+        k.wait_until(tmp_path / "begun")
+        k.interrupt()
+        assert k.wait(sent).error.startswith("KeyboardInterrupt")
+        again = k.send(cell)
+        time.sleep(0.3)
+        k.interrupt()
+        assert k.wait(again).error.startswith("KeyboardInterrupt")
+        assert (tmp_path / "begun").read_text() == "x\n"
+        k.run("rate = 2")
+        other = k.send(cell)
+        k.wait_until(tmp_path / "begun", 2)
+        (tmp_path / "go" / "on").touch()
+        assert k.wait(other).status == "ok"
+        assert k.value("result") == 2

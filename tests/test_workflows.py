@@ -1,0 +1,1531 @@
+"""Runs of workflows: found by id, gone on with after any death, their steps identified by place.
+
+Most run on a store in memory that several processes share (`durable_nb.testing`), where a process dies at a named write;
+what has to do with bytes and files runs on the real disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import pickle
+import threading
+import warnings
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import durable_nb as durable
+from durable_nb import _current
+from durable_nb import _records as rec
+from durable_nb._replay import Ending, to_clear
+from durable_nb.errors import (
+    DurableError,
+    LeaseLost,
+    NonDeterminismError,
+    NotInRunError,
+    RunCancelled,
+    RunConflictError,
+    RunNotFoundError,
+    StepFailed,
+    StepInterrupted,
+    StepTimeout,
+    UnserializableError,
+)
+from durable_nb.testing import FakeClock, MemoryStore, runtime
+
+pytestmark = pytest.mark.filterwarnings("ignore:durable_nb:UserWarning")
+
+done: list[Any] = []
+"""What bodies did to the outer world, in order. No record of the journal's."""
+told: list[str] = []
+"""Steps whose result the workflow has seen."""
+gates: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("DURABLE_NB_KEY_FILE", str(tmp_path / "signing.key"))
+    before = dict(_current.workflow_functions)
+    _forget()
+    yield
+    for gate in gates.values():
+        gate.set()
+    _current.workflow_functions.clear()
+    _current.workflow_functions.update(before)
+
+
+def _forget():
+    done.clear()
+    told.clear()
+    gates.clear()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    return MemoryStore() if request.param == "memory" else tmp_path / "store"
+
+
+def gate(name):
+    return gates.setdefault(name, asyncio.Event())
+
+
+def work(what):
+    done.append(what)
+    return f"{what} done"
+
+
+async def work_async(what):
+    done.append(what)
+    await asyncio.sleep(0)
+    return f"{what} done"
+
+
+async def held(what):
+    """Says that it has begun, waits for its gate, then does it."""
+    gate(f"{what} begun").set()
+    await gate(what).wait()
+    done.append(what)
+    return f"{what} done"
+
+
+async def flaky(what, good_from):
+    """Fails until it is tried for the `good_from`th time in the world's history."""
+    done.append(what)
+    if done.count(what) < good_from:
+        raise ConnectionError(f"{what} is down")
+    return f"{what} done"
+
+
+async def broken(what):
+    done.append(what)
+    raise ConnectionError(f"{what} is down")
+
+
+def define(fn, name="order"):
+    """`fn` as the workflow of that name, whatever had it before: the code was edited."""
+    _current.workflow_functions.pop(name, None)
+    return durable.workflow(name=name)(fn)
+
+
+def two_steps(fn=work):
+    async def body():
+        a = await durable.run("a", fn, "a")
+        return [a, await durable.run("b", fn, "b")]
+
+    return body
+
+
+async def until(condition, what=""):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail(f"waited in vain: {what or condition}")
+
+
+async def outcome(run):
+    """What a run returns or raises, as something to compare."""
+    try:
+        return "returned", await run
+    except Exception as error:
+        return "raised", type(error), error.args
+
+
+# -- one run for one id -----------------------------------------------------------------------------------------------
+
+
+def test_started_twice_under_an_id_it_is_one_run(store):
+    """In the same tick, after it has ended, and from another process."""
+
+    async def main():
+        order = define(two_steps())
+        async with runtime(store):
+            first, second = order.start(id="42"), order.start(id="42")
+            assert first.id == second.id == "42"
+            assert await asyncio.gather(first, second) == [["a done", "b done"]] * 2
+            assert await order.start(id="42") == ["a done", "b done"]
+        async with runtime(store) as other:
+            again = order.start(id="42")
+            assert again.status == "completed"
+            assert await again == ["a done", "b done"]
+            assert len(other.engine.store.journal.scan("run/")) == 1
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_started_in_two_living_processes_it_is_one_run_and_both_get_its_result(store):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            mine = order.start(id="42")
+            await gate("a begun").wait()
+            second.use()
+            theirs = order.start(id="42")
+            waiting = asyncio.ensure_future(outcome(theirs))
+            await asyncio.sleep(0.05)
+            assert theirs.status == "running"
+            gate("a").set()
+            gate("b").set()
+            first.use()
+            assert await mine == ["a done", "b done"]
+            assert await waiting == ("returned", ["a done", "b done"])
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_without_an_id_each_start_is_a_run_of_its_own():
+    async def main():
+        order = define(two_steps())
+        async with runtime():
+            first, second = order.start(), order.start()
+            await asyncio.gather(first, second)
+            assert first.id != second.id
+            assert {run.id for run in durable.runs()} == {first.id, second.id}
+        assert Counter(done) == {"a": 2, "b": 2}
+
+    asyncio.run(main())
+
+
+def test_a_used_id_with_other_arguments_or_for_another_workflow_is_a_conflict(store):
+    async def one(what, *, n=0):
+        return await durable.run("a", work, what)
+
+    async def main():
+        order, other = define(one), define(one, "other")
+        async with runtime(store):
+            assert await order.start("x", n=1, id="42") == "x done"
+            for start in (
+                lambda: order.start("y", n=1, id="42"),
+                lambda: order.start("x", n=True, id="42"),
+                lambda: order.start("x", id="42"),
+                lambda: other.start("x", n=1, id="42"),
+            ):
+                with pytest.raises(RunConflictError, match="'42'.*nothing was started"):
+                    start()
+            with pytest.raises(RunConflictError, match="completed"):
+                order.start("x", n=1, id="42", on_conflict="fail")
+            with pytest.raises(ValueError, match="'attach', 'fail', 'restart'"):
+                order.start("x", n=1, id="new", on_conflict="ask")
+            with pytest.raises(RunNotFoundError):
+                durable.get_run("new")
+        assert done == ["x"]
+
+    asyncio.run(main())
+
+
+def test_a_fault_in_the_call_is_found_before_anything_is_recorded():
+    async def one(what):
+        return what
+
+    async def main():
+        order = define(one)
+        async with runtime() as process:
+            for bad in (threading.Lock(), (i for i in ()), [{"deep": threading.Lock()}]):
+                with pytest.raises(UnserializableError, match="'order'.*nothing was recorded"):
+                    order.start(bad, id="42")
+            with pytest.raises(TypeError):
+                order.start(id="42")
+            with pytest.raises(ValueError, match="empty"):
+                order.start("x", id=" ")
+            assert process.engine.store.journal.scan("r") == []
+
+    asyncio.run(main())
+
+
+def test_restarted_a_run_keeps_id_and_arguments_and_does_everything_anew(store):
+    async def body(what):
+        await durable.run("a", work, what)
+        await durable.sleep("pause", "1h")
+        return await durable.run("b", work, f"{what} later")
+
+    async def main():
+        order, clock = define(body), FakeClock()
+        async with runtime(store, clock=clock):
+            await order.start("x", id="42")
+            await order.start("x", id="42", on_conflict="restart")
+            assert done == ["x", "x later"] * 2
+            assert clock.wall_s - 1_700_000_000 == 7200
+            assert len(durable.runs()) == 1
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_executed_is_not_restarted_under_its_executor(store):
+    """Neither here nor in another process: one run has one executor."""
+
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            for process in (first, second):
+                process.use()
+                with pytest.raises(RunConflictError, match="running"):
+                    order.start(id="42", on_conflict="restart")
+            gate("a").set()
+            gate("b").set()
+            first.use()
+            assert await run == ["a done", "b done"]
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+# -- any death, any shape ---------------------------------------------------------------------------------------------
+
+
+async def ask(name, fn, *args, **options):
+    value = await durable.run(name, durable.step(fn, **options) if options else fn, *args)
+    told.append(name)
+    return value
+
+
+async def shaped(shape, place="r"):
+    """A workflow that does what its argument says. Steps are named by where they are in it."""
+    kind, *rest = shape
+    match kind:
+        case "step":
+            return await ask(place, (work, work_async)[rest[0]], place)
+        case "flaky":
+            return await ask(place, flaky, place, rest[0])
+        case "once":
+            return await ask(place, work_async, place, at_most_once=True)
+        case "broken":
+            return await ask(place, broken, place, retries=rest[0])
+        case "sleep":
+            return await durable.sleep(place, rest[0])
+        case "seq":
+            return [await shaped(part, f"{place}.{n}") for n, part in enumerate(rest)]
+        case "loop":
+            return [await shaped(rest[1], f"{place}.{n}") for n in range(rest[0])]
+        case "gather":
+            return await asyncio.gather(*(shaped(part, f"{place}.{n}") for n, part in enumerate(rest)))
+        case "map":
+            return await asyncio.gather(*(ask(f"{place}.{n}", work_async, f"{place}.{n}") for n in range(rest[0])))
+        case "task":
+            return await asyncio.create_task(shaped(rest[0], f"{place}.t"))
+        case "group":
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(shaped(part, f"{place}.{n}")) for n, part in enumerate(rest)]
+            return [task.result() for task in tasks]
+        case "try":
+            try:
+                return await shaped(rest[0], f"{place}.try")
+            except ConnectionError as error:
+                return [f"caught {error}", await shaped(rest[1], f"{place}.except")]
+    raise AssertionError(shape)
+
+
+STEP, ASYNC, FLAKY, PAUSE, BROKEN = ["step", 0], ["step", 1], ["flaky", 3], ["sleep", 40], ["broken", 1]
+SHAPES = {
+    "sequence": ["seq", STEP, ASYNC, STEP],
+    "loop": ["loop", 4, ASYNC],
+    "gather": ["gather", STEP, ASYNC, STEP, ASYNC],
+    "map": ["map", 5],
+    "tasks": ["gather", ["task", ["seq", ASYNC, ["task", STEP]]], ["seq", ["task", ASYNC], ASYNC]],
+    "group": ["group", ["seq", ASYNC, STEP], ["group", ASYNC, ["loop", 2, ASYNC]], PAUSE],
+    "try": ["seq", ["try", ["seq", ASYNC, BROKEN, ASYNC], ASYNC], ["try", STEP, STEP]],
+    "failed": ["seq", STEP, BROKEN, STEP],
+    "retries": ["seq", ASYNC, FLAKY, STEP],
+    "sleeps": ["seq", STEP, PAUSE, ["gather", PAUSE, ["seq", PAUSE, ASYNC]], STEP],
+}
+
+
+def recorded(store):
+    """Names of the steps whose outcome is in the store."""
+    rows = store.journal.scan("step/")
+    return {rec.unpack(store.seal, key, row, rec.Outcome).name for key, row in rows}
+
+
+async def life(store, clock, shape, crash=None, nth=1):
+    """One process: (has it died, what the run came to). Nothing recorded runs again, nothing was told that isn't recorded."""
+    order = define(shaped)
+    before, kept = len(done), recorded(store)
+    result = None
+    async with runtime(store, clock=clock, crash=crash, nth=nth) as process:
+        result = await outcome(order.start(shape, id="42"))
+    again = kept & set(done[before:])
+    assert not again, f"{again} ran again"
+    assert set(told) <= recorded(store), "a result was handed out that is not in the store"
+    clock.advance(7)
+    return process.crashed, result
+
+
+async def lives(shape, cuts):
+    """Die at each of `cuts`, then live on: (what the run came to, how many deaths there were, the clock)."""
+    _forget()
+    store, clock, deaths = MemoryStore(), FakeClock(), 0
+    for crash, nth in cuts:
+        crashed, _ = await life(store, clock, shape, crash, nth)
+        deaths += crashed
+    _, result = await life(store, clock, shape)
+    return result, deaths, clock
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_dead_at_any_write_the_run_goes_on_and_repeats_nothing(shape, side):
+    """For every single write of the run: dead before or after it, the next process comes to the same end."""
+
+    async def main():
+        expected, _, _ = await lives(shape, [])
+        for nth in itertools.count(1):
+            result, deaths, clock = await lives(shape, [(f"{side}:write", nth)])
+            assert result == expected
+            if "sleep" in str(shape):
+                assert clock.wall_s - 1_700_000_000 <= 3 * 40 + 2 * 7 + 5
+            if not deaths:
+                return nth
+        raise AssertionError
+
+    assert asyncio.run(main()) > 4
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_dead_at_any_write_on_disk_the_run_goes_on(tmp_path, side):
+    """The same with the journal that people have."""
+    shape = ["seq", ["gather", STEP, ["seq", ASYNC, FLAKY]], PAUSE, ["try", BROKEN, STEP]]
+
+    async def main():
+        order, ends = define(shaped), set()
+        for nth in itertools.count(1):
+            _forget()
+            clock = FakeClock()
+            async with runtime(tmp_path / f"{nth}", clock=clock, crash=f"{side}:write", nth=nth) as process:
+                await outcome(order.start(shape, id="42"))
+            async with runtime(tmp_path / f"{nth}", clock=clock):
+                ends.add(str(await outcome(order.start(shape, id="42"))))
+            assert all(done.count(name) <= 2 + (name == "r.0.1.1") for name in done)
+            if not process.crashed:
+                return ends
+        raise AssertionError
+
+    assert len(asyncio.run(main())) == 1
+
+
+def _shapes(caught=False):
+    """Random shapes. What fails is caught by the code around it, or ends the run."""
+    leaf = st.sampled_from([STEP, ASYNC, ["flaky", 2], FLAKY, PAUSE, ["sleep", 5], ["map", 3]])
+
+    def more(inner):
+        several = st.lists(inner, min_size=1, max_size=3)
+        return st.one_of(
+            several.map(lambda parts: ["seq", *parts]),
+            several.map(lambda parts: ["gather", *parts]),
+            several.map(lambda parts: ["group", *parts]),
+            st.tuples(st.integers(1, 3), inner).map(lambda t: ["loop", *t]),
+            inner.map(lambda part: ["task", part]),
+            st.tuples(inner, inner).map(lambda t: ["try", ["seq", t[0], ["broken", 1]], t[1]]),
+            st.tuples(inner, inner).map(lambda t: ["try", *t]),
+        )
+
+    return st.recursive(leaf, more, max_leaves=7)
+
+
+_cuts = st.lists(st.tuples(st.sampled_from(["before:write", "after:write"]), st.integers(1, 12)), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_shapes(), _cuts)
+def test_dead_again_and_again_any_shape_comes_to_the_same_end(shape, cuts):
+    async def main():
+        expected, _, _ = await lives(shape, [])
+        whole = Counter(done)
+        result, _, _ = await lives(shape, cuts)
+        assert result == expected
+        assert set(done) == set(whole)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("order_of_ends", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_the_order_in_which_parallel_steps_end_never_matters(order_of_ends, kept):
+    """Ended in any order, dead after `kept` of them: each gets its own result back, only the others run."""
+
+    async def body():
+        async def branch(n):
+            return [await durable.run("part", held, f"p{n}{m}") for m in range(2)]
+
+        return await asyncio.gather(*(branch(n) for n in range(3)), durable.run("part", held, "p3"))
+
+    async def main():
+        order, store = define(body), MemoryStore()
+        async with runtime(store) as process:
+            order.start(id="42")
+            await until(lambda: "p30 begun" in gates or "p3 begun" in gates)
+            for count, n in enumerate(order_of_ends[:kept], 1):
+                gate(f"p{n}0").set()
+                await until(lambda count=count: len(store.journal.scan("step/")) == count)
+            process.kill()
+        before = list(done)
+        assert before == [f"p{n}0" for n in order_of_ends[:kept]]
+        names = [f"p{n}{m}" for n in reversed(order_of_ends) for m in range(2)] + ["p3"]
+        for name in names:
+            gate(name).set()
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == [*([f"p{n}0 done", f"p{n}1 done"] for n in range(3)), "p3 done"]
+        assert sorted(done) == sorted(names)
+
+    asyncio.run(main())
+
+
+def test_a_failure_among_siblings_that_the_code_catches_is_no_change_of_the_code():
+    """TaskGroup cancels the others, gather lets them run: replayed, they get less far than they did, which is no fault."""
+
+    async def body(how):
+        async def three(name):
+            return [await durable.run(f"{name}{n}", work_async, f"{name}{n}") for n in range(3)]
+
+        async def fails():
+            await durable.run("wait", held, "wait")
+            await durable.run("broken", durable.step(broken, retries=0), "broken")
+
+        try:
+            if how == "group":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(fails())
+                    group.create_task(three("s"))
+            else:
+                await asyncio.gather(fails(), three("s"))
+        except (ConnectionError, ExceptionGroup):
+            return await durable.run("instead", work_async, "instead")
+
+    async def main(how):
+        _forget()
+        order, store = define(body), MemoryStore()
+        async with runtime(store, crash="before:step", nth=6) as process:
+            run = order.start(how, id="42")
+            await until(lambda: len(store.journal.scan("step/")) == 3)
+            gate("wait").set()
+            await outcome(run)
+        assert process.crashed
+        async with runtime(store):
+            assert await order.start(how, id="42") == "instead done"
+
+    asyncio.run(main("group"))
+    asyncio.run(main("gather"))
+
+
+# -- edited code ------------------------------------------------------------------------------------------------------
+
+
+async def stopped_after(store, body, nth, *args):
+    """Start `body` as run 42 and die right after its `nth` outcome is in the store."""
+    async with runtime(store, crash="after:step", nth=nth) as process:
+        await outcome(define(body).start(*args, id="42"))
+    assert process.crashed
+
+
+def test_an_edited_body_or_argument_keeps_the_recorded_result_and_says_so_once(store):
+    async def edited(what):
+        done.append(f"edited {what}")
+        return "edited"
+
+    async def before():
+        return [await durable.run("a", work, f"a{n}") for n in range(3)] + [await durable.run("b", work, "b")]
+
+    async def after():
+        return [await durable.run("a", edited, f"a{n}") for n in range(3)] + [await durable.run("b", work, "c")]
+
+    async def main():
+        await stopped_after(store, before, 3)
+        order = define(after)
+        async with runtime(store):
+            with pytest.warns(UserWarning, match="step 'a'.*was edited.*recorded result stands") as notices:
+                assert await order.start(id="42") == ["a0 done", "a1 done", "a2 done", "c done"]
+        assert len(notices) == 1
+        assert done == ["a0", "a1", "a2", "c"]
+
+    asyncio.run(main())
+
+
+def test_an_unchanged_step_is_not_called_edited(store):
+    async def main():
+        await stopped_after(store, two_steps(), 1)
+        order = define(two_steps())
+        async with runtime(store):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                await order.start(id="42")
+
+    asyncio.run(main())
+
+
+async def _original():
+    await durable.run("charge", work, "charge")
+    await durable.run("order", work, "order")
+    return await durable.run("receipt", work, "receipt")
+
+
+async def _renamed():
+    await durable.run("charge", work, "charge")
+    await durable.run("book", work, "book")
+    return await durable.run("receipt", work, "receipt")
+
+
+async def _other_kind():
+    await durable.run("charge", work, "charge")
+    await durable.sleep("order", 5)
+    return await durable.run("receipt", work, "receipt")
+
+
+async def _other_order():
+    await durable.run("order", work, "order")
+    await durable.run("charge", work, "charge")
+    return await durable.run("receipt", work, "receipt")
+
+
+async def _inserted():
+    await durable.run("charge", work, "charge")
+    await durable.run("tax", work, "tax")
+    await durable.run("order", work, "order")
+    return await durable.run("receipt", work, "receipt")
+
+
+async def _shortened():
+    return await durable.run("charge", work, "charge")
+
+
+async def _swallowing():
+    await durable.run("charge", work, "charge")
+    for name in ("book", "pack", "receipt"):
+        with suppress(Exception):
+            await durable.run(name, work, name)
+    with suppress(Exception):
+        await durable.sleep("pause", 5)
+    return "fine"
+
+
+async def _all_at_once():
+    return await asyncio.gather(*(durable.run(name, work, name) for name in ("charge", "book", "receipt")))
+
+
+EDITS = {
+    "renamed": (_renamed, ["run 'order'", "run 'book'"]),
+    "other kind": (_other_kind, ["run 'order'", "sleep 'order'"]),
+    "other order": (_other_order, ["run 'charge'", "run 'order'"]),
+    "inserted": (_inserted, ["run 'order'", "run 'tax'"]),
+    "shortened": (_shortened, ["run 'order'", ""]),
+    "swallowing": (_swallowing, ["run 'order'", "run 'book'"]),
+    "all at once": (_all_at_once, ["run 'order'", "run 'book'"]),
+}
+
+
+@pytest.mark.parametrize(("edited", "columns"), EDITS.values(), ids=EDITS)
+def test_code_that_asks_for_other_steps_is_told_so_and_executes_nothing(edited, columns):
+    """Both columns are in the message, the run has failed, and with the code put back it goes on from where it was."""
+
+    async def main():
+        store = MemoryStore()
+        await stopped_after(store, _original, 2)
+        before = dict(store.journal.rows)
+        order = define(edited)
+        async with runtime(store):
+            run = order.start(id="42")
+            with pytest.raises(NonDeterminismError, match="nothing was executed.*resume") as raised:
+                await run
+            assert "recorded" in str(raised.value)
+            assert "asked for" in str(raised.value)
+            marked = next(line for line in str(raised.value).splitlines() if line.endswith("<-"))
+            assert all(column in marked for column in columns), marked
+            assert run.status == "failed"
+            assert done == ["charge", "order"]
+            with pytest.raises(NonDeterminismError):
+                await order.start(id="42")
+        same = {key: row for key, row in store.journal.rows.items() if key.startswith(("step/", "timer/", "try/"))}
+        assert same == {key: row for key, row in before.items() if key in same or key.startswith(("step/", "timer/", "try/"))}
+        define(_original)
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == "receipt done"
+        assert done == ["charge", "order", "receipt"]
+
+    asyncio.run(main())
+
+
+def test_a_sleep_that_became_a_step_is_told_so():
+    async def before():
+        await durable.sleep("pause", 5)
+        await durable.run("a", work, "a")
+        await durable.run("b", work, "b")
+
+    async def after():
+        await durable.run("pause", work, "pause")
+        await durable.run("a", work, "a")
+
+    async def main():
+        store = MemoryStore()
+        await stopped_after(store, before, 1)
+        define(after)
+        async with runtime(store):
+            with pytest.raises(NonDeterminismError, match=r"run 'pause' where sleep 'pause' is recorded"):
+                await durable.get_run("42").resume()
+        assert done == ["a"]
+
+    asyncio.run(main())
+
+
+def test_after_a_changed_step_every_later_verb_raises_the_same():
+    seen = []
+
+    async def edited():
+        await durable.run("charge", work, "charge")
+        for verb in (
+            lambda: durable.run("book", work, "book"),
+            lambda: durable.run("order", work, "order"),
+            lambda: durable.run("new", work, "new"),
+            lambda: durable.sleep("pause", 5),
+        ):
+            try:
+                await verb()
+            except NonDeterminismError as error:
+                seen.append(error)
+        return "fine"
+
+    async def main():
+        store = MemoryStore()
+        await stopped_after(store, _original, 2)
+        define(edited)
+        async with runtime(store):
+            with pytest.raises(NonDeterminismError):
+                await durable.get_run("42").resume()
+        assert len(seen) == 4
+        assert len(set(map(str, seen))) == 1
+
+    asyncio.run(main())
+
+
+def test_steps_appended_to_the_code_are_no_change(store):
+    async def longer():
+        return [await _original(), await durable.run("more", work, "more")]
+
+    async def main():
+        await stopped_after(store, _original, 3)
+        define(longer)
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == ["receipt done", "more done"]
+        assert done == ["charge", "order", "receipt", "more"]
+
+    asyncio.run(main())
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("endings", "cleared"),
+    [
+        ([], ""),
+        ([("a", "", 1, False)], ""),
+        ([("a", "", 1, True)], "a"),
+        ([("a", "", 1, False), ("b", "", 2, True)], "b"),
+        ([("a", "", 1, True), ("b", "", 2, False)], ""),
+        ([("a", "", 1, True), ("b", "", 2, False), ("c", "", 3, True)], "c"),
+        ([("a", "", 1, True), ("b", "", 2, True)], "a b"),
+        ([("a", "/x#1", 1, True), ("b", "/x#2", 2, False)], "a"),
+        ([("a", "/x#1", 1, True), ("b", "", 2, False)], ""),
+        ([("a", "", 1, True), ("b", "/x#1", 2, False)], "a"),
+        ([("a", "/x#1", 1, True), ("b", "/x#10", 2, False)], "a"),
+        ([("a", "/x#1/y#1", 1, True), ("b", "/x#1", 2, False)], ""),
+        ([("a", "/x#1/y#1", 1, True), ("b", "/x#1", 2, False), ("c", "", 3, True)], "c"),
+    ],
+)
+def test_what_is_tried_again_when_a_failed_run_is_resumed(endings, cleared):
+    """Failures after which nothing succeeded in their branch or in one that it came from."""
+    assert to_clear([Ending(*ending) for ending in endings]) == cleared.split()
+
+
+@pytest.mark.parametrize("how", ["same process", "another process"])
+def test_a_failed_run_stays_failed_until_it_is_resumed_from_the_step_that_failed(store, how):
+    good_from = 2
+
+    async def body():
+        caught = ""
+        try:
+            await durable.run("optional", durable.step(broken, retries=0), "optional")
+        except ConnectionError as error:
+            caught = str(error)
+        a = await durable.run("a", work, "a")
+        b = await durable.run("b", durable.step(flaky, retries=0), "b", good_from)
+        return [caught, a, b, await durable.run("c", work, "c")]
+
+    async def main():
+        order = define(body)
+
+        async def fails():
+            run = order.start(id="42")
+            with pytest.raises(ConnectionError, match="b is down"):
+                await run
+            assert run.status == "failed"
+            with pytest.raises(ConnectionError, match="b is down") as raised:
+                await order.start(id="42")
+            assert "step 'b'" in raised.value.__notes__[0]
+            assert done == ["optional", "a", "b"]
+
+        async def goes_on():
+            run = durable.get_run("42").resume()
+            assert await run == ["optional is down", "a done", "b done", "c done"]
+            assert run.status == "completed"
+
+        async with runtime(store):
+            await fails()
+            if how == "same process":
+                await goes_on()
+        if how != "same process":
+            async with runtime(store):
+                assert [run.id for run in durable.runs("failed")] == ["42"]
+                await goes_on()
+        assert done == ["optional", "a", "b", "b", "c"]
+
+    asyncio.run(main())
+
+
+def test_a_failure_that_the_code_caught_is_replayed_as_the_same_exception(store):
+    seen = []
+
+    async def fails(what):
+        done.append(what)
+        raise KeyError(what, 3)
+
+    async def body():
+        try:
+            await durable.run("a", fails, "a")
+        except KeyError as error:
+            seen.append((type(error), error.args, tuple(error.__notes__)))
+        await durable.run("b", work, "b")
+        return await durable.run("c", work, "c")
+
+    async def main():
+        await stopped_after(store, body, 2)
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == "c done"
+        assert len(seen) == 2
+        assert seen[0] == seen[1]
+        assert done == ["a", "b", "c"]
+
+    asyncio.run(main())
+
+
+def test_an_exception_that_cannot_be_pickled_is_stepfailed_live_and_replayed(store):
+    seen = []
+
+    class LocalError(Exception):
+        def __init__(self, a, b):
+            super().__init__(f"{a} {b}")
+            self.lock = threading.Lock()
+
+    async def fails():
+        raise LocalError("card", "declined")
+
+    async def body():
+        try:
+            await durable.run("a", durable.step(fails, retries=0))
+        except StepFailed as error:
+            seen.append((error.args, str(error), error.type_name, tuple(error.__notes__)))
+        await durable.run("b", work, "b")
+        raise LocalError("no", "way")
+
+    async def main():
+        await stopped_after(store, body, 2)
+        async with runtime(store):
+            run = durable.get_run("42").resume()
+            live = await outcome(run)
+            assert live == await outcome(run)
+            assert live[1] is StepFailed
+        assert len(seen) == 2
+        assert seen[0] == seen[1]
+        assert "LocalError: card declined" in seen[0][1]
+
+    asyncio.run(main())
+
+
+def test_pending_retries_survive_a_death_with_their_count_and_their_date(store):
+    async def body():
+        return await durable.run("a", durable.step(flaky, retries=2, backoff="1h"), "a", 4)
+
+    async def main():
+        clock = FakeClock()
+        async with runtime(store, clock=clock, crash="after:try", nth=2) as process:
+            await outcome(define(body).start(id="42"))
+        assert process.crashed
+        clock.advance("20m")
+        async with runtime(store, clock=clock):
+            with pytest.raises(ConnectionError):
+                await durable.get_run("42").resume()
+        assert done == ["a"] * 3
+        assert clock.wall_s - 1_700_000_000 == 7200
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_stored_fails_the_step_or_the_run_and_says_so(store):
+    async def lock():
+        done.append("lock")
+        return threading.Lock()
+
+    async def in_step():
+        await durable.run("a", lock)
+
+    async def in_run():
+        await durable.run("a", work, "a")
+        return threading.Lock()
+
+    async def main():
+        async with runtime(store):
+            for body, what in ((in_step, "step 'a'"), (in_run, "run 'in_run'")):
+                run = define(body, body.__name__).start(id=body.__name__)
+                with pytest.raises(UnserializableError, match=what):
+                    await run
+                assert run.status == "failed"
+        assert done == ["lock", "a"]
+
+    asyncio.run(main())
+
+
+# -- once, and in time ------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_attempt_at_an_at_most_once_step_is_not_made_again(store):
+    """StepInterrupted instead, kept until resume()."""
+
+    async def body():
+        await durable.run("a", work, "a")
+        return await durable.run("charge", durable.step(held, at_most_once=True), "charge")
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("charge begun").wait()
+            process.kill()
+        gate("charge").set()
+        async with runtime(store):
+            for _ in range(2):
+                with pytest.raises(StepInterrupted, match=r"'charge'.*resume\(\)"):
+                    await order.start(id="42")
+            assert done == ["a"]
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == "charge done"
+        assert done == ["a", "charge"]
+
+    asyncio.run(main())
+
+
+def test_a_stepinterrupted_that_the_code_catches_is_replayed_as_such(store):
+    async def body():
+        try:
+            await durable.run("charge", durable.step(held, at_most_once=True), "charge")
+        except StepInterrupted:
+            await durable.run("look", work, "look")
+            await durable.run("report", work, "report")
+            return "looked"
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("charge begun").wait()
+            process.kill()
+        gate("charge").set()
+        async with runtime(store, crash="after:step") as process:
+            await outcome(order.start(id="42"))
+        assert process.crashed
+        async with runtime(store):
+            assert await order.start(id="42") == "looked"
+        assert done == ["look", "report"]
+
+    asyncio.run(main())
+
+
+def test_a_finished_at_most_once_step_is_an_ordinary_one():
+    async def main():
+        shape = ["seq", ["once"], ["once"]]
+        for crash in ("after:step", "after:run"):
+            result, deaths, _ = await lives(shape, [(crash, 1)])
+            assert deaths == 1
+            assert result == ("returned", ["r.0 done", "r.1 done"])
+            assert done == ["r.0", "r.1"]
+
+    asyncio.run(main())
+
+
+def test_a_timed_out_async_attempt_is_cancelled_and_made_again():
+    async def slow_first(what):
+        done.append(what)
+        if done.count(what) < 2:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                done.append("cancelled")
+        return f"{what} done"
+
+    async def body():
+        return await durable.run("a", durable.step(slow_first, timeout=0.05), "a")
+
+    async def main():
+        async with runtime():
+            assert await define(body).start() == "a done"
+        assert done == ["a", "cancelled", "a"]
+
+    asyncio.run(main())
+
+
+def test_after_the_last_timeout_it_is_the_step_that_failed():
+    async def forever():
+        await asyncio.Event().wait()
+
+    async def body():
+        await durable.run("a", durable.step(forever, timeout=0.02, retries=1))
+
+    async def main():
+        async with runtime():
+            with pytest.raises(StepTimeout, match="'a'.*20 ms"):
+                await define(body).start()
+
+    asyncio.run(main())
+
+
+def test_a_timed_out_thread_gets_no_twin_while_it_lives():
+    release = gates["thread"] = threading.Event()
+
+    def slow():
+        done.append("begun")
+        assert release.wait(20)
+        done.append("ended")
+        return "done"
+
+    async def body():
+        return await durable.run("a", durable.step(slow, timeout=0.02))
+
+    async def main():
+        async with runtime():
+            run = define(body).start()
+            await asyncio.sleep(0.15)
+            assert done == ["begun"]
+            release.set()
+            assert await run == "done"
+        assert done == ["begun", "ended"]
+
+    asyncio.run(main())
+
+
+# -- one executor -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_owner_is_succeeded_at_once_a_living_one_is_not_robbed(store):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            second.use()
+            assert run.status == "running"
+            assert run.resume() is run
+            assert durable.resume() == []
+            await asyncio.sleep(0.05)
+            assert done == []
+            first.kill()
+            assert run.status == "interrupted"
+            gate("a").set()
+            gate("b").set()
+            assert await run.resume() == ["a done", "b done"]
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_a_taken_over_run_is_lost_to_its_old_owner(store):
+    """Its late commit is refused, its code cancelled; who waited there hears the result from the new owner."""
+    unwound = []
+
+    async def body():
+        try:
+            await durable.run("a", held, "a")
+            await durable.run("b", work, "b")
+            return "done"
+        except asyncio.CancelledError:
+            unwound.append("cancelled")
+            raise
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            run = order.start(id="42")
+            there = first._workflows._tasks["42"]
+            waiting = asyncio.ensure_future(outcome(run))
+            await gate("a begun").wait()
+            second.use()
+            run.resume(take_over=True)
+            await until(lambda: "42" in second.engine.held)
+            gate("a").set()
+            assert await run == "done"
+            with pytest.raises(LeaseLost, match="taken over"):
+                await there
+            assert await waiting == ("returned", "done")
+            first.use()
+            assert await outcome(order.start(id="42")) == ("returned", "done")
+            assert unwound == ["cancelled"]
+        assert Counter(done) == {"a": 2, "b": 1}  # both were in the body of `a` when it changed hands
+
+    asyncio.run(main())
+
+
+def test_resuming_what_is_completed_or_executed_here_does_nothing(store):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store):
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            run.resume()
+            run.resume(take_over=True)
+            gate("a").set()
+            gate("b").set()
+            await run
+            run.resume()
+            assert run.status == "completed"
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_durable_resume_goes_on_with_every_interrupted_run(store):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as process:
+            for n in range(3):
+                order.start(id=f"r{n}")
+            await gate("a begun").wait()
+            process.kill()
+        gate("a").set()
+        gate("b").set()
+        async with runtime(store):
+            assert {run.status for run in durable.runs()} == {"interrupted"}
+            resumed = durable.resume()
+            assert {run.id for run in resumed} == {"r0", "r1", "r2"}
+            assert await asyncio.gather(*resumed) == [["a done", "b done"]] * 3
+            assert durable.resume() == []
+            assert {run.status for run in durable.runs()} == {"completed"}
+
+    asyncio.run(main())
+
+
+def test_a_process_that_ends_leaves_its_runs_interrupted_and_its_steps_kept(store):
+    async def body():
+        await durable.run("a", work, "a")
+        return await durable.run("b", held, "b")
+
+    async def main():
+        order = define(body)
+        async with runtime(store):
+            order.start(id="42")
+            await gate("b begun").wait()
+        gate("b").set()
+        async with runtime(store):
+            assert durable.get_run("42").status == "interrupted"
+            assert await durable.get_run("42").resume() == "b done"
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_a_synchronous_result_waits_and_times_out():
+    async def main():
+        order = define(two_steps(held))
+        async with runtime():
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(_current.engine().outcome("42"), 0.02)
+            assert run.status == "running"
+            gate("a").set()
+            gate("b").set()
+            assert await run == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
+# -- cancelling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["step", "sleep", "own await", "not begun"])
+def test_a_cancelled_run_unwinds_at_its_next_await_and_says_so_to_who_waits(store, where):
+    class Stuck(FakeClock):
+        async def sleep(self, seconds):
+            gate("b begun").set()
+            await asyncio.Event().wait()
+
+    async def body():
+        try:
+            await durable.run("a", work, "a")
+            if where == "step":
+                await durable.run("b", held, "b")
+            elif where == "sleep":
+                await durable.sleep("b", "7d")
+            else:
+                gate("b begun").set()
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            done.append("unwound")
+            raise
+
+    async def main():
+        order = define(body)
+        async with runtime(store, clock=Stuck()):
+            run = order.start(id="42")
+            if where != "not begun":
+                await gate("b begun").wait()
+            run.cancel("the customer changed her mind")
+            with pytest.raises(RunCancelled, match="'42'.*changed her mind"):
+                await asyncio.wait_for(outcome_or_raise(run), 5)
+            assert run.status == "cancelled"
+            assert done in (["a", "unwound"], [])
+            run.cancel()
+        async with runtime(store):
+            with pytest.raises(RunCancelled, match="changed her mind"):
+                await order.start(id="42")
+            assert durable.resume() == []
+
+    asyncio.run(main())
+
+
+async def outcome_or_raise(run):
+    return await run
+
+
+def test_an_interrupted_run_is_cancelled_without_executing_it_and_completed_ones_stay(store):
+    async def main():
+        await stopped_after(store, two_steps(), 1)
+        order = define(two_steps())
+        async with runtime(store):
+            run = durable.get_run("42")
+            run.cancel("enough")
+            with pytest.raises(RunCancelled, match="enough"):
+                await run
+            assert done == ["a"]
+            other = order.start(id="43")
+            await other
+            other.cancel()
+            assert other.status == "completed"
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_run_goes_on_when_it_is_resumed(store):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store):
+            run = order.start(id="42")
+            gate("a").set()
+            await gate("b begun").wait()
+            run.cancel()
+            await outcome(run)
+            gate("b").set()
+            assert await run.resume() == ["a done", "b done"]
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+# -- asking for what isn't there --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_id_or_status_is_quoted_back():
+    async def main():
+        async with runtime():
+            for ask_for in (
+                lambda: durable.get_run("nope"),
+                lambda: durable.Run("nope").status,
+                lambda: durable.Run("nope").resume(),
+                lambda: durable.Run("nope").cancel(),
+                lambda: repr(durable.Run("nope")),
+            ):
+                with pytest.raises(RunNotFoundError, match="'nope'"):
+                    ask_for()
+            with pytest.raises(RunNotFoundError, match="'nope'"):
+                await durable.Run("nope")
+            with pytest.raises(ValueError, match="'finished'.*completed"):
+                durable.runs("finished")
+            assert durable.runs(workflow="nope") == []
+
+    asyncio.run(main())
+
+
+def test_runs_are_found_by_status_workflow_and_label():
+    async def main():
+        order, other = define(two_steps()), define(two_steps(), "other")
+        async with runtime() as process:
+            await order.start(id="1", labels=["shop", "eu"])
+            process.engine.clock.advance(1)
+            await other.start(id="2", labels="shop")
+            process.engine.clock.advance(1)
+            await order.start(id="3")
+
+            def ids(*args, **kw):
+                return [run.id for run in durable.runs(*args, **kw)]
+
+            assert ids() == ["3", "2", "1"]
+            assert ids(limit=2) == ["3", "2"]
+            assert ids(workflow="order") == ["3", "1"]
+            assert ids(label="shop") == ["2", "1"]
+            assert ids("completed", label="eu") == ["1"]
+            assert ids("failed") == []
+
+    asyncio.run(main())
+
+
+def test_without_a_store_or_a_loop_it_says_what_to_do():
+    async def main():
+        with pytest.raises(NotInRunError, match=r"load_ext|durable\.open"):
+            define(two_steps()).start(id="42")
+
+    before = _current._engines[:]
+    _current.use_engine(None)
+    try:
+        asyncio.run(main())
+    finally:
+        _current._engines[:] = before
+
+
+def test_a_run_whose_workflow_is_gone_stays_interrupted_and_says_so(store):
+    async def main():
+        await stopped_after(store, two_steps(), 1)
+        del _current.workflow_functions["order"]
+        async with runtime(store):
+            run = durable.get_run("42")
+            with pytest.warns(UserWarning, match="'42' waits: its workflow 'order' is not defined here"):
+                run.resume()
+            assert run.status == "interrupted"
+            assert durable.resume() == []
+            with warnings.catch_warnings(), pytest.raises(DurableError, match="'order' is not defined here"):
+                warnings.simplefilter("ignore")
+                await run
+            assert run.status == "interrupted"
+            define(two_steps())
+            assert await run.resume() == ["a done", "b done"]
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_two_workflows_of_one_name_are_refused_and_defining_one_again_is_not():
+    def first():
+        async def buy():
+            return 1
+
+        return durable.workflow(buy)
+
+    def second():
+        async def buy():
+            return 2
+
+        return durable.workflow(buy)
+
+    first()
+    first()
+    with pytest.raises(ValueError, match="two workflows are named 'buy'.*first.*second"):
+        second()
+    with pytest.raises(TypeError, match="async def"):
+        durable.workflow(work)
+    with pytest.raises(ValueError, match="empty"):
+        durable.workflow(name=" ")(work_async)
+
+
+def test_a_workflow_called_plainly_is_a_part_of_what_calls_it():
+    async def main():
+        inner = define(two_steps(), "inner")
+
+        async def outer():
+            return [await inner(), await durable.run("c", work, "c")]
+
+        async with runtime():
+            run = define(outer).start(id="42")
+            assert await run == [["a done", "b done"], "c done"]
+            assert [step.name for step in run.steps] == ["a", "b", "c"]
+            assert len(durable.runs()) == 1
+
+    asyncio.run(main())
+
+
+def test_the_steps_of_a_run_that_is_over_are_known_from_its_records(store):
+    async def body():
+        await durable.run("a", work, "a")
+        await durable.sleep("pause", 60)
+        with suppress(ConnectionError):
+            await durable.run("b", durable.step(broken, retries=0), "b")
+
+    async def main():
+        order = define(body)
+        async with runtime(store):
+            run = order.start(id="42")
+            await run
+        async with runtime(store):
+            steps = {step.name: step.status for step in durable.get_run("42").steps}
+            assert steps == {"a": "completed", "pause": "completed", "b": "failed"}
+
+    asyncio.run(main())
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["before:timer", "after:timer"])
+def test_a_death_neither_shortens_nor_lengthens_a_sleep(store, moment):
+    async def body():
+        await durable.sleep("pause", "2h")
+        return await durable.run("a", work, "a")
+
+    async def main():
+        order, clock = define(body), FakeClock(0)
+        async with runtime(store, clock=clock, crash=moment) as process:
+            await outcome(order.start(id="42"))
+        assert process.crashed
+        clock.advance("30m")
+        clock.reboot()
+        async with runtime(store, clock=clock):
+            assert await order.start(id="42") == "a done"
+        assert clock.wall_s == 7200 + (1800 if moment == "before:timer" else 0)
+
+    asyncio.run(main())
+
+
+def test_a_wall_clock_that_is_set_changes_no_sleep_within_a_boot():
+    async def body():
+        await durable.run("set", set_clock)
+        await durable.sleep("pause", "1h")
+
+    clock = FakeClock()
+
+    def set_clock():
+        clock.jump(-7200)
+
+    async def main():
+        async with runtime(clock=clock):
+            before = clock.now().boot_s
+            await define(body).start()
+            assert clock.now().boot_s - before == 3600
+
+    asyncio.run(main())
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cart:
+    lines: list
+    note: str = "a\r\nb"
+
+
+def _values():
+    import numpy as np
+    import pandas as pd
+
+    shared = [1]
+    return {
+        "bytes": b"\x00\xff\r\n",
+        "crlf": "a\r\nb\rc\nd\u2028\0",
+        "nan": [math.nan, -0.0, math.inf, 5e-324],
+        "big ints": [2**53 + 1, -(10**5000), True],
+        "tuples": (1, (2, [3, ()])),
+        "sets": {1, frozenset({"a"})},
+        "keys": {1: "int", "1": "str", None: 0, (1, 2): 3},
+        "dataclass": Cart(["x"]),
+        "shared": [shared, shared],
+        "array": np.arange(12, dtype=">i2").reshape(3, 4).T,
+        "array nan": np.array([1.5, -0.0, np.nan]),
+        "frame": pd.DataFrame({"a": [1, 2], "b": ["x", None]}, index=pd.Index([3, 4], name="i")),
+        "large": "x" * 3_000_000,
+        "surrogate": "\udcff",
+    }
+
+
+def _same(one, other):
+    import numpy as np
+    import pandas as pd
+
+    assert type(one) is type(other)
+    if isinstance(one, pd.DataFrame):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    elif isinstance(one, np.ndarray):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    elif isinstance(one, float):
+        assert pickle.dumps(one) == pickle.dumps(other)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            _same(mine, theirs)
+    else:
+        assert one == other
+
+
+NAMES = [
+    *("bytes", "crlf", "nan", "big ints", "tuples", "sets", "keys", "dataclass", "shared"),
+    *("array", "array nan", "frame", "large", "surrogate"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_and_results_come_back_as_they_were(tmp_path, name):
+    """An argument, a step's result and the run's result, in the process that made them and in its successors."""
+    value, seen = _values()[name], []
+
+    async def make():
+        return value
+
+    async def body(argument):
+        seen.append(argument)
+        result = await durable.run("make", make)
+        seen.append(result)
+        await durable.run("a", work, "a")
+        return (argument, result)
+
+    async def main():
+        folder = tmp_path / "store"
+        await stopped_after(folder, body, 2, value)
+        order = define(body)
+        async with runtime(folder):
+            seen.extend(await order.start(value, id="42"))
+        async with runtime(folder):
+            seen.extend(await durable.get_run("42"))
+            seen.extend(await order.start(value, id="42"))
+        assert len(seen) == 10
+        for one in seen:
+            _same(value, one)
+        if name == "shared":
+            assert seen[-1][0] is seen[-1][1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_dead_while_a_large_result_is_written(side):
+    async def large():
+        done.append("large")
+        return b"x" * (1 << 21)
+
+    async def body():
+        return len(await durable.run("large", large))
+
+    async def main():
+        order, store = define(body), MemoryStore()
+        async with runtime(store, crash=f"{side}:value") as process:
+            await outcome(order.start(id="42"))
+        assert process.crashed
+        async with runtime(store):
+            assert await order.start(id="42") == 1 << 21
+        assert done == ["large", "large"]
+
+    asyncio.run(main())
