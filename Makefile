@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test lint browser clean
+.PHONY: demo test stress lint browser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,11 @@ demo: $(VENV)/wheel
 
 test: $(VENV)/test browser
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --installed --known-skips-only $(ARGS)
+
+# Processes killed at 2,000 random moments; SEED=7 chooses other ones.
+SEED ?= 1
+stress: $(VENV)/test
+	DURABLE_NB_KILLS=2000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check

@@ -97,9 +97,9 @@ class WorkflowRun(Run):
                 continue
             branch = names.get(branch_digest)
             asked = self._places.asked(branch) if branch is not None else 0
-            if len(places) > asked:
+            if max(places) >= asked:  # of parallel steps a later one may be recorded without an earlier one
                 where = branch if branch is not None else self._branch_recorded(branch_digest)
-                raise self._breaks(where, f"returned after {asked} of {len(places)} recorded steps")
+                raise self._breaks(where, f"returned after {asked} of {max(places) + 1} recorded steps")
 
     def _branch_recorded(self, branch_digest: str) -> str:
         for kind, key in self._recorded[branch_digest].values():
@@ -129,7 +129,8 @@ class WorkflowRun(Run):
         places = self._recorded.get(digest_of(branch), {})
         asked = self._asked.get(branch, [])
         rows = [("recorded", "asked for")]
-        rows += [(self._said(branch, n) or "", asked[n] if n < len(asked) else "") for n in range(max(len(places), len(asked)))]
+        count = max(len(asked), *(n + 1 for n in places), 0)
+        rows += [(self._said(branch, n) or "", asked[n] if n < len(asked) else "") for n in range(count)]
         width = max(len(left) for left, _ in rows)
         table = "\n".join(
             f"  {n or ' '}  {left:<{width}}  {right}{'   <-' if n and left != right else ''}".rstrip()
@@ -179,6 +180,8 @@ class WorkflowRun(Run):
             error = self._broken or raised
             form, data, shown = _codec.encode_error(error)
             await self.finish(self.ends_as(error), f"{type(error).__name__}: {error}", result=(form, data))
+            if not isinstance(shown, Exception):  # SystemExit: out of a task, it would end the loop; the record has it
+                return None
             raise shown from None
         finally:
             body.close()  # cancelled before its first line, it was never awaited

@@ -57,6 +57,7 @@ class Workflows:
         new = run_id if run_id is not None else new_id()
         found = self._engine.read_run(new)
         if found is None:
+            _loop_for(new)  # before anything is recorded
             began = self._engine.clock.now().wall_s
             scope = rec.scope_of(f"~run {new}")
             record = RunRecord(
@@ -134,12 +135,10 @@ class Workflows:
 
     def _spawn(self, run_id: str, work: Any) -> None:
         try:
-            loop = asyncio.get_running_loop()
+            loop = _loop_for(run_id)
         except RuntimeError:
             work.close()
-            raise RuntimeError(
-                f"the run {run_id!r} needs a running event loop: start it from async code, as in asyncio.run(main())"
-            ) from None
+            raise
         context = copy_context()
         context.run(current_run.set, None)
         context.run(current_branch.set, None)
@@ -176,6 +175,7 @@ class Workflows:
             await run.drive(function)
         finally:
             self._runs.pop(run.id, None)
+            self._engine.active.pop(run.id, None)  # where the records or the arguments can't be read, it was never finished
 
     def _cleared(self, record: RunRecord) -> tuple[str, ...]:
         """What is forgotten when a failed run goes on: failures that nothing came after, and cut-off attempts."""
@@ -289,6 +289,15 @@ def _encoded(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     with contextlib.suppress(Unhashable):
         return form, data, hash_value((args, kwargs))
     return form, data, hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _loop_for(run_id: str) -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            f"the run {run_id!r} needs a running event loop: start it from async code, as in asyncio.run(main())"
+        ) from None
 
 
 def _cancelled(run_id: str, reason: str) -> RunCancelled:

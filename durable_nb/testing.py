@@ -45,6 +45,7 @@ class FakeClock:
     """Time that passes only while somebody sleeps, or when it is told to.
 
     Sleeping takes no time at all: the clock goes to the moment when the sleep ends. Of several sleeps the earliest ends first.
+    Pauses before retries are sleeps too; a step's `timeout` isn't, it goes by real time, as the step's body does.
     """
 
     def __init__(self, start_s: float = 1_700_000_000.0) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import time
 from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import pytest
-from workers import PREDICTED, ForkServer, predicted, read_oracle, until
+from workers import ForkServer, predicted, read_oracle, until
 
 KILLS = int(os.environ.get("DURABLE_NB_KILLS", "60"))
+FLIPS = max(40, KILLS // 4)
 SEED = int(os.environ.get("DURABLE_NB_SEED", "1"))
 
 
@@ -80,6 +81,8 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server
     while killed < KILLS:
         runs += 1
         run_id, oracle = f"run-{runs}", tmp_path / f"oracle-{runs}"
+        if chance.random() < 0.3:
+            store = str(tmp_path / f"store-{runs}")  # the making of a store is cut short as well
         args = {"store": store, "oracle": str(oracle), "run_id": run_id}
 
         def worker(args=args):
@@ -110,6 +113,24 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server
     assert len(set(moments)) > min(KILLS / 4, 30), "the kills came at many different moments"
 
 
+def test_a_step_that_is_tried_at_most_once_is_not_run_again_after_a_kill(server, store, tmp_path, oracle):
+    """Until somebody says so: then once more."""
+    gate = tmp_path / "gate"
+    args = {"store": store, "oracle": str(oracle), "gate": str(gate)}
+    with server.start("dare", **args, resume=False) as owner:
+        wait_for_line(oracle, "begin", "held")
+        assert owner.kill()
+    gate.touch()
+    for _ in range(2):
+        with server.start("dare", **args, resume=False) as heir:
+            assert heir.hear()["error"] == "StepInterrupted"
+    assert begun(oracle, "held") == [owner.pid]
+    with server.start("dare", **args, resume=True) as heir:
+        value = heir.result()
+    assert begun(oracle, "held") == [owner.pid, heir.pid]
+    assert server.do("dare", **args, resume=False) == value
+
+
 # -- two at once --------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +145,38 @@ def test_of_two_processes_that_start_the_same_run_at_once_one_executes_it(server
         who = {pid for pid, _, name, _ in read_oracle(oracle) if name.startswith(f"{n}-")}
         assert len(who) == 1, f"run {n} was executed by {who}"
         assert len(begun(oracle, f"{n}-one")) == len(begun(oracle, f"{n}-two")) == 1
+
+
+@pytest.mark.xfail(reason="'database is locked', out of diskcache's DROP INDEX at opening, at once", strict=False)
+def test_processes_that_open_a_new_store_at_once_all_get_it(server, tmp_path):
+    meeting = tmp_path / "meeting"
+    meeting.write_bytes(bytes(4 * 4096))
+    args = {"folder": str(tmp_path), "meeting": str(meeting), "others": 4, "times": 6}
+    with ExitStack() as stack:
+        openers = [stack.enter_context(server.start("open_together", **args, me=me)) for me in range(4)]
+        assert [opener.result() for opener in openers] == 4 * [[]]
+
+
+@pytest.mark.xfail(reason="run and lease are read one after the other, so it looks as if nobody executed it", strict=True)
+def test_a_run_that_ends_while_another_process_looks_at_it_is_not_executed_again(server, store, tmp_path, oracle):
+    """Its result doesn't change."""
+    gates = [str(tmp_path / "first gate"), str(tmp_path / "last gate")]
+    args = {"store": store, "oracle": str(oracle), "run_id": "r"}
+    with server.start("keep", **args, gates=gates, thread=False) as owner:
+        wait_for_line(oracle, "begin", "held")
+        with server.start("look_slowly", **args) as reader:
+            assert reader.said() == "between the rows of run and lease"
+            for gate in gates:
+                Path(gate).touch()
+            values = owner.result()["value"]
+            reader.tell("go on")
+            assert reader.result() == values
+    assert {pid for pid, *_ in read_oracle(oracle)} == {owner.pid}
+
+
+@pytest.mark.xfail(reason="it hangs: the thread that writes exists in the parent only", strict=True)
+def test_a_forked_child_that_starts_a_run_without_opening_the_store_is_served_or_told_so(server, store):
+    assert server.do("use_in_a_child", store=store) == 0
 
 
 # -- a stopped owner ----------------------------------------------------------------------------------------------------
@@ -272,6 +325,16 @@ def test_after_a_full_disk_another_process_goes_on(small_disk, values, how):
         small_disk.check_result(values, worker.result())
 
 
+@pytest.mark.xfail(reason="its lease is never given up: others see it running, and wait for ever", strict=True)
+def test_a_run_whose_end_did_not_fit_on_the_disk_is_free_for_others(small_disk):
+    """Though the process that gave it up lives on."""
+    with small_disk.grow("small rows", "start") as worker:
+        assert worker.said()["status"] == "interrupted"
+        small_disk.make_room()
+        with small_disk.grow("small rows", "resume") as other:
+            small_disk.check_result("small rows", other.result(seconds=3))
+
+
 def test_a_disk_that_became_read_only_is_said_and_used_again_when_it_can_be(small_disk):
     with small_disk.grow("small rows", "start") as worker:
         small_disk.check_full(worker.said())
@@ -311,8 +374,9 @@ def damaged(server, store, tmp_path, trials):
 
 
 def some_bits(file, name, count, spans=None):
-    """Trials: bits of a file, chosen in these spans of bytes."""
-    places = [place for span in spans or [range(file.stat().st_size)] for place in span]
+    """Trials: bits of a file, chosen in these spans of bytes where it isn't empty."""
+    data = file.read_bytes()
+    places = [place for span in spans or [range(len(data))] for place in span if data[place]]
     chance = random.Random(SEED)
     return [{"file": name, "bit": chance.choice(places) * 8 + chance.randrange(8)} for _ in range(count)]
 
@@ -342,9 +406,7 @@ def pages(database, *, of_rows):
 def test_a_bit_flipped_in_the_database_is_an_error_or_a_miss(server, sound, tmp_path, of_rows):
     database = sound / "journal" / "cache.db"
     check_damage(
-        damaged(
-            server, sound, tmp_path, some_bits(database, "journal/cache.db", 100, pages(database, of_rows=of_rows))
-        )
+        damaged(server, sound, tmp_path, some_bits(database, "journal/cache.db", FLIPS, pages(database, of_rows=of_rows)))
     )
 
 
@@ -352,7 +414,12 @@ def test_a_bit_flipped_in_the_database_is_an_error_or_a_miss(server, sound, tmp_
 def test_a_bit_flipped_in_another_file_is_an_error_or_a_miss(server, sound, tmp_path, key_file, part):
     file = {"value": next((sound / "values").iterdir()), "store.json": sound / "store.json", "key": key_file}[part]
     name = str(file) if part == "key" else str(file.relative_to(sound))
-    outcomes = damaged(server, sound, tmp_path, [*some_bits(file, name, 40), {"file": name, "cut": 5}, {"file": name, "cut": 0}, {"file": name, "gone": True}])
+    outcomes = damaged(
+        server,
+        sound,
+        tmp_path,
+        [*some_bits(file, name, FLIPS // 4), {"file": name, "cut": 5}, {"file": name, "cut": 0}, {"file": name, "gone": True}],
+    )
     check_damage(outcomes)
 
 
@@ -377,7 +444,7 @@ def test_a_truncated_database_is_an_error_or_a_miss(server, sound, tmp_path):
 def test_two_processes_work_in_a_store_while_a_third_opens_it_as_a_forgetful_cache(server, store, oracle):
     """Nothing is evicted: each of them finds the others' runs complete."""
     server.do("predict", store=store)
-    groups = [[f"{side}-{n}" for n in range(40)] for side in ("left", "right")]
+    groups = [[f"{side}-{n}" for n in range(25)] for side in ("left", "right")]
     with ExitStack() as stack:
         workers = [
             stack.enter_context(server.start("many_journeys", store=store, oracle=str(oracle), names=names)) for names in groups
@@ -392,7 +459,9 @@ def test_two_processes_work_in_a_store_while_a_third_opens_it_as_a_forgetful_cac
         assert meddler.result() > 1
     found = dict(zip([name for names in groups for name in names], [v for vs in results for v in vs], strict=True))
     acknowledged = {name: value for _, what, name, value in read_oracle(oracle) if what == "ack"}
-    assert acknowledged == {f"{name}-{step}": value for name, values in found.items() for step, value in zip(("one", "two"), values)}
+    assert acknowledged == {
+        f"{name}-{step}": value for name, values in found.items() for step, value in zip(("one", "two"), values, strict=True)
+    }
     assert len([line for line in read_oracle(oracle) if line[1] == "begin"]) == 2 * len(found)
     for names, values in zip(groups, results, strict=True):
         with server.start("many_journeys", store=store, oracle=str(oracle), names=names) as again:

@@ -31,6 +31,7 @@ from pathlib import Path
 import diskcache
 
 import durable_nb as durable
+from durable_nb._current import engine as current_engine
 
 PATIENCE_S = 30.0
 """After so long a condition that a test waits for counts as never coming."""
@@ -130,8 +131,9 @@ class Worker:
         assert "said" in heard, heard
         return heard["said"]
 
-    def result(self):
+    def result(self, seconds=PATIENCE_S):
         """What the job returns."""
+        self._channel.settimeout(seconds)
         heard = self.hear()
         assert "result" in heard, heard
         return heard["result"]
@@ -209,6 +211,9 @@ class Channel:
 
     def send(self, message):
         _send(self._end, message)
+
+    def wait(self):
+        return json.loads(self._lines.readline())
 
     async def hear(self):
         return json.loads(await asyncio.to_thread(self._lines.readline))
@@ -291,6 +296,7 @@ def read_oracle(path):
 
 # -- workflows ----------------------------------------------------------------------------------------------------------
 
+
 async def quick(name):
     """Its value is another one each time, so that a second execution can't be taken for a recorded one."""
     note("begin", name)
@@ -342,9 +348,7 @@ async def journey(oracle):
 
     await go("first", quick)
     await go("second", in_thread)
-    await asyncio.gather(
-        *(branch(n) for n in range(3)), go("flaky", durable.step(flaky, retries=2, backoff=0.003), oracle)
-    )
+    await asyncio.gather(*(branch(n) for n in range(3)), go("flaky", durable.step(flaky, retries=2, backoff=0.003), oracle))
     await durable.sleep("rest", 0.005)
     await go("large", large)
     for n in range(3):
@@ -364,7 +368,7 @@ async def twice(n):
 async def held(name, gate):
     """Ends when the file `gate` is there."""
     note("begin", name)
-    while not os.path.exists(gate):  # noqa: ASYNC240, PTH110
+    while not os.path.exists(gate):  # noqa: ASYNC110, ASYNC240, PTH110  another process opens it
         await asyncio.sleep(0.002)
     note("end", name)
     return secrets.token_hex(8)
@@ -419,6 +423,14 @@ async def parent(kind, gate):
     note("ack", "offspring", pid)
     await durable.run("held", held, "held", gate)
     return pid
+
+
+@durable.workflow
+async def careful(gate):
+    """Its step is tried at most once."""
+    value = await durable.run("held", durable.step(held, at_most_once=True), "held", gate)
+    note("ack", "held", value)
+    return value
 
 
 def plain_value(n):
@@ -480,13 +492,23 @@ def _fill(path, leave):
     os.truncate(path, max(Path(path).stat().st_size - leave, 0))
 
 
+def _open(store):
+    """Open a store that others may be opening in this instant. `open_together` tells what happens without the patience."""
+    while True:
+        try:
+            return durable.open(store)
+        except durable.StoreError as error:
+            if "database is locked" not in str(error):
+                raise
+
+
 # -- jobs ---------------------------------------------------------------------------------------------------------------
 
 
 async def travel(channel, store, oracle, run_id, how):
     """Bring the run `run_id` of `journey` to its end, found in one of the ways in which users find it."""
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     run = None
     if how == "resume":
         with contextlib.suppress(durable.RunNotFoundError):
@@ -505,7 +527,7 @@ async def travel(channel, store, oracle, run_id, how):
 async def start_together(channel, store, oracle, meeting, me, count):
     """Start `count` runs, each in the same instant as another process does."""
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     with open(meeting, "r+b") as file:  # noqa: ASYNC230, PTH123
         arrivals = mmap.mmap(file.fileno(), 2 * 4096)
     waiting = []
@@ -525,7 +547,7 @@ async def _awaited(run):
 async def keep(channel, store, oracle, run_id, gates, thread):
     """Own a run of `gated` until it ends or is lost."""
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     run = gated.start(*gates, thread, id=run_id)
     try:
         return {"value": await run}
@@ -536,7 +558,7 @@ async def keep(channel, store, oracle, run_id, gates, thread):
 async def attach(channel, store, oracle, run_id, gates, thread):
     """Wait for a run that another process executes; take it over when told to."""
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     run = gated.start(*gates, thread, id=run_id)
     task = asyncio.ensure_future(_awaited(run))
     await asyncio.wait({task}, timeout=0.5)  # several looks at the journal
@@ -550,20 +572,26 @@ async def attach(channel, store, oracle, run_id, gates, thread):
 
 async def rear(channel, store, oracle, kind, gate):
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     return await parent.start(kind, gate, id="parent")
+
+
+async def dare(channel, store, oracle, gate, resume):
+    _open_oracle(oracle)
+    _open(store)
+    return await (durable.get_run("careful").resume() if resume else careful.start(gate, id="careful"))
 
 
 async def predict(channel, store, oracle="", run_id="run"):
     if oracle:
         _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     return await predictable.start(PREDICTED, id=run_id)
 
 
 async def look(channel, store, run_id="run"):
     """Everything that the public face tells of a run, and its result."""
-    durable.open(store)
+    _open(store)
     durable.runs()
     run = durable.get_run(run_id)
     steps = [(step.name, step.status) for step in run.steps]
@@ -663,7 +691,7 @@ async def _look_and_predict(store):
 async def grow(channel, store, oracle, how, **arguments):
     """Run `growing`, or go on with it; after an error say how things stand, and go on when the test says so."""
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     run = growing.start(**arguments, id="run") if how == "start" else durable.get_run("run").resume()
     try:
         return await run
@@ -676,7 +704,60 @@ async def grow(channel, store, oracle, how, **arguments):
 
 
 async def delete(channel, path):
-    Path(path).unlink()
+    Path(path).unlink()  # noqa: ASYNC240
+
+
+async def open_together(channel, folder, meeting, me, others, times):
+    """Open new stores, each in the same instant as other processes do; what went wrong."""
+    with open(meeting, "r+b") as file:  # noqa: ASYNC230, PTH123
+        arrivals = mmap.mmap(file.fileno(), 0)
+    trouble = []
+    for n in range(1, times + 1):
+        arrivals[me * 4096] = n
+        while any(arrivals[other * 4096] < n for other in range(others)):
+            os.sched_yield()
+        try:
+            durable.open(f"{folder}/{n}")
+            await twice.start(me, id=f"run-{me}")
+        except Exception as error:
+            trouble.append(repr(error))
+    return trouble
+
+
+async def look_slowly(channel, store, oracle, run_id):
+    """Wait for a run, and be slow in the middle of a look at it: the test says when to go on."""
+    _open_oracle(oracle)
+    _open(store)
+    journal = current_engine()._engine.store.journal
+    get, looks = journal.get, []
+
+    def slowly(key):
+        if key.startswith("lease/") and not looks:
+            looks.append(key)
+            channel.say("between the rows of run and lease")
+            channel.wait()
+        return get(key)
+
+    journal.get = slowly
+    return await durable.Run(run_id)
+
+
+async def use_in_a_child(channel, store):
+    """Start a run in a process that was forked from one with an open store: its exit code."""
+    _open(store)
+    await twice.start(1, id="parents")
+    pid = os.fork()
+    if not pid:
+        signal.alarm(2)
+        asyncio.events._set_running_loop(None)
+        heard = _outcome(_awaited_start(2, "childs"))
+        os._exit(0 if heard.get("durable") or "result" in heard else 3)
+    _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+async def _awaited_start(n, run_id):
+    return await twice.start(n, id=run_id)
 
 
 async def remount(channel, path, read_only):
@@ -698,7 +779,7 @@ async def meddle(channel, journal):
 
 async def many_journeys(channel, store, oracle, names):
     _open_oracle(oracle)
-    durable.open(store)
+    _open(store)
     channel.say("open")
     await channel.hear()
     return await asyncio.gather(*(_awaited(twice.start(name, id=name)) for name in names))

@@ -24,8 +24,8 @@ class CellKey:
     versions: dict[str, str]
     unknown: tuple[str, ...]
     """Why the result can't be taken from the cache nor put there; empty where it can."""
-    objects: Mapping[int, str]
-    """By id, the mutable objects that the inputs consist of, and the component each is part of."""
+    places: Mapping[tuple[str, int], Any]
+    """The mutable objects that the inputs consist of, by component and number within it."""
 
 
 def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, Any]) -> CellKey:
@@ -33,25 +33,28 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
     found, unknown = _fingerprint(tree, names.read, namespace)
     unknown += [f"it looks names up by {builtin}(), which can't be followed" for builtin in sorted(dynamic_reads(tree))]
     print_ = found.result()
-    unknown += [f"{_said(o.label)} holds a {o.type_name}, which can't be compared" for o in print_.opaque if not o.configured]
+    unknown += [f"{said(o.label)} holds a {o.type_name}, which can't be compared" for o in print_.opaque if not o.configured]
     whole = "\0".join((str(FORMAT), PYTHON, name, print_.digest))
     return CellKey(
         hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest(),
         dict(print_.components),
         dict(print_.versions),
         tuple(unknown),
-        found.objects(),
+        found.places(),
     )
 
 
-def mutated(before: CellKey, tree: ast.Module, names: Names, namespace: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """Inputs that the cell changed in place, as its user would name them; `old` is what `namespace` held before it ran.
+def mutated(
+    before: CellKey, tree: ast.Module, names: Names, namespace: Mapping[str, Any], old: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(components of inputs that the cell changed in place, what can't be compared any more); `old` is what `namespace`
+    held before it ran.
 
     A name that the cell bound anew has not changed in place: what it held before is looked at.
     """
     found, unknown = _fingerprint(tree, names.read, namespace, earlier=old)
     after = found.result().components
-    return [_said(label) for label, digest in before.components.items() if after.get(label) != digest] + unknown
+    return [label for label, digest in before.components.items() if after.get(label) != digest], unknown
 
 
 def stored_by(key: CellKey) -> set[str]:
@@ -66,7 +69,7 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     for label in sorted({*old, *new}, key=lambda label: (label != "code", label)):
         if old.get(label) != new.get(label):
             what = "changed" if label in old and label in new else "is new" if label in new else "is gone"
-            found.append(f"{_said(label)} {what}")
+            found.append(f"{said(label)} {what}")
     return found
 
 
@@ -81,13 +84,13 @@ def _fingerprint(
         try:
             found.add_name(name, namespace, uses.get(name))
         except Unhashable as error:
-            unknown.append(f"{_said(error.label)} can't be compared ({error.reason})")
+            unknown.append(f"{said(error.label)} can't be compared ({error.reason})")
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
     return found, unknown
 
 
-def _said(label: str) -> str:
+def said(label: str) -> str:
     """A component's label as its user would say it."""
     kind, _, rest = label.partition(" ")
     match kind:

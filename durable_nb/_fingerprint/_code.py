@@ -209,9 +209,13 @@ class Fingerprinter:
             {name: found for name in sorted(self._packages) if (found := _version(name))} if self._packages else {},
         )
 
-    def objects(self) -> dict[int, str]:
-        """By id, the mutable objects met so far and the component that each is part of."""
-        return {key: walk.label for walk in self._walks for key in walk.memos[0]}
+    def places(self) -> dict[tuple[str, int], Any]:
+        """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
+        found: dict[tuple[str, int], Any] = {}
+        for walk in self._walks:
+            objects = {id(obj): obj for obj in walk.keep}
+            found.update({(walk.label, number): objects[key] for key, number in walk.memos[0].items() if key in objects})
+        return found
 
     # ---- what a walk asks ----
 

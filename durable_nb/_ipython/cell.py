@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import inspect
+import io
 import os
 import re
 import secrets
@@ -28,8 +29,9 @@ from IPython.core.error import UsageError
 import durable_nb
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Entry, Result
-from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, stored_by
+from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names, names_of
+from durable_nb._cellcache.patches import Links, UnpatchableError, fits, patches_for, put, resolver
 from durable_nb._cellcache.world import Watch, mentioned_paths, name_digest, set_generator, watching
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
@@ -38,6 +40,7 @@ from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.options import Options
 from durable_nb._ipython.status import StatusLine
+from durable_nb._pickling import Pickler
 from durable_nb._run import CellRun, Stage
 from durable_nb.errors import CorruptStoreError, RunSuspended, StoreError, UntrustedStoreError
 
@@ -45,7 +48,8 @@ HEADLESS_SLEEP_S = 600.0
 """The longest wait without a front end, where nobody sees why the notebook takes so long."""
 
 _BUSY_POLL_S = 0.1
-_RESULTS, _STATES = "<results>", "<generators>"
+_RESULTS, _STATES, _PATCHES = "<results>", "<generators>", "<patches>"
+"""Names under which an entry keeps what is no variable."""
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 _OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
 
@@ -131,8 +135,11 @@ class CellExecution:
         """The entry that holds in the world as it is now, decoded. Nothing of the notebook has changed when this returns."""
         try:
             for entry in self.entries.of_key(self.scope, key.key):
-                if not entry.manifest.world.changes(self.shell.user_ns):
-                    return entry, entry.values(self.shell.user_ns.__getitem__)
+                if entry.manifest.world.changes(self.shell.user_ns):
+                    continue
+                values = entry.values(resolver(key.places, self.shell.user_ns))
+                if all(fits(obj, content) for obj, content in values[_PATCHES]):
+                    return entry, values
         except (CorruptStoreError, UntrustedStoreError) as error:
             self.status.warn(f"what was stored of this cell is not used: {error}; the cell runs and is stored anew")
         except Exception as error:  # a class or module that its values need is gone
@@ -142,7 +149,9 @@ class CellExecution:
 
     def _apply(self, entry: Entry, values: dict[str, Any], began: float) -> None:
         namespace, manifest = self.shell.user_ns, entry.manifest
-        results, states = values.pop(_RESULTS), values.pop(_STATES)
+        results, states, patches = (values.pop(own) for own in (_RESULTS, _STATES, _PATCHES))
+        for obj, content in patches:
+            put(obj, content)
         namespace.update(values)
         for name in manifest.deleted:
             namespace.pop(name, None)
@@ -243,21 +252,23 @@ class CellExecution:
         touched, alone = ({n for n in found if not _HIDDEN.fullmatch(n)} for found in (touched, alone))
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
-            changed = mutated(key, self.code.tree, self.code.names, namespace, before)
-            world, problems = watch.world()
+            changed, problems = mutated(key, self.code.tree, self.code.names, namespace, before)
+            world, unseen = watch.world()
+            problems += unseen
             world = replace(world, names={name: name_digest(namespace, name) for name in sorted(alone)})
         except Exception as error:
             self.status.not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
             return
-        if changed:
-            self.status.not_stored(f"it changes {changed[0]} in place")
-            return
+        try:
+            patches = patches_for(changed, key.places)
+        except UnpatchableError as error:
+            problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
         if problems:
             self.status.not_stored(problems[0])
             return
-        values = {**bound, _RESULTS: self.results, _STATES: watch.moved_states(world)}
-        links = _Links(before, key)
+        values = {**bound, _RESULTS: self.results, _STATES: watch.moved_states(world), _PATCHES: patches}
+        links = Links(key.places, {n: before[n] for n in names.read if n in before})
         try:
             self.entries.store(
                 self.scope,
@@ -272,64 +283,26 @@ class CellExecution:
             )
         except OSError as error:
             self.status.not_stored(f"the store can't be written ({error.strerror})")
-        except _SharedError as shared:
-            self.status.not_stored(f"what it binds shares an object with {shared}")
+        except UnpatchableError as error:
+            self.status.not_stored(f"it binds {error}")
         except Exception as error:
             self.status.not_stored(self._unpicklable(values, links, error))
 
-    def _unpicklable(self, values: dict[str, Any], links: _Links, error: Exception) -> str:
+    def _unpicklable(self, values: dict[str, Any], links: Links, error: Exception) -> str:
         """Name the variable that is to blame."""
         for name, value in values.items():
-            if not links.is_picklable(value):
+            if not _is_picklable(value, links):
                 what = f"{name} ({type(value).__name__})" if name.isidentifier() else "the displayed value"
                 return f"{what} can't be pickled; its steps are kept: put what costs time or money into durable.run(...)"
         return f"its variables can't be pickled together ({type(error).__name__}: {error})"
 
 
-class _SharedError(Exception):
-    """A new variable holds part of an earlier object: restored by value, it would be a copy."""
-
-
-class _Links:
-    """Which objects of the notebook a stored value refers to, instead of holding them."""
-
-    def __init__(self, before: dict[str, Any], key: CellKey) -> None:
-        inputs = {label.removeprefix("global ") for label in key.components}
-        inputs |= {label.partition(" ")[2] for label in key.components}
-        self._names = {id(v): n for n, v in before.items() if n in inputs and not isinstance(v, _IMMUTABLE)}
-        self._objects = key.objects
-        self._keep = before  # ids hold only while their objects live
-
-    def reference(self, obj: Any) -> str | None:
-        """The name of an earlier object; _SharedError for a part of one."""
-        name = self._names.get(id(obj))
-        if name is not None:
-            return name
-        owner = self._objects.get(id(obj))
-        base = getattr(obj, "base", None) if type(obj).__name__ == "ndarray" else None
-        while owner is None and base is not None:
-            owner = self._objects.get(id(base))
-            base = getattr(base, "base", None)
-        if owner is not None:
-            raise _SharedError(owner.partition(" ")[2] or owner)
-        return None
-
-    def is_picklable(self, value: Any) -> bool:
-        import io
-
-        from durable_nb._pickling import Pickler
-
-        try:
-            Pickler(io.BytesIO(), reference=self._names_only, buffer_callback=lambda _: False).dump(value)
-        except Exception:
-            return False
-        return True
-
-    def _names_only(self, obj: Any) -> str | None:
-        return self._names.get(id(obj))
-
-
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, types.ModuleType, range, types.EllipsisType)
+def _is_picklable(value: Any, links: Links) -> bool:
+    try:
+        Pickler(io.BytesIO(), reference=links.reference, buffer_callback=lambda _: False).dump(value)
+    except Exception:
+        return False
+    return True
 
 
 class _Stage(Stage):
