@@ -33,6 +33,8 @@ class Engine:
         self.workers = Workers()
         self.held: dict[str, Held] = {}
         self.active: dict[str, Run] = {}
+        self.starting: set[str] = set()
+        """Runs that are being claimed: their leases are not to be given away meanwhile."""
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
 
@@ -63,13 +65,23 @@ class Engine:
                 adopted = None
             if rerun and not adopted:
                 generation += 1
-            run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter)
-            if run is None:
-                continue
-            await run.load()
-            died = adopted is not None and adopted[1].owner not in ("", self.store.process.id)
-            if rerun_step and not (died and adopted and adopted[0].rerun_step == rerun_step):
-                await run.forget_step(rerun_step)
+            starting = adopted[0].id if adopted else new_id()
+            self.starting.add(starting)
+            run = None
+            try:
+                run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter, starting)
+                if run is None:
+                    continue
+                await run.load()
+                died = adopted is not None and adopted[1].owner not in ("", self.store.process.id)
+                if rerun_step and not (died and adopted and adopted[0].rerun_step == rerun_step):
+                    await run.forget_step(rerun_step)
+            except BaseException:
+                if run is not None:
+                    run.abandon()
+                raise
+            finally:
+                self.starting.discard(starting)
             return run
 
     async def close_finished(self, name: str, inputs: str) -> None:
@@ -80,7 +92,9 @@ class Engine:
         found = await self.store.writer.call(lambda: self._unfinished(rec.scope_of(name)))
         for run, lease in found.runs:
             if run.inputs == inputs and not self.is_owned(run.id, lease):
-                claimed = await self._claim(run.scope, name, inputs, found.generation, run.rerun, (run, lease), found.counter)
+                claimed = await self._claim(
+                    run.scope, name, inputs, found.generation, run.rerun, (run, lease), found.counter, ""
+                )
                 if claimed is not None:
                     await claimed.finish(Status.COMPLETED)
 
@@ -116,6 +130,7 @@ class Engine:
         rerun: bool,
         adopted: tuple[RunRecord, Lease] | None,
         counter: bytes | None,
+        new: str,
     ) -> CellRun | None:
         """Become the one executor of a cell's run; None where another was faster.
 
@@ -125,8 +140,7 @@ class Engine:
         if adopted:
             record = replace(adopted[0], inputs=inputs, status="running", ended_at=None, error="")
         else:
-            run_id = new_id()
-            record = RunRecord(run_id, "cell", name, scope, generation, inputs, self.clock.now().wall_s, rerun=rerun)
+            record = RunRecord(new, "cell", name, scope, generation, inputs, self.clock.now().wall_s, rerun=rerun)
         if adopted:
             held = await self.claim(record, adopted[1])
         else:
@@ -189,9 +203,12 @@ class Engine:
     def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run and its lease, as they stand in the journal."""
         journal, seal = self.store.journal, self.store.seal
-        row, lease_row = journal.get(rec.run_key(run_id)), journal.get(rec.lease_key(run_id))
+        lease_row = journal.get(rec.lease_key(run_id))
+        row = journal.get(rec.run_key(run_id))
         if row is None:
             return None
+        if lease_row != journal.get(rec.lease_key(run_id)):  # it changed hands or ended between the two: look again
+            return self.read_run(run_id)
         lease = unpack(seal, rec.lease_key(run_id), lease_row, Lease) if lease_row else None
         return unpack(seal, rec.run_key(run_id), row, RunRecord), lease
 
@@ -199,7 +216,11 @@ class Engine:
         """Does a live process, this one or another, execute the run?"""
         if lease is None:
             return False
-        return run_id in self.active if lease.owner == self.store.process.id else self.store.process.is_alive(lease.owner)
+        return (
+            run_id in self.active or run_id in self.starting
+            if lease.owner == self.store.process.id
+            else self.store.process.is_alive(lease.owner)
+        )
 
 
 def new_id() -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import builtins
 import io
+import linecache
 import os
 import pickle
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -73,7 +75,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return super().reducer_override(obj)
 
     def _is_live(self, cls: type) -> bool:
-        return cls.__module__ == "__main__" and self._namespace.get(cls.__qualname__) is cls
+        return cls.__module__ == "__main__" and _find(self._namespace, cls.__qualname__) is cls
 
 
 class Unpickler(pickle.Unpickler):
@@ -107,8 +109,17 @@ def loads(data: bytes) -> Any:
     return Unpickler(io.BytesIO(data)).load()
 
 
+def _find(namespace: dict[str, Any], qualname: str) -> Any:
+    """`Outer.Inner` in a namespace; None where there is none."""
+    first, *rest = qualname.split(".")
+    found = namespace.get(first)
+    for name in rest:
+        found = getattr(found, name, None)
+    return found
+
+
 def _live_class(qualname: str, copy: bytes) -> type:
-    live = main_namespace().get(qualname)
+    live = _find(main_namespace(), qualname)
     return live if isinstance(live, type) else loads(copy)
 
 
@@ -122,12 +133,17 @@ def _reduce_function(fn: types.FunctionType) -> Any:
         "__module__": fn.__module__,
         "__annotations__": fn.__annotations__,
     }
-    made_from = (fn.__code__, fn.__globals__, fn.__closure__)
+    # The source goes along: without it the function would be another one to whoever compares code.
+    filename = fn.__code__.co_filename
+    source = "" if Path(filename).exists() else "".join(linecache.getlines(filename))
+    made_from = (fn.__code__, fn.__globals__, fn.__closure__, source)
     return _bare_function, made_from, (attributes, fn.__dict__), None, None, _fill_function
 
 
-def _bare_function(code: types.CodeType, namespace: dict[str, Any], closure: Any) -> types.FunctionType:
+def _bare_function(code: types.CodeType, namespace: dict[str, Any], closure: Any, source: str = "") -> types.FunctionType:
     namespace.setdefault("__builtins__", builtins)
+    if source and code.co_filename not in linecache.cache:
+        linecache.cache[code.co_filename] = (len(source), None, source.splitlines(keepends=True), code.co_filename)
     return types.FunctionType(code, namespace, None, None, closure)
 
 

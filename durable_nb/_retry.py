@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from durable_nb._clock import parse_duration
-from durable_nb.errors import DurableError, NonRetryableError, RetryAfter
+from durable_nb.errors import DurableError, NonRetryableError, RetryAfter, StepTimeout
 
 BASE_S, FACTOR, CAP_S = 1.0, 2.0, 60.0
 LONGEST_S = 86400.0
@@ -83,7 +83,7 @@ def asked_delay_s(error: BaseException) -> float | None:
 
 def is_transient(error: BaseException) -> bool:
     """Could the same call succeed later? The default answer, where the user gives no `retry_on`."""
-    if isinstance(error, RetryAfter):
+    if isinstance(error, (RetryAfter, StepTimeout)):
         return True
     if isinstance(error, (DurableError, *PROGRAMMING_ERRORS, *DATA_ERRORS)):
         return False

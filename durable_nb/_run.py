@@ -16,7 +16,7 @@ import types
 import warnings
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from inspect import isawaitable
@@ -141,6 +141,8 @@ class Run:
         self._timers: dict[str, bytes] = {}
         self._names: dict[str, int] = {}
         self._facts: dict[str, Step] = {}
+        self.set_variables: list[tuple[ContextVar[Any], Any]] = []
+        """Context variables that the code set: it ran in a context of its own."""
         self._main: asyncio.Task[Any] | None = None
         self._works: set[Work] = set()
         """Attempts being made that this execution began or waits for."""
@@ -199,6 +201,9 @@ class Run:
         """The body has run: the key that its outcome is recorded under, and rows to be written with it."""
         return asked.key, ()
 
+    async def _may_begin(self) -> None:
+        """Look whether a body may still begin."""
+
     def _timer_key(self, request: SleepRequest, branch: str) -> str:
         """Which record a sleep has, fixed now."""
         raise NotImplementedError
@@ -220,7 +225,7 @@ class Run:
         here, never from inside the code: there it is CancelledError, which no `except Exception` swallows.
         """
         loop = asyncio.get_running_loop()
-        context = copy_context()
+        before, context = copy_context(), copy_context()
         with branching(loop):
             context.run(current_run.set, self)
             context.run(current_branch.set, Branch())
@@ -234,6 +239,10 @@ class Run:
                 await asyncio.wait({main}, timeout=_UNWIND_S)
             self._ended = True  # no step starts from here on
             await self._drain()
+        own = (current_run, current_branch)
+        self.set_variables = [
+            (v, value) for v, value in context.items() if v not in own and (v not in before or before[v] is not value)
+        ]
         if self._stopped is not None:
             raise self._stopped
         value, error = main.result()
@@ -261,6 +270,10 @@ class Run:
     def is_running(self, task: asyncio.Task[Any] | None) -> bool:
         """Is `task` one of this run's own, which may be left by a KeyboardInterrupt without harm?"""
         return task is not None and (task is self._main or any(task is work.task for work in self._works))
+
+    def abandon(self) -> None:
+        """Its execution never began: whoever asks next may have the run."""
+        self.engine.active.pop(self.id, None)
 
     def _is_worked_on(self) -> bool:
         """Does a body of this run still live, of this execution or of an earlier one?"""
@@ -398,7 +411,7 @@ class Run:
 
     def _release_if_idle(self) -> None:
         """An interrupted execution whose last thread has ended gives the run to whoever wants it."""
-        if self._is_worked_on():
+        if self._is_worked_on() or self.id in self.engine.starting:
             return
         held = self.engine.held.pop(self.id)
         row = self.engine.pack(rec.lease_key(self.id), Lease(held.epoch, ""))
@@ -406,6 +419,7 @@ class Run:
 
     async def _attempt(self, asked: Request, attempt: int, began: float) -> Ended:
         """Run the body once and record how it ended."""
+        await self._may_begin()
         with self.stage.recording(asked.fact.path) as shown:
             try:
                 if asked.request.at_most_once:

@@ -54,6 +54,7 @@ class Store:
             self.process.end()
             raise
         self.writer = Writer(self.journal)
+        os.register_at_fork(after_in_child=self.writer.abandon)
 
     def close(self) -> None:
         """Write what was handed over, and let others take this process's runs."""

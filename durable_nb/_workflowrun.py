@@ -7,6 +7,7 @@ Code that asks for something else than was recorded is told so, with both column
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from durable_nb._fingerprint import Unhashable
 from durable_nb._records import Attempts, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Places
 from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of
-from durable_nb.errors import NonDeterminismError, RunCancelled
+from durable_nb.errors import NonDeterminismError, RunCancelled, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._current import SleepRequest, StepRequest
@@ -157,6 +158,12 @@ class WorkflowRun(Run):
         ended = await self._record(asked, outcome, None)
         return Ended(error=shown) if ended.outcome is not None else ended
 
+    async def _may_begin(self) -> None:
+        """A run that was taken over begins no body any more, even where it has nothing to commit."""
+        key, store = rec.lease_key(self.id), self.engine.store
+        if await store.writer.call(lambda: store.journal.get(key)) != self._held.row:
+            raise self._give_way()
+
     def _try_again(self, step: str) -> str:  # noqa: ARG002
         return "call the run's resume()"
 
@@ -175,6 +182,10 @@ class WorkflowRun(Run):
                 await self.finish(Status.CANCELLED, str(own), result=_codec.encode_error(own)[:2])
                 raise own from None
             await self.finish(Status.INTERRUPTED)
+            raise
+        except StoreError:  # the disk's failure is none of the run's: it goes on once the cause is gone
+            with contextlib.suppress(StoreError):
+                await self.finish(Status.INTERRUPTED)
             raise
         except BaseException as raised:
             error = self._broken or raised

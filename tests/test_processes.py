@@ -147,7 +147,6 @@ def test_of_two_processes_that_start_the_same_run_at_once_one_executes_it(server
         assert len(begun(oracle, f"{n}-one")) == len(begun(oracle, f"{n}-two")) == 1
 
 
-@pytest.mark.xfail(reason="'database is locked', out of diskcache's DROP INDEX at opening, at once", strict=False)
 def test_processes_that_open_a_new_store_at_once_all_get_it(server, tmp_path):
     meeting = tmp_path / "meeting"
     meeting.write_bytes(bytes(4 * 4096))
@@ -157,7 +156,6 @@ def test_processes_that_open_a_new_store_at_once_all_get_it(server, tmp_path):
         assert [opener.result() for opener in openers] == 4 * [[]]
 
 
-@pytest.mark.xfail(reason="run and lease are read one after the other, so it looks as if nobody executed it", strict=True)
 def test_a_run_that_ends_while_another_process_looks_at_it_is_not_executed_again(server, store, tmp_path, oracle):
     """Its result doesn't change."""
     gates = [str(tmp_path / "first gate"), str(tmp_path / "last gate")]
@@ -174,7 +172,6 @@ def test_a_run_that_ends_while_another_process_looks_at_it_is_not_executed_again
     assert {pid for pid, *_ in read_oracle(oracle)} == {owner.pid}
 
 
-@pytest.mark.xfail(reason="it hangs: the thread that writes exists in the parent only", strict=True)
 def test_a_forked_child_that_starts_a_run_without_opening_the_store_is_served_or_told_so(server, store):
     assert server.do("use_in_a_child", store=store) == 0
 
@@ -246,8 +243,6 @@ def test_a_killed_owner_whose_child_lives_on_is_succeeded_at_once(server, store,
 SIZES = {"small rows": (40, 20), "large rows": (5, 300_000), "files": (5, 1_500_000)}
 """Steps, and the bytes that each returns."""
 
-RAW_ERROR = pytest.mark.xfail(reason="a large value that doesn't fit is a bare OSError", strict=True)
-
 
 class SmallDisk:
     """A fork server whose workers see a file system of 16 MiB, and fill it with the run of `growing`."""
@@ -293,7 +288,7 @@ def small_disk(tmp_path, key_file, oracle):
 
 
 @pytest.mark.parametrize("leave", [0, 8192], ids=["brim", "a little room"])
-@pytest.mark.parametrize("values", ["small rows", "large rows", pytest.param("files", marks=RAW_ERROR)])
+@pytest.mark.parametrize("values", ["small rows", "large rows", "files"])
 def test_a_full_disk_is_said_and_with_room_again_the_process_goes_on(small_disk, values, leave):
     """Nothing acknowledged is lost, and nothing acknowledged runs again."""
     with small_disk.grow(values, "start", leave) as worker:
@@ -307,9 +302,7 @@ def test_a_full_disk_is_said_and_with_room_again_the_process_goes_on(small_disk,
     "how",
     [
         "resume",
-        pytest.param(
-            "start", marks=pytest.mark.xfail(reason="the full disk is recorded as the run's own failure", strict=True)
-        ),
+        "start",
     ],
 )
 @pytest.mark.parametrize("values", ["small rows", "large rows"])
@@ -325,7 +318,6 @@ def test_after_a_full_disk_another_process_goes_on(small_disk, values, how):
         small_disk.check_result(values, worker.result())
 
 
-@pytest.mark.xfail(reason="its lease is never given up: others see it running, and wait for ever", strict=True)
 def test_a_run_whose_end_did_not_fit_on_the_disk_is_free_for_others(small_disk):
     """Though the process that gave it up lives on."""
     with small_disk.grow("small rows", "start") as worker:
@@ -394,12 +386,7 @@ def pages(database, *, of_rows):
     "of_rows",
     [
         True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                reason="opening raises UnicodeDecodeError, AttributeError or ValueError out of diskcache", strict=True
-            ),
-        ),
+        False,
     ],
     ids=["rows", "settings"],
 )

@@ -492,23 +492,13 @@ def _fill(path, leave):
     os.truncate(path, max(Path(path).stat().st_size - leave, 0))
 
 
-def _open(store):
-    """Open a store that others may be opening in this instant. `open_together` tells what happens without the patience."""
-    while True:
-        try:
-            return durable.open(store)
-        except durable.StoreError as error:
-            if "database is locked" not in str(error):
-                raise
-
-
 # -- jobs ---------------------------------------------------------------------------------------------------------------
 
 
 async def travel(channel, store, oracle, run_id, how):
     """Bring the run `run_id` of `journey` to its end, found in one of the ways in which users find it."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     run = None
     if how == "resume":
         with contextlib.suppress(durable.RunNotFoundError):
@@ -527,7 +517,7 @@ async def travel(channel, store, oracle, run_id, how):
 async def start_together(channel, store, oracle, meeting, me, count):
     """Start `count` runs, each in the same instant as another process does."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     with open(meeting, "r+b") as file:  # noqa: ASYNC230, PTH123
         arrivals = mmap.mmap(file.fileno(), 2 * 4096)
     waiting = []
@@ -547,7 +537,7 @@ async def _awaited(run):
 async def keep(channel, store, oracle, run_id, gates, thread):
     """Own a run of `gated` until it ends or is lost."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     run = gated.start(*gates, thread, id=run_id)
     try:
         return {"value": await run}
@@ -558,7 +548,7 @@ async def keep(channel, store, oracle, run_id, gates, thread):
 async def attach(channel, store, oracle, run_id, gates, thread):
     """Wait for a run that another process executes; take it over when told to."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     run = gated.start(*gates, thread, id=run_id)
     task = asyncio.ensure_future(_awaited(run))
     await asyncio.wait({task}, timeout=0.5)  # several looks at the journal
@@ -572,26 +562,26 @@ async def attach(channel, store, oracle, run_id, gates, thread):
 
 async def rear(channel, store, oracle, kind, gate):
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     return await parent.start(kind, gate, id="parent")
 
 
 async def dare(channel, store, oracle, gate, resume):
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     return await (durable.get_run("careful").resume() if resume else careful.start(gate, id="careful"))
 
 
 async def predict(channel, store, oracle="", run_id="run"):
     if oracle:
         _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     return await predictable.start(PREDICTED, id=run_id)
 
 
 async def look(channel, store, run_id="run"):
     """Everything that the public face tells of a run, and its result."""
-    _open(store)
+    durable.open(store)
     durable.runs()
     run = durable.get_run(run_id)
     steps = [(step.name, step.status) for step in run.steps]
@@ -691,7 +681,7 @@ async def _look_and_predict(store):
 async def grow(channel, store, oracle, how, **arguments):
     """Run `growing`, or go on with it; after an error say how things stand, and go on when the test says so."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     run = growing.start(**arguments, id="run") if how == "start" else durable.get_run("run").resume()
     try:
         return await run
@@ -727,7 +717,7 @@ async def open_together(channel, folder, meeting, me, others, times):
 async def look_slowly(channel, store, oracle, run_id):
     """Wait for a run, and be slow in the middle of a look at it: the test says when to go on."""
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     journal = current_engine()._engine.store.journal
     get, looks = journal.get, []
 
@@ -744,7 +734,7 @@ async def look_slowly(channel, store, oracle, run_id):
 
 async def use_in_a_child(channel, store):
     """Start a run in a process that was forked from one with an open store: its exit code."""
-    _open(store)
+    durable.open(store)
     await twice.start(1, id="parents")
     pid = os.fork()
     if not pid:
@@ -779,7 +769,7 @@ async def meddle(channel, journal):
 
 async def many_journeys(channel, store, oracle, names):
     _open_oracle(oracle)
-    _open(store)
+    durable.open(store)
     channel.say("open")
     await channel.hear()
     return await asyncio.gather(*(_awaited(twice.start(name, id=name)) for name in names))

@@ -33,7 +33,15 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
     found, unknown = _fingerprint(tree, names.read, namespace)
     unknown += [f"it looks names up by {builtin}(), which can't be followed" for builtin in sorted(dynamic_reads(tree))]
     print_ = found.result()
-    unknown += [f"{said(o.label)} holds a {o.type_name}, which can't be compared" for o in print_.opaque if not o.configured]
+    for label in print_.components:
+        code = getattr(object_of(label), "__code__", None) if label.startswith("function ") else None
+        if code is not None and {"eval", "exec", "globals", "__main__"} & set(code.co_names):
+            unknown.append(f"{said(label)} may look names up dynamically, which can't be followed")
+    unknown += [
+        f"{said(o.label)} holds a {o.type_name}, which can't be compared"
+        for o in print_.opaque
+        if not o.configured or o.type_name.startswith("_io.")
+    ]
     whole = "\0".join((str(FORMAT), PYTHON, name, print_.digest))
     return CellKey(
         hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest(),

@@ -43,6 +43,10 @@ def names_of(tree: ast.Module) -> Names:
     declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for call in _shell_calls(tree):
         walk.mention(_named_in_text(call), frozenset())
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    walk.mention(
+        {name for text in texts for name in re.findall(r"@([^\W\d]\w*)", text)}, frozenset()
+    )  # pandas' query("a > @b")
     return Names(frozenset(walk.read - {"get_ipython"}), frozenset(walk.stored | declared), end or frozenset())
 
 
@@ -314,6 +318,11 @@ class _Reads(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         if node.id not in self._local and not isinstance(node.ctx, ast.Store):
             self._found.add(node.id)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if isinstance(node.target, ast.Name) and node.target.id not in self._local:
+            self._found.add(node.target.id)  # `global x; x += 1` reads what it stores
+        self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         for part in (*node.decorator_list, *_defaults(node.args), *_annotations(node)):

@@ -144,11 +144,13 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
         recorder.note(CLEAR, wait, _mark_of(publisher))
         return clear(wait)
 
+    outer = {name: vars(publisher)[name] for name in ("publish", "clear_output") if name in vars(publisher)}
     publisher.publish, publisher.clear_output = noting_publish, noting_clear
     try:
         yield
     finally:
         del publisher.publish, publisher.clear_output
+        vars(publisher).update(outer)  # a durable cell inside a durable cell
 
 
 # -- streams of a kernel -----------------------------------------------------------------------------------------------

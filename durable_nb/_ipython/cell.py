@@ -77,6 +77,7 @@ class CellExecution:
         self.scope = rec.scope_of(options.name) if options.name else "~"
         self.status = StatusLine(self.label, shown=not options.quiet, live=live)
         self.results: list[Any] = []
+        self.set_variables: list[tuple[Any, Any]] = []
         self.recorder = Recorder(shell)
 
     async def run(self) -> None:
@@ -209,6 +210,7 @@ class CellExecution:
                 ended, error = Status.FAILED, f"{type(raised).__name__}: {raised}"
                 raise
             finally:
+                self.set_variables = run.set_variables
                 try:
                     await run.finish(ended, error)
                 except StoreError as failed:

@@ -20,6 +20,7 @@ class Session:
         self.path: Path = default_store()
         self._engine: Any = None
         self._found: Any = None
+        self._set_variables: list[tuple[Any, Any]] = []
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
@@ -53,6 +54,11 @@ class Session:
 
     def _leave_cell(self) -> None:
         self._transformer.in_cell = False
+        # A durable cell runs in a task; this is called in the context that later cells run in. What the cell set there
+        # (numpy's print options are a context variable) holds on, as after a plain cell.
+        for variable, value in self._set_variables:
+            variable.set(value)
+        self._set_variables = []
 
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.
@@ -91,6 +97,7 @@ class Session:
             execution = cells.CellExecution(self.shell, engine, options, body, live=live, cell_id=cell_id)
             try:
                 await execution.run()
+                self._set_variables = execution.set_variables
             except BaseException as error:
                 cells.show_users_lines(self.shell, error)
                 raise

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from durable_nb._files import write_file
-from durable_nb.errors import CorruptStoreError
+from durable_nb.errors import CorruptStoreError, StoreError
 
 
 def blob_digest(data: bytes) -> str:
@@ -24,8 +24,14 @@ class Blobs:
         digest = blob_digest(data)
         path = self._folder / digest
         if not self._holds(digest):
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            write_file(path, [data])
+            try:
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                write_file(path, [data])
+            except OSError as error:
+                raise StoreError(
+                    f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
+                    "safe; free the disk, and go on from here"
+                ) from error
         return digest
 
     def _holds(self, digest: str) -> bool:

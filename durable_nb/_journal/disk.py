@@ -56,7 +56,8 @@ class DiskJournal:
         self._blobs = Blobs(blobs)
         mode = journal_mode(sqlite3.sqlite_version_info) if wal else "persist"
         with _told(folder, "opened"):
-            self._cache = diskcache.Cache(
+            self._cache = _patiently(
+                diskcache.Cache,
                 str(folder),
                 timeout=BUSY_TIMEOUT_S,
                 statistics=0,
@@ -150,12 +151,26 @@ class DiskJournal:
         return bool(connection.in_transaction)
 
 
+def _patiently(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Several processes that make a store at once get in each other's way: diskcache changes the schema without waiting."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return make(*args, **options)
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 @contextmanager
 def _told(folder: Path, what: str) -> Iterator[None]:
     """SQLite's and the file system's errors as one sentence that a user can act on."""
     try:
         yield
-    except (sqlite3.Error, OSError, diskcache.Timeout) as error:
+    except StoreError:
+        raise
+    except Exception as error:  # a damaged schema makes diskcache raise whatever comes
         raise StoreError(
             f"the journal {folder} could not be {what}: {error or type(error).__name__}. Steps acknowledged before are safe; "
             "free the disk or the folder, or choose another with DURABLE_NB_DIR, and run the cell again"

@@ -74,6 +74,10 @@ class Writer:
         self._jobs.put(None)
         self._thread.join()
 
+    def abandon(self) -> None:
+        """In a forked child, which has no such thread: refuse what is handed over."""
+        self._closed = True
+
     def _submit(self, work: Commit | Callable[[], Any]) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
