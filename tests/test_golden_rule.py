@@ -252,6 +252,87 @@ def test_class_instances_and_functions_of_the_cell_come_back_live(home):
         )  # fmt: skip
 
 
+def test_what_is_imported_comes_back_from_its_module(home):
+    """Not as a frozen copy: environ, sys.path, the global generators' methods, submodules."""
+    cell = "%%durable imports\nfrom os import environ\nfrom sys import path\nfrom random import random, seed\nimport xml.dom.minidom"
+    look = "environ is os.environ, path is sys.path, random.__self__ is r._inst, bool(xml.dom.minidom.parseString)"
+    for ran in (True, False):
+        home.restart()
+        home.run("import os, sys, random as r")
+        assert runs(home, cell) is ran
+        assert home.value(look) == (True, True, True, True)
+
+
+def test_arrays_that_share_memory_keep_sharing_it(home):
+    """Or the cell runs again: a view must not come back as a copy."""
+    cells = ("%%durable view\na = np.arange(10.)\nb = a[2:5]", "%%durable row\nfirst = grid[0]")
+    for _ in range(2):
+        home.restart()
+        home.run("import numpy as np\ngrid = np.arange(10).reshape(2, 5)")
+        for cell in cells:
+            runs(home, cell)
+        home.run("b[:] = 0\nfirst[:] = 0")
+        assert home.value("a[2:5].tolist(), grid[0].tolist()") == ([0, 0, 0], [0] * 5)
+
+
+def test_a_function_restored_from_a_cell_is_the_function_it_was(home):
+    """Its source comes along, so that steps which call it are known again."""
+    define = "%%durable define\ndef charge(x):\n    open('charged', 'a').write('x\\n')\n    return x"
+    pay = "%%durable pay\npaid = await durable.run('charge', charge, 5)\nraise ValueError('later')"
+    for ran in (True, False):
+        home.restart()
+        assert runs(home, define) is ran
+        assert home.run(pay).error == "ValueError: later"
+    assert (home.folder / "charged").read_text() == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "body", "change"),
+    [
+        ("import pandas as pd\ndf = pd.DataFrame({'a': [1, 2, 3]})\nthr = 1", "y = len(df.query('a > @thr'))", "thr = 2"),
+        ("c = 1", "def inc():\n    global c\n    c += 1\ninc()\ny = c", "c = 10"),
+        (
+            "import os",
+            "y = os.path.exists('shows/up.txt')",
+            "os.makedirs('shows', exist_ok=True); open('shows/up.txt', 'w').close()",
+        ),
+        ("def look(n):\n    return eval(n)\nk = 1", "y = look('k')", "k = 2"),
+        ("open('lines.txt', 'w').write('1\\n2\\n')\nfh = open('lines.txt')", "y = fh.readline()", "pass"),
+    ],
+    ids=["query", "augmented in a function", "exists", "eval in a helper", "open file"],
+)
+def test_what_a_cell_reads_by_a_side_door_is_an_input(home, before, body, change):
+    """The second execution sees what plain execution would."""
+    home.restart()
+    home.run(before)
+    cell = f"%%durable side_{''.join(filter(str.isalnum, body))[:16]}\n{body}"
+    runs(home, cell)
+    home.run(change)
+    runs(home, cell)
+    durable_sees = home.value("y")
+    home.restart()
+    home.run(before)
+    home.run(body)
+    home.run(change)
+    home.run(body)
+    if "exists" not in body:
+        assert durable_sees == home.value("y")
+    else:
+        assert durable_sees is True
+
+
+def test_print_options_and_nested_classes_hold(home):
+    """numpy's print options are a context variable; an instance of a nested class is one of the live class."""
+    home.restart()
+    home.run("import numpy as np\nclass Outer:\n    class Inner: pass")
+    assert runs(home, "%%durable options\nnp.set_printoptions(precision=2)")
+    assert home.value("str(np.array([1.23456]))") == "[1.23]"
+    cell = "%%durable nested\nx = Outer.Inner()"
+    assert runs(home, cell)
+    home.run("del x")
+    assert (runs(home, cell), home.value("type(x) is Outer.Inner")) == (False, True)
+
+
 def test_figures_are_shown_again_after_the_value(home):
     """Inline figures come after the cell's value, as they do plainly, and none leaks into the next cell."""
     home.run("%matplotlib inline\nimport matplotlib.pyplot as plt")

@@ -7,7 +7,9 @@ new content, applied to the live object: whoever else holds it sees the change, 
 
 from __future__ import annotations
 
+import ast
 import collections
+import importlib
 import sys
 import types
 from collections.abc import Mapping
@@ -116,9 +118,11 @@ def _is_plain_instance(kind: Any) -> bool:
 class Links:
     """Which objects of earlier cells a stored value refers to, instead of holding them."""
 
-    def __init__(self, places: Mapping[Place, Any], names: Mapping[str, Any]) -> None:
-        """`names`: inputs whose objects have no place, such as functions; they are referred to by name."""
+    def __init__(self, places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str]) -> None:
+        """`names`: inputs whose objects have no place, such as functions; they are referred to by name. `imported`: by id, what
+        the cell took out of modules; it is taken from there again, as `module:name`."""  # fmt: skip
         self._places: dict[int, Any] = {id(obj): name for name, obj in names.items() if isinstance(obj, _NAMED)}
+        self._places |= imported
         self._places |= {id(obj): place for place, obj in reversed(list(places.items()))}
         self._keep = places, names  # ids hold only while their objects live
 
@@ -135,9 +139,87 @@ class Links:
         return None
 
 
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    type,
+    types.ModuleType,
+)
 _NAMED = (types.FunctionType, types.MethodType, type)
+
+
+def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str]:
+    """What `from module import name` in the cell gave it, by id: `module:name`. Scalars are values like any other."""
+    found: dict[int, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            module = sys.modules.get(node.module)
+            names = vars(module) if module is not None and node.names[0].name == "*" else [alias.name for alias in node.names]
+            for name in names:
+                value = getattr(module, name, None)
+                if not isinstance(value, _SCALARS) and any(value is held for held in namespace.values()):
+                    found[id(value)] = f"{node.module}:{name}"
+    return found
+
+
+def submodules_imported_by(tree: ast.Module) -> list[str]:
+    """`a.b` of each `import a.b`: binding `a` alone would not load it."""
+    aliases = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return sorted({name for name in aliases if "." in name and name in sys.modules})
+
+
+def shares_memory(values: Mapping[str, Any], places: Mapping[Place, Any]) -> str:
+    """The name of an array that is a view of another one's memory: each would come back with memory of its own. '' for none.
+
+    Arrays inside frames are not looked at: since pandas 3 (copy on write) nobody can tell.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return ""
+    arrays: dict[int, tuple[str, Any]] = {id(a): ("", a) for a in places.values() if type(a) is numpy.ndarray}
+    waiting = [(name, value) for name, value in values.items()]
+    seen: set[int] = set()
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, numpy.ndarray):
+            arrays.setdefault(id(value), (name, value))
+        elif type(value) in (list, tuple, set):
+            waiting += [(name, inner) for inner in value]
+        elif type(value) is dict:
+            waiting += [(name, inner) for inner in value.values()]
+        elif type(value).__module__ == "__main__" and hasattr(value, "__dict__") and not isinstance(value, type):
+            waiting += [(name, inner) for inner in vars(value).values()]
+    spans = sorted(
+        (*numpy.lib.array_utils.byte_bounds(array), name)
+        for name, array in arrays.values()
+        if array.size and not array.dtype.hasobject
+    )
+    reach, holder = 0, ""
+    for start, end, name in spans:
+        if start < reach and (name or holder):
+            return name or holder
+        if end > reach:
+            reach, holder = end, name
+    return ""
 
 
 def resolver(places: Mapping[Place, Any], names: Mapping[str, Any]) -> Any:
     """Gives the live object for what `Links` wrote."""
-    return lambda written: names[written] if isinstance(written, str) else places[tuple(written)]
+
+    def resolve(written: Any) -> Any:
+        if not isinstance(written, str):
+            return places[tuple(written)]
+        module, colon, name = written.partition(":")
+        return getattr(importlib.import_module(module), name) if colon else names[written]
+
+    return resolve

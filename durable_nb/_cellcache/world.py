@@ -261,6 +261,8 @@ class Watch:
                 files.append(FileState(name, MADE, content_digest(where)))
         for name, before in self._mentioned.items():
             where = os.path.abspath(os.path.join(self._folder, name))
+            if before is None and where not in self._first and _looks_like_path(name) and not os.path.exists(where):
+                files.append(FileState(name, READ, ABSENT))  # os.path.exists() raises no audit event
             if where not in self._first and os.path.isfile(where) and not _is_elsewhere(where):
                 files.append(FileState(name, READ if _stat(where) == before else MADE, content_digest(where)))
         after = generators()
@@ -362,6 +364,11 @@ def _system_folders() -> tuple[str, ...]:
         str(home / ".local" / "share" / "jupyter"),
     ]
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder and folder != "/")
+
+
+def _looks_like_path(text: str) -> bool:
+    """Of a text that names nothing: could it be meant as a file's name?"""
+    return " " not in text and ("/" in text or bool(os.path.splitext(text)[1]))
 
 
 def mentioned_paths(tree: ast.Module, inputs: Mapping[str, Any]) -> set[str]:

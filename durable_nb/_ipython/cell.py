@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -31,7 +32,17 @@ from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Entry, Result
 from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names, names_of
-from durable_nb._cellcache.patches import Links, UnpatchableError, fits, patches_for, put, resolver
+from durable_nb._cellcache.patches import (
+    Links,
+    UnpatchableError,
+    fits,
+    imported_by,
+    patches_for,
+    put,
+    resolver,
+    shares_memory,
+    submodules_imported_by,
+)
 from durable_nb._cellcache.world import Watch, mentioned_paths, name_digest, set_generator, watching
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
@@ -48,7 +59,7 @@ HEADLESS_SLEEP_S = 600.0
 """The longest wait without a front end, where nobody sees why the notebook takes so long."""
 
 _BUSY_POLL_S = 0.1
-_RESULTS, _STATES, _PATCHES = "<results>", "<generators>", "<patches>"
+_RESULTS, _STATES, _PATCHES, _MODULES = "<results>", "<generators>", "<patches>", "<modules>"
 """Names under which an entry keeps what is no variable."""
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 _OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
@@ -150,7 +161,9 @@ class CellExecution:
 
     def _apply(self, entry: Entry, values: dict[str, Any], began: float) -> None:
         namespace, manifest = self.shell.user_ns, entry.manifest
-        results, states, patches = (values.pop(own) for own in (_RESULTS, _STATES, _PATCHES))
+        results, states, patches, modules = (values.pop(own) for own in (_RESULTS, _STATES, _PATCHES, _MODULES))
+        for module in modules:
+            importlib.import_module(module)
         for obj, content in patches:
             put(obj, content)
         namespace.update(values)
@@ -269,8 +282,19 @@ class CellExecution:
         if problems:
             self.status.not_stored(problems[0])
             return
-        values = {**bound, _RESULTS: self.results, _STATES: watch.moved_states(world), _PATCHES: patches}
-        links = Links(key.places, {n: before[n] for n in names.read if n in before})
+        view = shares_memory(bound, key.places)
+        if view:
+            self.status.not_stored(f"{view} shares its memory with another array")
+            return
+        values = {
+            **bound,
+            _RESULTS: self.results,
+            _STATES: watch.moved_states(world),
+            _PATCHES: patches,
+            _MODULES: submodules_imported_by(self.code.tree),
+        }
+        imported = imported_by(self.code.tree, bound)
+        links = Links(key.places, {n: before[n] for n in names.read if n in before}, imported)
         try:
             self.entries.store(
                 self.scope,
