@@ -140,18 +140,6 @@ class Links:
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    type,
-    types.ModuleType,
-)
 _NAMED = (types.FunctionType, types.MethodType, type)
 
 
