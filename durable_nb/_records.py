@@ -82,6 +82,10 @@ class Outcome:
     blob: str = ""
     failed: bool = False
     """`value` is the exception that the step raised; workflow runs only, where the code may have caught it."""
+    changes: tuple[str, ...] = ()
+    """Inputs that the body changed itself, which restoring the step does not."""
+    seen: bytes = b""
+    """Files that the body read, encoded; where they have changed, the outcome doesn't count."""
     shown: bytes = b""
     """What the body displayed, encoded; shown again when the step is restored."""
     format: int = FORMAT

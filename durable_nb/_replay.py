@@ -94,6 +94,10 @@ class Occurrences:
         free.remove(number)
         return number
 
+    def leave_out(self, identity: str, number: int) -> None:
+        """This record doesn't count any more."""
+        self._free[identity].remove(number)
+
     def rivals(self, identity: str) -> list[int]:
         """The recorded numbers that a request could take; where there are several, their branches decide."""
         return self._free.get(identity, [])

@@ -59,12 +59,16 @@ _UNWIND_S = 2.0
 class Stage:
     """Where steps show things. This one is for programs without a notebook: nothing is recorded, notices are warnings."""
 
-    def recording(self, path: str) -> AbstractContextManager[Callable[[], bytes]]:  # noqa: ARG002
-        """While entered, note what the calling task displays; the callable gives it, encoded, after that."""
-        return nullcontext(bytes)
+    def recording(self, path: str) -> AbstractContextManager[Callable[[], tuple[bytes, bytes]]]:  # noqa: ARG002
+        """While entered, note what the calling task displays and which files it reads; the callable gives both, encoded."""
+        return nullcontext(lambda: (b"", b""))
 
-    def show_again(self, shown: bytes) -> None:
-        """Display what was recorded."""
+    def show_again(self, shown: bytes, seen: bytes) -> None:
+        """Display what was recorded, and note the files as read."""
+
+    def holds(self, seen: bytes) -> bool:  # noqa: ARG002
+        """Are the files that a step read still what they were?"""
+        return True
 
     def notice(self, text: str) -> None:
         """Tell the user something about the run that is no output of theirs."""
@@ -141,6 +145,8 @@ class Run:
         self._timers: dict[str, bytes] = {}
         self._names: dict[str, int] = {}
         self._facts: dict[str, Step] = {}
+        self.unrepeated: list[tuple[str, str]] = []
+        """Restored steps, and the inputs that their bodies would have changed."""
         self.set_variables: list[tuple[ContextVar[Any], Any]] = []
         """Context variables that the code set: it ran in a context of its own."""
         self._main: asyncio.Task[Any] | None = None
@@ -197,9 +203,9 @@ class Run:
         """An attempt at this step that is being made now, by this execution or by one that was interrupted."""
         return self.engine.works.get(asked.key.outcome)
 
-    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...]]:
-        """The body has run: the key that its outcome is recorded under, and rows to be written with it."""
-        return asked.key, ()
+    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+        """The body has run: the key that its outcome is recorded under, rows to be written with it, inputs it has changed."""
+        return asked.key, (), ()
 
     async def _may_begin(self) -> None:
         """Look whether a body may still begin."""
@@ -420,7 +426,7 @@ class Run:
     async def _attempt(self, asked: Request, attempt: int, began: float) -> Ended:
         """Run the body once and record how it ended."""
         await self._may_begin()
-        with self.stage.recording(asked.fact.path) as shown:
+        with self.stage.recording(asked.fact.path) as noted:
             try:
                 if asked.request.at_most_once:
                     await self._note_beginning(asked, attempt, began)
@@ -434,7 +440,7 @@ class Run:
         if error is not None:
             return await self._failed(asked, attempt, began, error)
         try:
-            outcome = await self._encode(asked, attempt, began, value, shown())
+            outcome = await self._encode(asked, attempt, began, value, *noted())
         except UnserializableError as unserializable:
             return await self._give_up(asked, attempt, began, unserializable)
         return await self._record(asked, outcome, value)
@@ -488,13 +494,13 @@ class Run:
         """What a user types to have a step that was cut off executed again."""
         raise NotImplementedError
 
-    async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes) -> Outcome:
+    async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes, seen: bytes) -> Outcome:
         form, data = self.encoded(value, f"step {asked.request.name!r} of {self.what} returned")
         blob = ""
         if len(data) >= BLOB_BYTES:
             journal, content = self.engine.store.journal, data
             blob, data = await self.engine.store.writer.call(lambda: journal.put_blob(content)), b""
-        return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown)
+        return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown, seen=seen)
 
     @staticmethod
     def encoded(value: Any, what: str) -> tuple[str, bytes]:
@@ -514,7 +520,8 @@ class Run:
         return Outcome(kind, name, asked.branch, self.id, form, data, *times, asked.provenance, **more)
 
     async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
-        key, more = self._settle(asked)
+        key, more, changes = self._settle(asked)
+        outcome = replace(outcome, changes=changes)
         row = self.engine.pack(key.outcome, outcome)
         stale = (asked.key.attempts,) if asked.key.attempts in self._attempts else ()
         commit = Commit(self._held.guard, inserts=(row,), puts=more, deletes=stale)
@@ -696,8 +703,10 @@ class Run:
             )
         except StoreError as error:
             raise self._unreadable(asked, error) from error
-        if show and outcome.shown:
-            self.stage.show_again(outcome.shown)
+        if show and (outcome.shown or outcome.seen):
+            self.stage.show_again(outcome.shown, outcome.seen)
+        if show and outcome.changes:
+            self.unrepeated.append((asked.request.name, ", ".join(outcome.changes)))
         return _codec.decode(outcome.form, data)
 
     def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
@@ -719,6 +728,7 @@ class CellRun(Run):
         self._occurrences = Occurrences({})
         self._timer_counts: dict[str, int] = {}
         self._again: dict[str, int] = {}
+        self._checked: set[str] = set()
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
 
     def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
@@ -754,6 +764,10 @@ class CellRun(Run):
             self._identity(request, provenance, labels) for labels in self._loose.get((request.kind, request.name), ())
         ]
         identities = [*reversed(identities), self._identity(request, provenance, ())]
+        for found in identities:
+            for n in list(self._occurrences.rivals(found)):
+                if not self._still_holds(self._key(found, n)):
+                    self._occurrences.leave_out(found, n)
         identity = next((found for found in identities if self._occurrences.rivals(found)), identities[0])
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
@@ -781,31 +795,53 @@ class CellRun(Run):
                     return work
         return None
 
-    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...]]:
-        """What the body changes itself is no input to compare: a list that it appends to, a counter that it raises."""
-        if not asked.globals:
-            return asked.key, ()
+    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...], tuple[str, ...]]:
+        """What the body changes itself is no input to compare: a list that it appends to, a counter that it raises.
+
+        Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
+        """
+        if asked.request.kind != "run":
+            return asked.key, (), ()
+        before = asked.provenance.components
         try:
-            own = _changed_by_itself(asked, provenance_of(asked.request).components)
-        except Exception:  # a global can't be read any more: the outcome is recorded as it was asked for
-            own = set()
+            after = provenance_of(asked.request).components
+        except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
+            return asked.key, (), ()
+        own = _changed_by_itself(asked, after)
+        given = {label for label in before if label.startswith(("arg ", "call")) and after.get(label) != before[label]}
+        changes = tuple(sorted({label.partition(" ")[2] or "the object it belongs to" for label in own | given}))
+        if given:
+            names = ", ".join(changes)
+            self.stage.advise(f"step {asked.request.name!r} changes {names}: restoring the step won't")
         place = asked.request.kind, asked.request.name
         known = self._loose.get(place, ())
         if not own:
-            return asked.key, ()
+            return asked.key, (), changes
         labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
         identity = self._identity(asked.request, asked.provenance, labels)
         if identity == asked.key.identity:
-            return asked.key, ()
+            return asked.key, (), changes
         key = self._key(identity, self._occurrences.take(identity))
         if known and known[-1] == labels:
-            return key, ()
+            return key, (), changes
         self._loose[place] = (*known, labels)
         names = ", ".join(sorted(label.partition(" ")[2] for label in own))
         self.stage.advise(f"step {place[1]!r} changes {names}: restoring the step won't, and {names} is not compared")
         loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*place)
         row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
-        return key, (row,)
+        return key, (row,), changes
+
+    def _still_holds(self, key: StepKey) -> bool:
+        """Not where a file that the step read has changed since."""
+        row = self._outcomes.get(key.outcome)
+        if row is None or key.outcome in self._checked:
+            return True
+        self._checked.add(key.outcome)
+        try:
+            seen = unpack(self.engine.store.seal, key.outcome, row, Outcome).seen
+        except StoreError:
+            return True  # whoever asks for it is told
+        return not seen or self.stage.holds(seen)
 
     def _branch_of(self, key: StepKey) -> str:
         row = self._outcomes.get(key.outcome)

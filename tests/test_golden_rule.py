@@ -333,6 +333,36 @@ def test_print_options_and_nested_classes_hold(home):
     assert (runs(home, cell), home.value("type(x) is Outer.Inner")) == (False, True)
 
 
+def test_a_step_that_read_a_file_is_executed_again_when_the_file_has_changed(home):
+    """And a cell whose step was restored depends on what the step had read."""
+    data = home.folder / "config.txt"
+    home.run("def read():\n    open('reads', 'a').write('x\\n')\n    return open('config.txt').read()")
+    cell = "%%durable config\nv = await durable.run('read', read){}"
+    for content, edit, reads in (
+        ("one", "", 1),
+        ("one", "\nw = 1", 1),
+        ("two", "", 2),
+        ("two", "\nw = 2", 2),
+        ("three", "\nw = 2", 3),
+    ):
+        data.write_text(content)
+        assert home.run(cell.format(edit)).status == "ok"
+        assert home.value("v") == content
+        assert len((home.folder / "reads").read_text().splitlines()) == reads, (content, edit)
+
+
+def test_a_step_that_changes_what_it_was_given_says_so_and_its_restored_change_is_never_stored(home):
+    """The step's result is kept; the cell that lacks the change is not taken for a complete one."""
+    cell = "%%durable given\nd = await durable.run('clean', clean, rows)\n{}"
+    for _ in range(2):
+        home.restart()
+        home.run("rows = [1]\ndef clean(d):\n    d.append(2)\n    return len(d)")
+        shown = home.run(cell.format("raise ValueError('later')"))
+    assert shown.error == "ValueError: later"
+    shown = home.run(cell.format("pass"))
+    assert "not stored" in shown.told[-1] or home.value("rows") == [1, 2]
+
+
 def test_figures_are_shown_again_after_the_value(home):
     """Inline figures come after the cell's value, as they do plainly, and none leaks into the next cell."""
     home.run("%matplotlib inline\nimport matplotlib.pyplot as plt")

@@ -13,10 +13,12 @@ import hashlib
 import importlib
 import os
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -271,6 +273,18 @@ class Watch:
         moved = {n: state for n, state in moved.items() if n in self._generators or after[n].seeded}
         return World(files, moved), problems
 
+    def read(self) -> World:
+        """What a step has read: files that it made are its doing, and no condition for taking its result."""
+        world, problems = self.world()
+        return World([] if problems else [file for file in world.files if file.how != MADE])
+
+    def saw(self, world: World) -> None:
+        """A restored step read these files when it ran."""
+        with self._lock:
+            for file in world.files:
+                where = os.path.abspath(file.path)
+                self._first.setdefault(where + ("/" if file.how == LISTED else ""), (file.path, file.how, _stat(where)))
+
     @staticmethod
     def moved_states(world: World) -> dict[str, Any]:
         """The states that seeded generators have now, of those the cell moved: what comes after must go on from there."""
@@ -286,6 +300,7 @@ def _process_state() -> dict[str, Any]:
 
 
 _watches: list[Watch] = []
+_of_step: ContextVar[Watch | None] = ContextVar("durable_nb_watch", default=None)
 _hooked = False
 _EVENTS = frozenset({"open", "os.listdir", "os.scandir", "os.rename", "sqlite3.connect"})
 _away = threading.local()
@@ -305,12 +320,23 @@ def watching(watch: Watch) -> Iterator[None]:
         _watches.remove(watch)
 
 
+@contextmanager
+def watching_step(watch: Watch) -> Iterator[None]:
+    """Tell `watch` what the calling task does meanwhile, in worker threads too."""
+    token = _of_step.set(watch)
+    try:
+        yield
+    finally:
+        _of_step.reset(token)
+
+
 def _audit(event: str, args: tuple[Any, ...]) -> None:
     if not _watches or event not in _EVENTS or getattr(_away, "on", False):
         return
     _away.on = True
     try:
-        for watch in _watches:
+        step = _of_step.get()
+        for watch in (*_watches, step) if step is not None else _watches:
             watch.event(event, args)
     finally:
         _away.on = False
@@ -367,8 +393,8 @@ def _system_folders() -> tuple[str, ...]:
 
 
 def _looks_like_path(text: str) -> bool:
-    """Of a text that names nothing: could it be meant as a file's name?"""
-    return " " not in text and ("/" in text or bool(os.path.splitext(text)[1]))
+    """Of a text that names nothing: could it be meant as a file's name? It is written down, so no URL with a key in it may be."""
+    return not re.search(r"[\s?&=@:;<>{}()]", text) and ("/" in text or bool(os.path.splitext(text)[1]))
 
 
 def mentioned_paths(tree: ast.Module, inputs: Mapping[str, Any]) -> set[str]:

@@ -17,13 +17,13 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from IPython.core.displayhook import DisplayHook
 from IPython.core.error import UsageError
 
@@ -43,7 +43,7 @@ from durable_nb._cellcache.patches import (
     shares_memory,
     submodules_imported_by,
 )
-from durable_nb._cellcache.world import Watch, mentioned_paths, name_digest, set_generator, watching
+from durable_nb._cellcache.world import Watch, World, mentioned_paths, name_digest, set_generator, watching, watching_step
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
 from durable_nb._facts import Status
@@ -89,6 +89,7 @@ class CellExecution:
         self.status = StatusLine(self.label, shown=not options.quiet, live=live)
         self.results: list[Any] = []
         self.set_variables: list[tuple[Any, Any]] = []
+        self.watch: Watch | None = None
         self.recorder = Recorder(shell)
 
     async def run(self) -> None:
@@ -202,7 +203,7 @@ class CellExecution:
         )
         before = dict(self.shell.user_ns)
         inputs = {name: before[name] for name in self.code.names.read if name in before}
-        watch = Watch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
+        watch = self.watch = Watch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
         ended, error = Status.INTERRUPTED, ""
         body = self._body()
         with _interruptible(run):
@@ -216,7 +217,11 @@ class CellExecution:
                     cost = time.perf_counter() - began + run.spent_before_s()
                     outputs = self.recorder.outputs()
                 ended = Status.COMPLETED
-                self._store(key, before, watch, outputs, cost)
+                if run.unrepeated:
+                    step, names = run.unrepeated[0]
+                    self.status.not_stored(f"step {step!r} was restored, and {names} not, which it changes")
+                else:
+                    self._store(key, before, watch, outputs, cost)
             except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
                 raise
             except BaseException as raised:
@@ -339,11 +344,24 @@ class _Stage(Stage):
         self._run = run
         self._view: Any = None
 
-    def recording(self, path: str) -> AbstractContextManager[Callable[[], bytes]]:
-        return self._cell.recorder.step(path)
+    @contextlib.contextmanager
+    def recording(self, path: str) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
+        watch = Watch((), self._cell.engine.store.path)
+        with self._cell.recorder.step(path) as shown, watching_step(watch):
 
-    def show_again(self, shown: bytes) -> None:
+            def noted() -> tuple[bytes, bytes]:
+                world = watch.read()
+                return shown(), msgspec.msgpack.encode(world) if world.files else b""
+
+            yield noted
+
+    def show_again(self, shown: bytes, seen: bytes) -> None:
         capture.show_again(self._cell.shell, shown, lambda _: None)
+        if seen and self._cell.watch is not None:
+            self._cell.watch.saw(msgspec.msgpack.decode(seen, type=World))
+
+    def holds(self, seen: bytes) -> bool:
+        return not msgspec.msgpack.decode(seen, type=World).changes({})
 
     def notice(self, text: str) -> None:
         if not self._cell.live:  # with a front end the view shows it
