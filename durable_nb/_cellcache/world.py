@@ -393,7 +393,7 @@ def _system_folders() -> tuple[str, ...]:
 
 
 def _looks_like_path(text: str) -> bool:
-    """Of a text that names nothing: could it be meant as a file's name? It is written down, so no URL with a key in it may be."""
+    """Of a text that names nothing: could it be meant as a file? It is written down, so no URL with a key in it may be."""
     return not re.search(r"[\s?&=@:;<>{}()]", text) and ("/" in text or bool(os.path.splitext(text)[1]))
 
 
