@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test stress lint browser clean
+.PHONY: bench demo test stress lint browser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,11 @@ test: $(VENV)/test browser
 SEED ?= 1
 stress: $(VENV)/test
 	DURABLE_NB_KILLS=2000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
+
+# Ratios against raw SQLite and fdatasync in the same run; DURABLE_NB_BENCH_MANY=20000 replays fewer steps.
+bench: $(VENV)/test
+	$(BIN)/python benchmarks/basics.py
+	$(BIN)/python benchmarks/steps.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check

@@ -53,11 +53,18 @@ class Kernel:
 
     def start(self) -> None:
         """A new process, with the extension loaded."""
-        self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(self.folder), env=self.env, stderr=subprocess.DEVNULL)
-        self.client = self.manager.client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        for left in (2, 1, 0):
+            self.manager = KernelManager(kernel_name="python3")
+            self.manager.start_kernel(cwd=str(self.folder), env=self.env, stderr=subprocess.DEVNULL)
+            self.client = self.manager.client()
+            self.client.start_channels()
+            try:
+                self.client.wait_for_ready(timeout=60)
+                break
+            except RuntimeError:  # its ports were taken between being chosen and being bound: another worker's kernel has them
+                self.close()
+                if not left:
+                    raise
         if self.load:
             shown = self.run(LOAD)
             assert shown.status == "ok", shown.traceback

@@ -487,7 +487,7 @@ def test_a_full_disk_is_a_store_error_and_space_makes_it_good(tmp_path):
                 kept.append(f"k{i:04}")
         assert len(kept) > 5
         assert [key for key, _ in journal.scan("k")] == kept
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StoreError, match="No space"):
             journal.put_blob(os.urandom(2 << 20))
         assert not list((folder / "values").iterdir())
         ballast.unlink()
