@@ -376,6 +376,8 @@ async def life(store, clock, shape, crash=None, nth=1):
     result = None
     async with runtime(store, clock=clock, crash=crash, nth=nth) as process:
         result = await outcome(order.start(shape, id="42"))
+    while process.engine.workers._busy:  # a process that dies takes its threads along; here they have to end first  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
     again = kept & set(done[before:])
     assert not again, f"{again} ran again"
     assert set(told) <= recorded(store), "a result was handed out that is not in the store"

@@ -114,6 +114,8 @@ class Kernel:
             kernel_name="python3",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
             connection_file=str(stage.folder / f"kernel-{number}.json"),
+            transport="ipc",  # a TCP port may be taken between being chosen and being bound
+            ip=str(stage.folder / f"kernel-{number}"),
         )
         self._number = number
         self._manager.start_kernel(cwd=str(stage.folder), env=stage.env, stderr=subprocess.DEVNULL)
