@@ -68,7 +68,7 @@ class World:
             now = _listing(file.path) if file.how == LISTED else content_digest(file.path)
             if now != file.digest:
                 found.append(f"{file.path} {'is gone' if now == ABSENT else 'changed' if file.digest else 'is new'}")
-        seen = {name: generator.before() for name, generator in generators().items()}
+        seen = {name: generator.before() for name, generator in generators().items()} if self.generators else {}
         found += [f"the state of {n} changed" for n, state in self.generators.items() if seen.get(n, UNSEEDED) != state]
         return found
 
@@ -192,7 +192,7 @@ def _listing(path: str) -> str:
 
 
 class Watch:
-    """Sees what one cell does to files while it runs."""
+    """Sees what a step does to files while it runs."""
 
     def __init__(self, mentioned: Iterable[str], own: Path) -> None:
         """`mentioned`: paths that the cell names; `own`: the store, whose files don't count."""
@@ -200,11 +200,8 @@ class Watch:
         self._folder = os.getcwd()
         self._first: dict[str, tuple[str, str, _Stat]] = {}
         """By absolute path: the name used, how it was touched first, and its state then."""
-        self._written: set[str] = set()
         self._listed: dict[str, str] = {}
         self._mentioned = {path: _stat(path) for path in mentioned}
-        self._generators = generators()
-        self._process = _process_state()
         self._lock = threading.Lock()
 
     def event(self, event: str, args: tuple[Any, ...]) -> None:
@@ -229,8 +226,6 @@ class Watch:
                 kept = os.fsdecode(args[0])
                 where = os.path.abspath(kept)
             how = self._how(event, args)
-            if how != READ:
-                self._written.add(where)
             if where not in self._first and not (
                 how == READ and where.endswith((".py", ".pyc")) and _imports(sys._getframe(2))
             ):
@@ -247,10 +242,14 @@ class Watch:
             return "added to"
         return READ
 
-    def world(self) -> tuple[World, list[str]]:
-        """What the cell saw, now that it has ended; and why its result can't be kept, if it can't."""
+    def read(self) -> World:
+        """What a step has read: files that it made are its doing, and no condition for taking its result."""
+        files, problems = self._files()
+        return World([] if problems else [file for file in files if file.how != MADE])
+
+    def _files(self) -> tuple[list[FileState], list[str]]:
         files: list[FileState] = []
-        problems = [f"it changes {what}" for what, was in self._process.items() if _process_state()[what] != was]
+        problems: list[str] = []
         for where, (name, how, before) in self._first.items():
             if how == LISTED:
                 files.append(FileState(name, LISTED, _listing(name)))
@@ -267,16 +266,7 @@ class Watch:
                 files.append(FileState(name, READ, ABSENT))  # os.path.exists() raises no audit event
             if where not in self._first and os.path.isfile(where) and not _is_elsewhere(where):
                 files.append(FileState(name, READ if _stat(where) == before else MADE, content_digest(where)))
-        after = generators()
-        unmoved = {n for n, g in self._generators.items() if n in after and g.digest() == after[n].digest()}
-        moved = {n: self._generators[n].before() if n in self._generators else UNSEEDED for n in after.keys() - unmoved}
-        moved = {n: state for n, state in moved.items() if n in self._generators or after[n].seeded}
-        return World(files, moved), problems
-
-    def read(self) -> World:
-        """What a step has read: files that it made are its doing, and no condition for taking its result."""
-        world, problems = self.world()
-        return World([] if problems else [file for file in world.files if file.how != MADE])
+        return files, problems
 
     def saw(self, world: World) -> None:
         """A restored step read these files when it ran."""
@@ -284,6 +274,26 @@ class Watch:
             for file in world.files:
                 where = os.path.abspath(file.path)
                 self._first.setdefault(where + ("/" if file.how == LISTED else ""), (file.path, file.how, _stat(where)))
+
+
+class CellWatch(Watch):
+    """Sees what one cell does to files, to the global random generators and to the process."""
+
+    def __init__(self, mentioned: Iterable[str], own: Path) -> None:
+        super().__init__(mentioned, own)
+        self._generators = generators()
+        self._process = _process_state()
+
+    def world(self) -> tuple[World, list[str]]:
+        """What the cell saw, now that it has ended; and why its result can't be kept, if it can't."""
+        files, problems = self._files()
+        process = _process_state()
+        problems += [f"it changes {what}" for what, was in self._process.items() if process[what] != was]
+        after = generators()
+        unmoved = {n for n, g in self._generators.items() if n in after and g.digest() == after[n].digest()}
+        moved = {n: self._generators[n].before() if n in self._generators else UNSEEDED for n in after.keys() - unmoved}
+        moved = {n: state for n, state in moved.items() if n in self._generators or after[n].seeded}
+        return World(files, moved), problems
 
     @staticmethod
     def moved_states(world: World) -> dict[str, Any]:

@@ -43,7 +43,16 @@ from durable_nb._cellcache.patches import (
     shares_memory,
     submodules_imported_by,
 )
-from durable_nb._cellcache.world import Watch, World, mentioned_paths, name_digest, set_generator, watching, watching_step
+from durable_nb._cellcache.world import (
+    CellWatch,
+    Watch,
+    World,
+    mentioned_paths,
+    name_digest,
+    set_generator,
+    watching,
+    watching_step,
+)
 from durable_nb._clock import say_duration
 from durable_nb._engine import Engine
 from durable_nb._facts import Status
@@ -203,7 +212,7 @@ class CellExecution:
         )
         before = dict(self.shell.user_ns)
         inputs = {name: before[name] for name in self.code.names.read if name in before}
-        watch = self.watch = Watch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
+        watch = self.watch = CellWatch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
         ended, error = Status.INTERRUPTED, ""
         body = self._body()
         with _interruptible(run):
@@ -259,7 +268,9 @@ class CellExecution:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def _store(self, key: CellKey, before: dict[str, Any], watch: Watch, outputs: list[capture.Output], cost_s: float) -> None:
+    def _store(
+        self, key: CellKey, before: dict[str, Any], watch: CellWatch, outputs: list[capture.Output], cost_s: float
+    ) -> None:
         namespace = self.shell.user_ns
         if key.unknown:
             self.status.not_stored(key.unknown[0])
