@@ -19,15 +19,34 @@ from durable_nb._current import current_body
 class Branch:
     """One task of a run. The run's own code is the branch ''."""
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", root: Branch | None = None) -> None:
         self.name = name
+        self._root = root or self
         self._children: Counter[str] = Counter()
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        """Of the root: the tasks that live, by their branch."""
+        self._cancelled: set[str] = set()
 
     def child(self, coro: Coroutine[Any, Any, Any]) -> Branch:
         """The branch of a task that runs `coro`."""
         kind = getattr(coro, "__qualname__", type(coro).__name__)
         self._children[kind] += 1
-        return Branch(f"{self.name}/{kind}#{self._children[kind]}")
+        return Branch(f"{self.name}/{kind}#{self._children[kind]}", self._root)
+
+    def belongs_to(self, task: asyncio.Task[Any]) -> None:
+        """Note how the task ends."""
+        self._root._tasks[self.name] = task
+        task.add_done_callback(self._ended)
+
+    def was_cancelled(self, name: str) -> bool:
+        """Was the task of that branch cancelled, or one that it comes from?"""
+        cancelled = self._cancelled | {own for own, task in self._tasks.items() if task.cancelling()}
+        return any(name == own or name.startswith(f"{own}/") for own in cancelled)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._root._tasks.pop(self.name, None)
+        if task.cancelled():
+            self._root._cancelled.add(self.name)
 
 
 current_branch: ContextVar[Branch | None] = ContextVar("durable_nb_branch", default=None)
@@ -61,7 +80,14 @@ class _Factory:
         # A context of the caller's own is left alone, and what a step's body starts is part of that step.
         if parent is not None and options.get("context") is None and current_body.get() is None:
             context = options["context"] = copy_context()
-            context.run(current_branch.set, parent.child(coro))
+            branch = parent.child(coro)
+            context.run(current_branch.set, branch)
+            task = self._made(loop, coro, options)
+            branch.belongs_to(task)
+            return task
+        return self._made(loop, coro, options)
+
+    def _made(self, loop: asyncio.AbstractEventLoop, coro: Any, options: dict[str, Any]) -> Any:
         if self.inner is not None:
             return self.inner(loop, coro, **options)
         return asyncio.Task(coro, loop=loop, **options)

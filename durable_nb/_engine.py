@@ -6,9 +6,13 @@ several processes is alive, by an OS lock that frees itself at death. A dead own
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import random
 import secrets
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -16,11 +20,14 @@ from durable_nb import _records as rec
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
+from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
 from durable_nb._run import CellRun, Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
 from durable_nb.errors import StoreError
+
+WATCH_S = 0.5
+"""How soon a process hears that a run of its was cancelled or taken over by another, where it doesn't find out itself."""
 
 
 class Engine:
@@ -33,10 +40,11 @@ class Engine:
         self.workers = Workers()
         self.held: dict[str, Held] = {}
         self.active: dict[str, Run] = {}
-        self.starting: set[str] = set()
-        """Runs that are being claimed: their leases are not to be given away meanwhile."""
+        self.changing: set[str] = set()
+        """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
+        self.watching: asyncio.Task[None] | None = None
 
     def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:
         """A record as the row that a commit takes."""
@@ -66,7 +74,7 @@ class Engine:
             if rerun and not adopted:
                 generation += 1
             starting = adopted[0].id if adopted else new_id()
-            self.starting.add(starting)
+            self.changing.add(starting)
             run = None
             try:
                 run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter, starting)
@@ -81,7 +89,7 @@ class Engine:
                     run.abandon()
                 raise
             finally:
-                self.starting.discard(starting)
+                self.changing.discard(starting)
             return run
 
     async def close_finished(self, name: str, inputs: str) -> None:
@@ -198,6 +206,7 @@ class Engine:
         if verdict is not Verdict.APPLIED:
             return None
         self.held[held.run_id] = held
+        self._watch()
         return held
 
     def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
@@ -217,10 +226,50 @@ class Engine:
         if lease is None:
             return False
         return (
-            run_id in self.active or run_id in self.starting
+            run_id in self.active or run_id in self.changing
             if lease.owner == self.store.process.id
             else self.store.process.is_alive(lease.owner)
         )
+
+    def let_go(self, run_id: str) -> asyncio.Future[Verdict] | None:
+        """Give a run that nothing here works on any more to whoever wants it: an interrupted one whose last thread has ended,
+        or whose end could not be written."""  # fmt: skip
+        held = self.held.get(run_id)
+        if held is None or run_id in self.active or run_id in self.changing or self.store.writer.closed:
+            return None
+        if any(work.run_id == run_id and not work.task.done() for work in self.works.values()):
+            return None
+        row = self.pack(rec.lease_key(run_id), Lease(held.epoch, ""))
+        given = self.store.writer.commit(Commit(held.guard, puts=(row,)))
+        given.add_done_callback(lambda done: self._let_go(held, done))
+        return given
+
+    def _let_go(self, held: Held, done: asyncio.Future[Verdict]) -> None:
+        if not done.cancelled() and done.exception() is None and self.held.get(held.run_id) is held:
+            del self.held[held.run_id]
+
+    def _watch(self) -> None:
+        """Look for what other processes want of the runs that are executed here, for as long as there are any."""
+        loop = asyncio.get_running_loop()
+        if self.watching is None or self.watching.done() or self.watching.get_loop() is not loop:
+            self.watching = loop.create_task(self._watch_on(), context=Context(), name="durable_nb watch")
+
+    async def _watch_on(self) -> None:
+        while self.held and not self.store.writer.closed:
+            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(StoreError):  # whoever needs the disk is told; here it is tried again
+                for run_id in list(self.held):
+                    self.let_go(run_id)
+                runs = list(self.active.values())
+                for run, lease, cancel in await self.store.writer.call(functools.partial(self._news, runs)):
+                    if self.active.get(run.id) is run:
+                        run.hear(lease, cancel)
+
+    def _news(self, runs: list[Run]) -> list[tuple[Run, bytes | None, Cancel | None]]:
+        journal = self.store.journal
+        rows = dict(journal.scan(rec.cancel_key("")))
+        cancels = {key: unpack(self.store.seal, key, row, Cancel) for key, row in rows.items()}
+        return [(run, journal.get(rec.lease_key(run.id)), cancels.get(rec.cancel_key(run.id))) for run in runs]
 
 
 def new_id() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -52,3 +53,24 @@ class Snapshot:
     started_at: float
     ended_at: float | None
     steps: tuple[Step, ...]
+
+
+class Paths:
+    """Names for the steps of a run: where each was asked for, with a number from the second of a name on."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, int] = {}
+
+    def take(self, branch: str, name: str) -> str:
+        """The path of the next step of that name in that task."""
+        place = f"{branch}/{name}" if branch else name
+        count = self._used[place] = self._used.get(place, 0) + 1
+        return place if count == 1 else f"{place}#{count}"
+
+
+def standing(steps: Collection[Step]) -> Status:
+    """What a run that is being executed does: it waits or sleeps where no step of it is at work."""
+    found = {step.status for step in steps}
+    if Status.RUNNING in found:
+        return Status.RUNNING
+    return next((s for s in (Status.WAITING, Status.SLEEPING, Status.RETRYING) if s in found), Status.RUNNING)

@@ -5,6 +5,7 @@
 | `step/SCOPE/GENERATION/IDENTITY/N` | the outcome of the Nth step among equals: written once, never changed |
 | `try/SCOPE/GENERATION/IDENTITY/N` | failed attempts of a step that is not finished, and when the next one is due |
 | `timer/RUN/NAME/N` | when a sleep began and how long it is |
+| `cancel/RUN` | the run is to be cancelled by whoever executes it |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
@@ -29,6 +30,9 @@ from durable_nb._codec import Seal
 from durable_nb.errors import CorruptStoreError
 
 FORMAT = 1
+
+Turn = tuple[int, int]
+"""The epoch of a run's lease, and a count that rises while it is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,10 @@ class Outcome:
     """Files that the body read, encoded; where they have changed, the outcome doesn't count."""
     shown: bytes = b""
     """What the body displayed, encoded; shown again when the step is restored."""
+    error: str = ""
+    """Failed: `TypeName: message`."""
+    turns: tuple[Turn, Turn] = ((0, 0), (0, 0))
+    """When the last attempt began and when it ended, beside the run's other events: clocks can be set, this can't."""
     format: int = FORMAT
 
 
@@ -108,6 +116,9 @@ class Attempts:
     """The next attempt is due this long after `since`."""
     begun: bool = False
     """One more attempt has begun, of a step that is tried at most once."""
+    branch: str = ""
+    turn: Turn = (0, 0)
+    """When the last attempt began."""
     format: int = FORMAT
 
 
@@ -119,6 +130,9 @@ class Timer:
     since: Instant
     duration_s: float
     until_s: float | None = None
+    branch: str = ""
+    turn: Turn = (0, 0)
+    """When it was first asked for, beside the run's other events."""
     format: int = FORMAT
 
 
@@ -144,10 +158,21 @@ class RunRecord:
     form: str = ""
     arguments: bytes = b""
     """Of a workflow: (args, kwargs), encoded as `form` says."""
+    arguments_blob: str = ""
+    """Large ones lie in this file."""
     result_form: str = ""
     result: bytes = b""
     """What the workflow returned or, failed, the exception it raised."""
+    result_blob: str = ""
     labels: tuple[str, ...] = ()
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Asked for by a process that doesn't execute the run, of one that does."""
+
+    reason: str
     format: int = FORMAT
 
 
@@ -188,7 +213,7 @@ class Again:
     format: int = FORMAT
 
 
-Record = Again | Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
+Record = Again | Cancel | Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -255,6 +280,11 @@ def run_key(run_id: str) -> str:
 def lease_key(run_id: str) -> str:
     """Key of a run's lease."""
     return f"lease/{run_id}"
+
+
+def cancel_key(run_id: str) -> str:
+    """Key of what was asked of a run's executor."""
+    return f"cancel/{run_id}"
 
 
 def open_prefix(scope: str) -> str:

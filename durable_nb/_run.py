@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import logging
 import platform
-import time
 import types
-import warnings
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
@@ -27,7 +26,7 @@ from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
-from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Again, Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
@@ -36,6 +35,7 @@ from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
+    NonDeterminismError,
     NotInRunError,
     RunCancelled,
     RunSuspended,
@@ -56,8 +56,12 @@ _UNWIND_S = 2.0
 """How long an interrupted cell waits for cancelled bodies to unwind."""
 
 
+log = logging.getLogger("durable_nb")
+"""Notices of programs without a notebook. Not configured, Python writes them to stderr."""
+
+
 class Stage:
-    """Where steps show things. This one is for programs without a notebook: nothing is recorded, notices are warnings."""
+    """Where steps show things. This one is for programs without a notebook: nothing is recorded, notices go to the log."""
 
     def recording(self, path: str) -> AbstractContextManager[Callable[[], tuple[bytes, bytes]]]:  # noqa: ARG002
         """While entered, note what the calling task displays and which files it reads; the callable gives both, encoded."""
@@ -72,11 +76,11 @@ class Stage:
 
     def notice(self, text: str) -> None:
         """Tell the user something about the run that is no output of theirs."""
-        warnings.warn(f"durable_nb: {text}", stacklevel=2)
+        log.warning(text)
 
     def advise(self, text: str) -> None:
         """Tell the user something worth knowing, once."""
-        warnings.warn(f"durable_nb: {text}", stacklevel=2)
+        log.warning(text)
 
     def changed(self) -> None:
         """The run's facts changed. Called often, must be cheap."""
@@ -89,6 +93,12 @@ class Held:
     run_id: str
     epoch: int
     row: bytes
+    _count: int = 0
+
+    def turn(self) -> rec.Turn:
+        """Now, as the run's own events tell it: later than every turn before, in this process and in former owners."""
+        self._count += 1
+        return self.epoch, self._count
 
     @property
     def guard(self) -> tuple[str, bytes]:
@@ -116,6 +126,8 @@ class Request:
     def __init__(self, key: StepKey, request: StepRequest, provenance: Provenance, branch: str, path: str) -> None:
         self.key, self.request, self.provenance, self.branch = key, request, provenance, branch
         self.fact = Step(request.name, path, request.kind, Status.PENDING)
+        self.began: rec.Turn = (0, 0)
+        """When the last attempt began."""
         self.globals = {label: object_of(label) for label in provenance.components if label.startswith("global ")}
         """What the step may read beside its arguments, as it was when it was asked for."""
 
@@ -137,18 +149,19 @@ class Run:
         self.max_wait_s: float | None = None
         """A wait with more than this left suspends the run; None: any wait is waited for."""
         self.status = Status.RUNNING
-        self.began_at = time.time()
+        self.began_at = self._now_s()
         self.ended_at: float | None = None
         self._held = held
         self._outcomes: dict[str, bytes] = {}
         self._attempts: dict[str, bytes] = {}
         self._timers: dict[str, bytes] = {}
-        self._names: dict[str, int] = {}
+        self._paths = Paths()
         self._facts: dict[str, Step] = {}
         self.unrepeated: list[tuple[str, str]] = []
         """Restored steps, and the inputs that their bodies would have changed."""
         self.set_variables: list[tuple[ContextVar[Any], Any]] = []
         """Context variables that the code set: it ran in a context of its own."""
+        self._branch = Branch()
         self._main: asyncio.Task[Any] | None = None
         self._works: set[Work] = set()
         """Attempts being made that this execution began or waits for."""
@@ -159,7 +172,12 @@ class Run:
 
     def snapshot(self) -> Snapshot:
         """How the run and its steps stand now."""
-        return Snapshot(self.id, self.name, self.status, self.began_at, self.ended_at, tuple(self._facts.values()))
+        steps = tuple(self._facts.values())
+        status = standing(steps) if self.status is Status.RUNNING else self.status
+        return Snapshot(self.id, self.name, status, self.began_at, self.ended_at, steps)
+
+    def _now_s(self) -> float:
+        return self.engine.clock.now().wall_s
 
     def spent_before_s(self) -> float:
         """What the steps of this run took before this execution began: a restored one all, a sleep what had passed."""
@@ -210,6 +228,10 @@ class Run:
     async def _may_begin(self) -> None:
         """Look whether a body may still begin."""
 
+    def _refusal(self) -> BaseException | None:
+        """Why nothing may be begun in this run any more."""
+        return None
+
     def _timer_key(self, request: SleepRequest, branch: str) -> str:
         """Which record a sleep has, fixed now."""
         raise NotImplementedError
@@ -234,7 +256,7 @@ class Run:
         before, context = copy_context(), copy_context()
         with branching(loop):
             context.run(current_run.set, self)
-            context.run(current_branch.set, Branch())
+            context.run(current_branch.set, self._branch)
             self._main = main = loop.create_task(_caught(body), context=context)
             if self._stopped is not None:
                 main.cancel()
@@ -298,7 +320,7 @@ class Run:
 
     async def finish(self, status: Status, error: str = "", result: tuple[str, bytes] = ("", b"")) -> None:
         """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
-        self.status, self.ended_at = status, time.time()
+        self.status, self.ended_at = status, self._now_s()
         self.engine.active.pop(self.id, None)
         for path, fact in self._facts.items():
             if fact.status not in _FINAL:
@@ -306,27 +328,41 @@ class Run:
         self.stage.changed()
         if isinstance(self._stopped, LeaseLost):
             return
-        running = self._is_worked_on()
-        ended = self.ended_at if status in (*_FINAL, Status.CANCELLED) else None
-        stored = status.value if ended else Status.RUNNING.value
-        form, data = result
-        error = rec.plain(error)
-        record = replace(self.record, status=stored, ended_at=ended, error=error, result_form=form, result=data)
-        puts = [self.engine.pack(rec.run_key(self.id), record)]
-        deletes = []
-        if status is Status.COMPLETED:
-            deletes += [rec.open_prefix(self.record.scope) + self.id, rec.lease_key(self.id)]
-        elif not running:
-            puts.append(self.engine.pack(rec.lease_key(self.id), Lease(self._held.epoch, "")))
-        verdict = await self.engine.store.writer.commit(Commit(self._held.guard, puts=tuple(puts), deletes=tuple(deletes)))
-        if not running:
-            self.engine.held.pop(self.id, None)
+        is_over = status in (*_FINAL, Status.CANCELLED)
+        self.engine.changing.add(self.id)
+        try:
+            form, data = result
+            data, blob = await self._kept(data)
+            record = replace(
+                self.record,
+                status=status.value if is_over else Status.RUNNING.value,
+                ended_at=self.ended_at if is_over else None,
+                error=rec.plain(error),
+                result_form=form,
+                result=data,
+                result_blob=blob,
+            )
+            puts = [self.engine.pack(rec.run_key(self.id), record)]
+            deletes = [rec.cancel_key(self.id)] if is_over else []
+            if status in (Status.COMPLETED, Status.CANCELLED):
+                deletes.append(rec.open_prefix(self.record.scope) + self.id)
+            running = self._is_worked_on()
+            if status is Status.COMPLETED:
+                deletes.append(rec.lease_key(self.id))
+            elif not running:
+                puts.append(self.engine.pack(rec.lease_key(self.id), Lease(self._held.epoch, "")))
+            commit = Commit(self._held.guard, puts=tuple(puts), deletes=tuple(deletes))
+            verdict = await self.engine.store.writer.commit(commit)
+            if not running:
+                self.engine.held.pop(self.id, None)
+        finally:
+            self.engine.changing.discard(self.id)
         if verdict is not Verdict.APPLIED:
             raise self._lost()
 
     def ends_as(self, error: BaseException) -> Status:
         """The status that an error leaves the run in."""
-        return Status.CANCELLED if isinstance(error, RunCancelled) else Status.FAILED
+        return Status.CANCELLED if error is self._stopped and isinstance(error, RunCancelled) else Status.FAILED
 
     def _lost(self) -> LeaseLost:
         return LeaseLost(
@@ -340,8 +376,11 @@ class Run:
         __tracebackhide__ = True
         self._check_open(request.name)
         branch = _branch_name()
-        key, provenance = self._place(request, branch)
-        asked = Request(key, request, provenance, branch, self._path(branch, request.name))
+        try:
+            key, provenance = self._place(request, branch)
+        except NonDeterminismError as error:
+            return _raises(error)
+        asked = Request(key, request, provenance, branch, self._paths.take(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
 
@@ -372,7 +411,7 @@ class Run:
             if ended.error is not None:
                 self._step_failed = True
                 fact = self._facts[asked.fact.path]
-                self._tell(replace(fact, status=Status.FAILED, error=_say(ended.error), ended_at=time.time()))
+                self._tell(replace(fact, status=Status.FAILED, error=say(ended.error), ended_at=self._now_s()))
                 raise ended.error
             if ended.outcome is not None:
                 self._tell(replace(asked.fact, status=Status.COMPLETED, **_times(ended.outcome)))
@@ -381,7 +420,11 @@ class Run:
     def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
         """Start an attempt in a task of its own, which records how it ends."""
         self._check_open(asked.request.name)
-        began = failures.started_at if failures else time.time()
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+        asked.began = self._held.turn()
+        began = failures.started_at if failures else self._now_s()
         self._tell(replace(asked.fact, status=Status.RUNNING, attempts=attempt, started_at=began))
         idempotency_key = digest_of(self.engine.store.id, asked.key.outcome)
         context = copy_context()
@@ -412,16 +455,7 @@ class Run:
         self._works.discard(work)
         if not work.task.cancelled():
             work.task.exception()  # seen: who waits for the step gets it; where nobody does, the next execution tries again
-        if self._ended and self.id in self.engine.held and self.id not in self.engine.active:
-            self._release_if_idle()
-
-    def _release_if_idle(self) -> None:
-        """An interrupted execution whose last thread has ended gives the run to whoever wants it."""
-        if self._is_worked_on() or self.id in self.engine.starting:
-            return
-        held = self.engine.held.pop(self.id)
-        row = self.engine.pack(rec.lease_key(self.id), Lease(held.epoch, ""))
-        self.engine.store.writer.commit(Commit(held.guard, puts=(row,)))
+        self.engine.let_go(self.id)
 
     async def _attempt(self, asked: Request, attempt: int, began: float) -> Ended:
         """Run the body once and record how it ended."""
@@ -464,7 +498,7 @@ class Run:
             await asyncio.wait({body})
             raise late
         # A thread can't be stopped: no other attempt may begin while it lives.
-        self._tell(replace(self._facts[asked.fact.path], error=_say(late)))
+        self._tell(replace(self._facts[asked.fact.path], error=say(late)))
         await asyncio.wait({body})
         return body.result()
 
@@ -479,7 +513,8 @@ class Run:
     async def _note_beginning(self, asked: Request, attempt: int, began: float) -> None:
         """Written before the body of a step that is tried at most once: without an end, it was cut off."""
         now = self.engine.clock.now()
-        record = Attempts(asked.request.kind, asked.request.name, self.id, attempt - 1, "", began, now, 0.0, begun=True)
+        of = asked.request.kind, asked.request.name, self.id
+        record = Attempts(*of, attempt - 1, "", began, now, 0.0, begun=True, branch=asked.branch, turn=asked.began)
         await self._commit(Commit(self._held.guard, puts=(self.engine.pack(asked.key.attempts, record),)))
         self._learn_attempts(asked.key, self.engine.pack(asked.key.attempts, record)[1])
 
@@ -496,11 +531,15 @@ class Run:
 
     async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes, seen: bytes) -> Outcome:
         form, data = self.encoded(value, f"step {asked.request.name!r} of {self.what} returned")
-        blob = ""
-        if len(data) >= BLOB_BYTES:
-            journal, content = self.engine.store.journal, data
-            blob, data = await self.engine.store.writer.call(lambda: journal.put_blob(content)), b""
+        data, blob = await self._kept(data)
         return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown, seen=seen)
+
+    async def _kept(self, data: bytes) -> tuple[bytes, str]:
+        """What goes into a row: the bytes themselves or, large, the name of the file that holds them now."""
+        if len(data) < BLOB_BYTES:
+            return data, ""
+        journal = self.engine.store.journal
+        return b"", await self.engine.store.writer.call(lambda: journal.put_blob(data))
 
     @staticmethod
     def encoded(value: Any, what: str) -> tuple[str, bytes]:
@@ -516,8 +555,9 @@ class Run:
 
     def _outcome_of(self, asked: Request, attempt: int, began: float, form: str, data: bytes, **more: Any) -> Outcome:
         kind, name = asked.request.kind, asked.request.name
-        times = attempt, began, time.time()
-        return Outcome(kind, name, asked.branch, self.id, form, data, *times, asked.provenance, **more)
+        times = attempt, began, self._now_s()
+        turns = asked.began, self._held.turn()
+        return Outcome(kind, name, asked.branch, self.id, form, data, *times, asked.provenance, turns=turns, **more)
 
     async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
         key, more, changes = self._settle(asked)
@@ -544,7 +584,7 @@ class Run:
         try:
             delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
         except Exception as policy_error:  # of the user's own functions; the step's error is what they want to see
-            error.add_note(f"durable_nb: its retry policy failed as well ({_say(policy_error)}), so it was not tried again")
+            error.add_note(f"durable_nb: its retry policy failed as well ({say(policy_error)}), so it was not tried again")
             delay = None
         if delay is None:
             attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
@@ -552,13 +592,14 @@ class Run:
                 f"durable_nb: step {request.name!r} of {self.what} failed after {attempts}. Completed steps are kept: "
                 f"{self.again} to go on from here"
             )
-            self.stage.notice(f"step {request.name!r} failed after {attempts}: {_say(error)}")
+            self.stage.notice(f"step {request.name!r} failed after {attempts}: {say(error)}")
             return await self._give_up(asked, attempt, began, error)
         now = self.engine.clock.now()
-        record = Attempts(request.kind, request.name, self.id, attempt, _say(error), began, now, delay)
+        of = request.kind, request.name, self.id
+        record = Attempts(*of, attempt, say(error), began, now, delay, branch=asked.branch, turn=asked.began)
         row = self.engine.pack(asked.key.attempts, record)
         self.stage.notice(
-            f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {_say(error)}; "
+            f"step {request.name!r} failed (attempt {attempt} of {request.policy.retries + 1}): {say(error)}; "
             f"trying again in {say_duration(delay)}"
         )
         await self._commit(Commit(self._held.guard, puts=(row,)))
@@ -582,6 +623,15 @@ class Run:
             run._outcomes[key.outcome] = row
         self._learn_attempts(key, None)
 
+    def hear(self, lease: bytes | None, cancel: rec.Cancel | None) -> None:
+        """What other processes have written about this run."""
+        if self.engine.held.get(self.id) is not self._held or self.id in self.engine.changing:
+            return
+        if lease != self._held.row:
+            self._give_way()
+        elif cancel is not None:
+            self.stop(cancelled(self.id, cancel.reason))
+
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""
         self.engine.held.pop(self.id, None)
@@ -594,26 +644,35 @@ class Run:
         __tracebackhide__ = True
         self._check_open(request.name)
         branch = _branch_name()
-        key = self._timer_key(request, branch)
-        fact = Step(request.name, self._path(branch, request.name), "sleep", Status.PENDING)
+        try:
+            key = self._timer_key(request, branch)
+        except NonDeterminismError as error:
+            return _raises(error)
+        fact = Step(request.name, self._paths.take(branch, request.name), "sleep", Status.PENDING)
         self._tell(fact)
-        return self._sleep(request, key, fact)
+        return self._sleep(request, key, fact, branch)
 
-    async def _sleep(self, request: SleepRequest, key: str, fact: Step) -> None:
+    async def _sleep(self, request: SleepRequest, key: str, fact: Step, branch: str) -> None:
         engine = self.engine
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
         row, began = self._timers.get(key), engine.clock.now()
         recorded = unpack(engine.store.seal, key, row, Timer) if row else None
         since = recorded.since if recorded else began
+        turn = recorded.turn if recorded else self._held.turn()
+        until_s, duration_s = None, 0.0
         if isinstance(request.wake, datetime):
-            wanted = Timer(request.name, since, 0.0, request.wake.timestamp())
+            until_s = request.wake.timestamp()
         else:
-            wanted = Timer(request.name, since, request.wake.total_seconds())
+            duration_s = request.wake.total_seconds()
+        wanted = Timer(request.name, since, duration_s, until_s, branch, turn)
         timer = self._timer(recorded, wanted)
         if timer != recorded:
             await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
         if timer.until_s is None and timer.since.boot != began.boot:
             # From here on this boot's clock decides: a wall clock that was set back must not make the wait longer again.
-            timer = Timer(timer.name, began, remaining_s(timer.since, timer.duration_s, began))
+            timer = replace(timer, since=began, duration_s=remaining_s(timer.since, timer.duration_s, began))
             await self._commit(Commit(self._held.guard, puts=(engine.pack(key, timer),)))
         waited = False
         while isinstance(left := decide_sleep(timer, engine.clock.now()), Wait):
@@ -644,7 +703,7 @@ class Run:
     def _suspend_if_longer(self, seconds: float, doing: str) -> None:
         if self.max_wait_s is None or seconds <= self.max_wait_s:
             return
-        until = datetime.fromtimestamp(time.time() + seconds).astimezone()
+        until = datetime.fromtimestamp(self._now_s() + seconds).astimezone()
         self.stop(
             RunSuspended(
                 f"{self.what} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
@@ -667,11 +726,6 @@ class Run:
 
     def _key(self, identity: str, n: int) -> StepKey:
         return StepKey(self.record.scope, self.record.generation, identity, n)
-
-    def _path(self, branch: str, name: str) -> str:
-        place = f"{branch}/{name}" if branch else name
-        count = self._names[place] = self._names.get(place, 0) + 1
-        return place if count == 1 else f"{place}#{count}"
 
     def _outcome(self, asked: Request) -> Outcome | None:
         row = self._outcomes.get(asked.key.outcome)
@@ -891,6 +945,11 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
         return None, raised
 
 
+async def _raises(error: BaseException) -> Any:
+    """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
+    raise error
+
+
 def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
     """What no body can change: the step's kind and name, its code and its arguments."""
     parts = {k: v for k, v in asked.provenance.components.items() if k != "aliases" and not k.startswith("global ")}
@@ -932,12 +991,18 @@ def digest_of(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def cancelled(run_id: str, reason: str) -> RunCancelled:
+    """What whoever waits for a cancelled run gets."""
+    return RunCancelled(f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else ""))
+
+
 def _branch_name() -> str:
     branch = current_branch.get()
     return branch.name if branch else ""
 
 
-def _say(error: BaseException) -> str:
+def say(error: BaseException) -> str:
+    """`TypeName: message`."""
     return rec.plain(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -72,11 +73,24 @@ class Process:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._descriptor: int | None = None
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.id = f"{os.getpid()}-{secrets.token_hex(6)}"
-        self._descriptor: int | None = os.open(self._path(self.id), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.id = self._signed_in()
         os.register_at_fork(after_in_child=self._close)
+        for file in folder.glob("*.lock"):  # of processes that were killed
+            self.is_alive(file.stem)
+
+    def _signed_in(self) -> str:
+        while True:
+            process_id = f"{os.getpid()}-{secrets.token_hex(6)}"
+            path = self._path(process_id)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    self._descriptor = descriptor
+                    return process_id
+            os.close(descriptor)  # another process asked in between, and took it for a dead one's
 
     def is_alive(self, process_id: str) -> bool:
         """Does the process of this id still run? '' is nobody."""

@@ -18,7 +18,7 @@ from durable_nb._facts import Status
 from durable_nb._fingerprint import Unhashable
 from durable_nb._records import Attempts, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Places
-from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of
+from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of, say
 from durable_nb.errors import NonDeterminismError, RunCancelled, StoreError
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class WorkflowRun(Run):
             for key in keys:
                 branch, place = key.rsplit("/", 2)[1:]
                 self._recorded.setdefault(branch, {})[int(place)] = (kind.__name__, key)
+
+    def _refusal(self) -> BaseException | None:
+        return self._broken
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
         place = self._take(request.kind, request.name, branch)
@@ -86,8 +89,8 @@ class WorkflowRun(Run):
     def check_complete(self) -> None:
         """The code has returned: every recorded step must have been asked for.
 
-        But for other tasks than the code's own, where a step has failed: what a failure cuts short gets differently far in
-        every execution.
+        But for other tasks than the code's own, where a step has failed, and for those that the code cancelled, as the
+        losers of a race: what is cut short gets differently far in every execution.
         """
         if self._broken is not None:
             raise self._broken
@@ -100,12 +103,16 @@ class WorkflowRun(Run):
             asked = self._places.asked(branch) if branch is not None else 0
             if max(places) >= asked:  # of parallel steps a later one may be recorded without an earlier one
                 where = branch if branch is not None else self._branch_recorded(branch_digest)
-                raise self._breaks(where, f"returned after {asked} of {max(places) + 1} recorded steps")
+                if not self._branch.was_cancelled(where):
+                    raise self._breaks(where, f"returned after {asked} of {max(places) + 1} recorded steps")
 
     def _branch_recorded(self, branch_digest: str) -> str:
+        seal = self.engine.store.seal
         for kind, key in self._recorded[branch_digest].values():
             if kind == Outcome.__name__:
-                return unpack(self.engine.store.seal, key, self._outcomes[key], Outcome).branch
+                return unpack(seal, key, self._outcomes[key], Outcome).branch
+            if kind == Timer.__name__:
+                return unpack(seal, key, self._timers[key], Timer).branch
         return ""
 
     def _said(self, branch: str, place: int) -> str | None:
@@ -154,7 +161,7 @@ class WorkflowRun(Run):
     async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """A failure is an outcome: the code may have caught it and gone on."""
         form, data, shown = _codec.encode_error(error)
-        outcome = self._outcome_of(asked, attempt, began, form, data, failed=True)
+        outcome = self._outcome_of(asked, attempt, began, form, data, failed=True, error=say(error))
         ended = await self._record(asked, outcome, None)
         return Ended(error=shown) if ended.outcome is not None else ended
 
@@ -169,7 +176,11 @@ class WorkflowRun(Run):
 
     async def drive(self, function: Any) -> Any:
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
-        args, kwargs = _codec.decode(self.record.form, self.record.arguments)
+        journal, recorded = self.engine.store.journal, self.record
+        data = recorded.arguments
+        if recorded.arguments_blob:
+            data = await self.engine.store.writer.call(lambda: journal.get_blob(recorded.arguments_blob))
+        args, kwargs = _codec.decode(recorded.form, data)
         result: Any = None
         body = _called(function, args, kwargs)
         try:

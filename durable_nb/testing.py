@@ -225,7 +225,8 @@ class Process:
             self._owner_cancelled = self._owner.cancel()
 
     def _tasks(self) -> set[asyncio.Task[Any]]:
-        return {*self._workflows._tasks.values(), *(work.task for work in self.engine.works.values())}
+        watching = {self.engine.watching} if self.engine.watching is not None else set()
+        return {*self._workflows._tasks.values(), *(work.task for work in self.engine.works.values()), *watching}
 
     async def _end(self) -> None:
         """The process ends: of itself, its unfinished runs interrupted, or by its death."""

@@ -213,6 +213,22 @@ def test_a_stopped_owner_is_not_robbed_but_may_be_taken_over(server, store, tmp_
     assert [(pid, value) for pid, _, _, value in lines] == [(heir.pid, values["held"])]
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["coroutine", "thread"])
+def test_a_run_is_cancelled_by_a_process_that_does_not_execute_it(server, store, tmp_path, oracle, thread):
+    """Its owner hears of it, unwinds the code, and both know why. A thread that is at work goes on and is recorded."""
+    gates = [str(tmp_path / "first gate"), str(tmp_path / "last gate")]
+    args = {"store": store, "oracle": str(oracle), "run_id": "r", "gates": gates, "thread": thread}
+    with server.start("keep", **args) as owner:
+        wait_for_line(oracle, "begin", "held")
+        with server.start("attach", **args) as other:
+            assert other.said() == {"done": False, "status": "running"}
+            other.tell("cancel")
+            assert owner.result() == other.result() == {"cancelled": "the run 'r' was cancelled: sold out"}
+        lines = [line[:3] for line in read_oracle(oracle)]
+        assert (owner.pid, "cancelled", "code") in lines
+        assert begun(oracle, "after") == []
+
+
 @pytest.mark.parametrize("kind", ["fork", "popen", "mp fork", "mp spawn"])
 def test_a_killed_owner_whose_child_lives_on_is_succeeded_at_once(server, store, tmp_path, oracle, kind):
     """The child, however it was made, doesn't hold the dead process's sign of life."""

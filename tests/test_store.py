@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -365,3 +366,21 @@ def test_ids_are_never_used_again(tmp_path):
         process.end()
     assert len(seen) == 50
     assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_what_killed_processes_left_behind_goes_when_a_store_is_opened(tmp_path):
+    """And nobody takes for dead who is just signing in."""
+    folder = tmp_path / "locks"
+    dead = [Process(folder) for _ in range(3)]
+    for process in dead:
+        process._close()
+    living = []
+    threads = [threading.Thread(target=lambda: living.extend(Process(folder) for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {file.stem for file in folder.iterdir()} == {process.id for process in living}
+    assert all(living[0].is_alive(process.id) for process in living)
+    for process in living:
+        process.end()

@@ -15,7 +15,6 @@ import re
 import sys
 import threading
 import types
-import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from hypothesis import strategies as st
 import durable_nb as durable
 from durable_nb import _current, testing
 from durable_nb import _records as rec
-from durable_nb._replay import Ending, to_clear
+from durable_nb._replay import Ending, How, to_clear
 from durable_nb.errors import (
     DurableError,
     LeaseLost,
@@ -42,11 +41,10 @@ from durable_nb.errors import (
     StepFailed,
     StepInterrupted,
     StepTimeout,
+    StoreError,
     UnserializableError,
 )
 from durable_nb.testing import FakeClock, MemoryStore, runtime
-
-pytestmark = pytest.mark.filterwarnings("ignore:durable_nb:UserWarning")
 
 done: list[Any] = []
 """What bodies did to the outer world, in order. No record of the journal's."""
@@ -584,7 +582,7 @@ async def stopped_after(store, body, nth, *args):
     assert process.crashed
 
 
-def test_an_edited_body_or_argument_keeps_the_recorded_result_and_says_so_once(store):
+def test_an_edited_body_or_argument_keeps_the_recorded_result_and_says_so_once(store, caplog):
     async def edited(what):
         done.append(f"edited {what}")
         return "edited"
@@ -599,22 +597,21 @@ def test_an_edited_body_or_argument_keeps_the_recorded_result_and_says_so_once(s
         await stopped_after(store, before, 3)
         order = define(after)
         async with runtime(store):
-            with pytest.warns(UserWarning, match=r"step 'a'.*was edited.*recorded result stands") as notices:
-                assert await order.start(id="42") == ["a0 done", "a1 done", "a2 done", "c done"]
-        assert len(notices) == 1
+            assert await order.start(id="42") == ["a0 done", "a1 done", "a2 done", "c done"]
+        (notice,) = caplog.messages
+        assert re.match(r"step 'a'.*was edited.*recorded result stands", notice)
         assert done == ["a0", "a1", "a2", "c"]
 
     asyncio.run(main())
 
 
-def test_an_unchanged_step_is_not_called_edited(store):
+def test_an_unchanged_step_is_not_called_edited(store, caplog):
     async def main():
         await stopped_after(store, two_steps(), 1)
         order = define(two_steps())
         async with runtime(store):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                await order.start(id="42")
+            await order.start(id="42")
+        assert caplog.messages == []
 
     asyncio.run(main())
 
@@ -679,7 +676,6 @@ EDITS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # "all at once": verbs that nobody awaits
 @pytest.mark.parametrize(("edited", "columns"), EDITS.values(), ids=EDITS)
 def test_code_that_asks_for_other_steps_is_told_so_and_executes_nothing(edited, columns):
     """Both columns are in the message, the run has failed, and with the code put back it goes on from where it was."""
@@ -810,26 +806,38 @@ def test_steps_appended_to_the_code_are_no_change(store):
 
 
 @pytest.mark.parametrize(
-    ("endings", "cleared"),
+    ("events", "cleared"),
     [
-        ([], ""),
-        ([("a", "", 1, False)], ""),
-        ([("a", "", 1, True)], "a"),
-        ([("a", "", 1, False), ("b", "", 2, True)], "b"),
-        ([("a", "", 1, True), ("b", "", 2, False)], ""),
-        ([("a", "", 1, True), ("b", "", 2, False), ("c", "", 3, True)], "c"),
-        ([("a", "", 1, True), ("b", "", 2, True)], "a b"),
-        ([("a", "/x#1", 1, True), ("b", "/x#2", 2, False)], "a"),
-        ([("a", "/x#1", 1, True), ("b", "", 2, False)], ""),
-        ([("a", "", 1, True), ("b", "/x#1", 2, False)], "a"),
-        ([("a", "/x#1", 1, True), ("b", "/x#10", 2, False)], "a"),
-        ([("a", "/x#1/y#1", 1, True), ("b", "/x#1", 2, False)], ""),
-        ([("a", "/x#1/y#1", 1, True), ("b", "/x#1", 2, False), ("c", "", 3, True)], "c"),
+        ("", ""),
+        ("a:ok", ""),
+        ("a:failed", "a"),
+        ("a:ok b:failed", "b"),
+        ("a:failed b:ok", ""),
+        ("a:failed b:ok c:failed", "c"),
+        ("a:failed b:failed", "a b"),
+        ("/x#1/a:failed /x#2/b:ok", "a"),
+        ("/x#1/a:failed b:ok", ""),
+        ("a:failed /x#1/b:ok", "a"),
+        ("/x#1/a:failed /x#10/b:ok", "a"),
+        ("/x#1/y#1/a:failed /x#1/b:ok", ""),
+        ("/x#1/y#1/a:failed /x#1/b:ok c:failed", "c"),
+        ("a:failed z:slept b:failed", "b"),
+        ("a:failed z:slept b:ok c:failed", "c"),
+        ("z:slept a:failed", "a"),
+        ("a:failed z:slept", "a z"),
+        ("y:slept a:failed z:slept", "a z"),
+        ("/x#1/a:failed z:slept", "a z"),
     ],
 )
-def test_what_is_tried_again_when_a_failed_run_is_resumed(endings, cleared):
-    """Failures after which nothing succeeded in their branch or in one that it came from."""
-    assert to_clear([Ending(*ending) for ending in endings]) == cleared.split()
+def test_what_is_tried_again_when_a_failed_run_is_resumed(events, cleared):
+    """Failures after which nothing succeeded in their branch or in one that it came from; a sleep after one has caught it,
+    unless nothing else would be tried again."""  # fmt: skip
+    endings = []
+    for n, event in enumerate(events.split()):
+        branch, _, (key, how) = *event.rpartition("/")[:2], event.rpartition("/")[2].split(":")
+        kind = {"ok": How.SUCCEEDED, "failed": How.FAILED, "slept": How.SLEPT}[how]
+        endings.append(Ending(key, branch, (1, 2 * n), (1, 2 * n if how == "slept" else 2 * n + 1), kind))
+    assert to_clear(endings) == cleared.split()
 
 
 @pytest.mark.parametrize("how", ["same process", "another process"])
@@ -920,6 +928,109 @@ def test_a_failure_that_the_code_caught_is_replayed_as_the_same_exception(store)
         assert len(seen) == 2
         assert seen[0] == seen[1]
         assert done == ["a", "b", "c"]
+
+    asyncio.run(main())
+
+
+def test_a_failure_that_the_code_slept_upon_is_no_reason_to_ask_for_other_steps(store):
+    """It was caught: what is tried again is the later one."""
+
+    async def body():
+        try:
+            await durable.run("a", durable.step(broken, retries=0), "a")
+        except ConnectionError:
+            await durable.sleep("cool down", "1h")
+        return await durable.run("b", durable.step(fixable, retries=0), "b")
+
+    async def main():
+        order = define(body)
+        async with runtime(store):
+            with pytest.raises(RuntimeError, match="to be fixed"):
+                await order.start(id="42")
+            gate("fixed").set()
+            assert await durable.get_run("42").resume() == "b done"
+        assert done == ["a", "b", "b"]
+
+    asyncio.run(main())
+
+
+def test_a_failure_that_the_code_raised_again_after_a_sleep_is_tried_again(store):
+    async def body():
+        await durable.sleep("first", "1h")
+        try:
+            return await durable.run("a", durable.step(fixable, retries=0), "a")
+        except RuntimeError:
+            await durable.sleep("cool down", "1h")
+            raise
+
+    async def main():
+        order = define(body)
+        async with runtime(store):
+            with pytest.raises(RuntimeError, match="to be fixed"):
+                await order.start(id="42")
+            gate("fixed").set()
+            assert await durable.get_run("42").resume() == "a done"
+        assert done == ["a", "a"]
+
+    asyncio.run(main())
+
+
+def test_a_clock_that_is_set_changes_nothing_of_what_is_tried_again(store):
+    clock = FakeClock()
+
+    async def body():
+        with suppress(ConnectionError):
+            await durable.run("a", durable.step(broken, retries=0), "a")
+        clock.jump(-86400)
+        await durable.run("b", work, "b")
+        clock.jump(-86400)
+        return await durable.run("c", durable.step(fixable, retries=0), "c")
+
+    async def main():
+        order = define(body)
+        async with runtime(store, clock=clock):
+            with pytest.raises(RuntimeError, match="to be fixed"):
+                await order.start(id="42")
+            gate("fixed").set()
+            assert await durable.get_run("42").resume() == "c done"
+        assert done == ["a", "b", "c", "c"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["awaited", "left"])
+def test_the_loser_of_a_race_that_the_code_cancels_is_no_change_of_the_code(store, how):
+    """In each execution it gets differently far."""
+
+    async def slow():
+        for n in range(9):
+            await durable.run(f"slow {n}", work, n)
+        gate("slow").set()
+        await asyncio.Event().wait()
+
+    async def quick():
+        return await durable.run("quick", held, "quick")
+
+    async def body():
+        loser, winner = asyncio.create_task(slow()), asyncio.create_task(quick())
+        await asyncio.wait({loser, winner}, return_when=asyncio.FIRST_COMPLETED)
+        loser.cancel()
+        if how == "awaited":
+            with suppress(asyncio.CancelledError):
+                await loser
+        return winner.result()
+
+    async def main():
+        order = define(body)
+        async with runtime(store, crash="before:run", nth=2) as process:
+            run = order.start(id="42")
+            await gate("slow").wait()
+            gate("quick").set()
+            await run
+        assert process.crashed
+        async with runtime(store):
+            assert await order.start(id="42") == "quick done"
+        assert done == [*range(9), "quick"]
 
     asyncio.run(main())
 
@@ -1265,16 +1376,195 @@ def test_a_synchronous_result_waits_and_times_out():
     asyncio.run(main())
 
 
+def test_a_run_that_is_taken_over_while_it_awaits_something_of_its_own_is_told(store):
+    """It needn't come to a step to hear that it was lost."""
+
+    async def body():
+        await durable.run("a", work, "a")
+        if done.count("waits") == 1:
+            return "done"
+        done.append("waits")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            done.append("unwound")
+            raise
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            run = order.start(id="42")
+            await until(lambda: "waits" in done)
+            second.use()
+            run.resume(take_over=True)
+            assert await run == "done"
+            await until(lambda: "unwound" in done)
+        assert done == ["a", "waits", "unwound"]
+
+    asyncio.run(main())
+
+
+def test_a_run_whose_end_could_not_be_written_is_free_for_others_once_the_disk_serves_again(store, monkeypatch):
+    refused = []
+
+    async def main():
+        order = define(two_steps())
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            journal = first.engine.store.journal
+
+            def full(commits):
+                if refused != ["over"] and "b" in done:
+                    refused.append("disk full")
+                    raise StoreError("the disk is full")
+                return type(journal).apply(journal, commits)
+
+            monkeypatch.setattr(journal, "apply", full)
+            run = order.start(id="42")
+            with pytest.raises(StoreError, match="disk is full"):
+                await run
+            assert len(refused) >= 2
+            refused[:] = ["over"]
+            second.use()
+            await until(lambda: run.status == "interrupted", "the lease to be let go")
+            assert await run.resume() == ["a done", "b done"]
+        assert Counter(done) == {"a": 1, "b": 2}  # the second was never acknowledged
+
+    asyncio.run(main())
+
+
+# -- how a run stands -------------------------------------------------------------------------------------------------
+
+
+class Stuck(FakeClock):
+    """Time that never comes."""
+
+    async def sleep(self, seconds):
+        gate("asleep").set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("status", ["sleeping", "retrying", "running"])
+def test_the_status_tells_what_a_run_waits_for_here_and_in_another_process(store, status):
+    async def body():
+        await durable.run("a", work, "a")
+        if status == "sleeping":
+            await durable.sleep("pause", "7d")
+        elif status == "retrying":
+            await durable.run("b", broken, "b")
+        else:
+            await durable.run("b", held, "b")
+
+    async def main():
+        order = define(body)
+        async with runtime(store, clock=Stuck()) as first, runtime(store, clock=Stuck()) as second:
+            first.use()
+            run = order.start(id="42")
+            await (gate("b begun") if status == "running" else gate("asleep")).wait()
+            assert run.status == status
+            second.use()
+            await until(lambda: run.status == status)
+            assert [run.id for run in durable.runs(status=status)] == ["42"]
+            first.kill()
+            assert run.status == "interrupted"
+
+    asyncio.run(main())
+
+
+def test_a_step_at_work_beside_a_sleep_is_a_run_at_work():
+    async def body():
+        await asyncio.gather(durable.sleep("pause", "7d"), durable.run("b", held, "b"))
+
+    async def main():
+        async with runtime(clock=Stuck()):
+            run = define(body).start()
+            await gate("b begun").wait()
+            await gate("asleep").wait()
+            assert run.status == "running"
+            gate("b").set()
+            await until(lambda: run.status == "sleeping")
+
+    asyncio.run(main())
+
+
 # -- cancelling -------------------------------------------------------------------------------------------------------
+
+
+def test_cancelled_from_another_process_a_run_unwinds_where_it_is_executed(store):
+    async def body():
+        try:
+            await durable.run("a", work, "a")
+            done.append("waits")
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            done.append("unwound")
+            raise
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            waiting = asyncio.ensure_future(outcome(order.start(id="42")))
+            await until(lambda: "waits" in done)
+            second.use()
+            run = durable.get_run("42")
+            run.cancel("sold out")
+            with pytest.raises(RunCancelled, match=r"'42'.*sold out"):
+                await run
+            assert run.status == "cancelled"
+            assert await waiting == ("raised", RunCancelled, ("the run '42' was cancelled: sold out",))
+            assert second.engine.store.journal.scan("cancel/") == []
+        assert done == ["a", "waits", "unwound"]
+
+    asyncio.run(main())
+
+
+def test_a_run_whose_owner_dies_before_it_hears_of_a_cancellation_is_cancelled_all_the_same(store):
+    """Nothing goes on with it but an explicit resume."""
+
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            second.use()
+            run.cancel("sold out")
+            first.kill()
+            assert run.status == "cancelled"
+            assert durable.resume() == []
+            with pytest.raises(RunCancelled, match="sold out"):
+                await order.start(id="42")
+            gate("a").set()
+            gate("b").set()
+            assert await run.resume() == ["a done", "b done"]
+            assert run.status == "completed"
+        assert done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_a_run_that_awaits_a_cancelled_one_has_failed_itself(store):
+    async def main():
+        inner = define(two_steps(held), "inner")
+
+        async def body():
+            await inner.start(id="inner")
+
+        async with runtime(store):
+            run = define(body).start(id="outer")
+            await gate("a begun").wait()
+            durable.get_run("inner").cancel("sold out")
+            with pytest.raises(RunCancelled, match="sold out"):
+                await run
+            assert run.status == "failed"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("where", ["step", "sleep", "own await", "not begun"])
 def test_a_cancelled_run_unwinds_at_its_next_await_and_says_so_to_who_waits(store, where):
-    class Stuck(FakeClock):
-        async def sleep(self, seconds):
-            gate("b begun").set()
-            await asyncio.Event().wait()
-
     async def body():
         try:
             await durable.run("a", work, "a")
@@ -1294,7 +1584,7 @@ def test_a_cancelled_run_unwinds_at_its_next_await_and_says_so_to_who_waits(stor
         async with runtime(store, clock=Stuck()):
             run = order.start(id="42")
             if where != "not begun":
-                await gate("b begun").wait()
+                await gate("asleep" if where == "sleep" else "b begun").wait()
             run.cancel("the customer changed her mind")
             with pytest.raises(RunCancelled, match=r"'42'.*changed her mind"):
                 await asyncio.wait_for(outcome_or_raise(run), 5)
@@ -1487,18 +1777,17 @@ def test_without_a_store_or_a_loop_it_says_what_to_do():
         _current._engines[:] = before
 
 
-def test_a_run_whose_workflow_is_gone_stays_interrupted_and_says_so(store):
+def test_a_run_whose_workflow_is_gone_stays_interrupted_and_says_so(store, caplog):
     async def main():
         await stopped_after(store, two_steps(), 1)
         del _current.workflow_functions["order"]
         async with runtime(store):
             run = durable.get_run("42")
-            with pytest.warns(UserWarning, match="'42' waits: its workflow 'order' is not defined here"):
-                run.resume()
+            run.resume()
+            assert "'42' waits: its workflow 'order' is not defined here" in caplog.messages[-1]
             assert run.status == "interrupted"
             assert durable.resume() == []
-            with warnings.catch_warnings(), pytest.raises(DurableError, match="'order' is not defined here"):
-                warnings.simplefilter("ignore")
+            with pytest.raises(DurableError, match="'order' is not defined here"):
                 await run
             assert run.status == "interrupted"
             define(two_steps())
@@ -1620,20 +1909,67 @@ def test_a_workflow_called_plainly_is_a_part_of_what_calls_it():
 
 
 def test_the_steps_of_a_run_that_is_over_are_known_from_its_records(store):
+    """In the same order, under the same paths."""
+
+    async def apart():
+        await durable.run("a", work, "a")
+        await durable.run("a", work, "a")
+
     async def body():
         await durable.run("a", work, "a")
         await durable.sleep("pause", 60)
+        await asyncio.gather(apart(), durable.sleep("pause", 60))
         with suppress(ConnectionError):
             await durable.run("b", durable.step(broken, retries=0), "b")
+        gate("told").set()
+        await gate("end").wait()
+
+    def told_of(run):
+        return [(step.path, step.kind, step.status, step.error, step.started_at) for step in run.steps]
 
     async def main():
         order = define(body)
         async with runtime(store):
             run = order.start(id="42")
+            await gate("told").wait()
+            live = told_of(run)
+            gate("end").set()
             await run
+        assert [what[:4] for what in live] == [
+            ("a", "run", "completed", None),
+            ("pause", "sleep", "completed", None),
+            ("pause#2", "sleep", "completed", None),
+            (f"/{apart.__qualname__}#1/a", "run", "completed", None),
+            (f"/{apart.__qualname__}#1/a#2", "run", "completed", None),
+            ("b", "run", "failed", "ConnectionError: b is down"),
+        ]
         async with runtime(store):
-            steps = {step.name: step.status for step in durable.get_run("42").steps}
-            assert steps == {"a": "completed", "pause": "completed", "b": "failed"}
+            steps = told_of(durable.get_run("42"))
+            assert [step[0] for step in steps if "#2" not in step[0]] == [step[0] for step in live if "#2" not in step[0]]
+            assert sorted(steps) == sorted(live)
+
+    asyncio.run(main())
+
+
+def test_large_arguments_and_results_lie_in_files_of_their_own(store):
+    """The run's row, which is written several times, stays small."""
+    text = "durable " * 300_000
+
+    async def body(given):
+        return given.upper()
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as process:
+            assert await order.start(text, id="42") == text.upper()
+            ((_, row),) = process.engine.store.journal.scan("run/")
+            assert len(row) < 10_000
+        async with runtime(store):
+            assert await order.start(text, id="42") == text.upper()
+            with pytest.raises(RunConflictError, match="other arguments"):
+                order.start(text + "!", id="42")
+            again = order.start(text, id="42", on_conflict="restart")
+            assert await again == text.upper()
 
     asyncio.run(main())
 

@@ -544,6 +544,8 @@ async def keep(channel, store, oracle, run_id, gates, thread):
         return {"value": await run}
     except durable.LeaseLost:
         return {"lost": True}
+    except durable.RunCancelled as cancelled:
+        return {"cancelled": str(cancelled)}
 
 
 async def attach(channel, store, oracle, run_id, gates, thread):
@@ -556,9 +558,15 @@ async def attach(channel, store, oracle, run_id, gates, thread):
     run.resume()  # owned: nothing happens
     await asyncio.wait({task}, timeout=0.1)
     channel.say({"done": task.done(), "status": run.status})
-    if await channel.hear() == "take over":
-        durable.get_run(run_id).resume(take_over=True)
-    return await task
+    match await channel.hear():
+        case "take over":
+            durable.get_run(run_id).resume(take_over=True)
+        case "cancel":
+            durable.get_run(run_id).cancel("sold out")
+    try:
+        return await task
+    except durable.RunCancelled as cancelled:
+        return {"cancelled": str(cancelled)}
 
 
 async def rear(channel, store, oracle, kind, gate):

@@ -234,7 +234,7 @@ class CellExecution:
             except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
                 raise
             except BaseException as raised:
-                ended, error = Status.FAILED, f"{type(raised).__name__}: {raised}"
+                ended, error = run.ends_as(raised), f"{type(raised).__name__}: {raised}"
                 raise
             finally:
                 self.set_variables = run.set_variables

@@ -49,7 +49,8 @@ class Writer:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self._closed = False
+        self.closed = False
+        """Nothing more is taken."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="durable_nb journal", daemon=True)
         self._thread.start()
@@ -70,13 +71,13 @@ class Writer:
 
     def close(self) -> None:
         """Write what was handed over, then end the thread."""
-        self._closed = True
+        self.closed = True
         self._jobs.put(None)
         self._thread.join()
 
     def abandon(self) -> None:
         """In a forked child, which has no such thread: refuse what is handed over."""
-        self._closed = True
+        self.closed = True
 
     def _submit(self, work: Commit | Callable[[], Any]) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
@@ -85,7 +86,7 @@ class Writer:
         return future
 
     def _put(self, job: _Job) -> None:
-        if self._closed:
+        if self.closed:
             raise StoreError("the store is closed; nothing was written. Load the extension, or open the store, again")
         self._jobs.put(job)
 
