@@ -83,12 +83,12 @@ class Seal:
     """Signs and verifies rows under one signing key of 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = key
+        self._keyed = hashlib.blake2b(key=key, digest_size=_MAC_BYTES)
         self._prefix = _MAGIC + hashlib.blake2b(key, digest_size=_ID_BYTES, person=b"durable_nb key").digest()
 
     def mac(self, *parts: bytes) -> bytes:
         """16 bytes that only the holder of the key can compute over these parts, boundaries included."""
-        digest = hashlib.blake2b(key=self._key, digest_size=_MAC_BYTES)
+        digest = self._keyed.copy()
         for part in parts:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)

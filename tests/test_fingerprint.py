@@ -1053,3 +1053,64 @@ def test_import_is_fast_and_brings_no_array_library():
         ).strip()
         == "[]"
     )
+
+
+CALLED = """
+import math
+K = 3
+def helper(x, y=1): return x * K + y
+def f(x): return helper(x) + math.sqrt(len(str(x)))
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "K = 4",
+        "K = [3]; f.last = f; del f.last",
+        "def helper(x, y=1): return x",
+        "helper.__defaults__ = (2,)",
+        "helper.__kwdefaults__ = {'y': 5}",
+        "helper.note = 1",
+        "helper = abs",
+        "f.__code__ = helper.__code__",
+        "f.__name__ = 'g'",
+        "f.__qualname__ = 'g'",
+        "def len(x): return 0",
+        "import cmath as math",
+        "del K",
+    ],
+)
+def test_a_function_asked_about_again_is_compared_as_it_is_now(change):
+    """What it calls and reads may change between two steps of one loop."""
+    space, unasked = cell(CALLED), cell(CALLED)
+    before = fp.of_call(space["f"], (1,))
+    assert fp.of_call(space["f"], (1,)) == before
+    for changed in (space, unasked):
+        exec(change, changed)
+    after = fp.of_call(space["f"], (1,))
+    assert after.digest != before.digest
+    assert after == fp.of_call(unasked["f"], (1,))
+
+
+def test_a_list_read_by_a_function_is_compared_each_time():
+    space = cell(CALLED, extra=[1])
+    exec("def f(x): return helper(x) + len(extra)", space)
+    digests = []
+    for _ in range(3):
+        digests.append(fp.of_call(space["f"], (1,)).digest)
+        space["extra"].append(1)
+    assert len(set(digests)) == 3
+    del space["extra"][1:]
+    assert fp.of_call(space["f"], (1,)).digest == digests[0]
+
+
+def test_an_installed_function_that_was_replaced_in_its_module_is_compared(monkeypatch):
+    """`dedent` is known by its name only as long as its module gives it under that name."""
+    source = "from textwrap import dedent\ndef f(x): return dedent(x)"
+    space, unasked = cell(source), cell(source)
+    before = fp.of_call(space["f"], (1,))
+    monkeypatch.setattr("textwrap.dedent", str)
+    after = fp.of_call(space["f"], (1,))
+    assert after.digest != before.digest
+    assert after == fp.of_call(unasked["f"], (1,))

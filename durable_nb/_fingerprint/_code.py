@@ -24,6 +24,7 @@ from ._source import (
     shows_docstrings,
 )
 from ._values import (
+    BULK_BYTES,
     DIGEST_BYTES,
     MISSING,
     PERSON,
@@ -168,8 +169,32 @@ class Fingerprinter:
         self._add(label, children)
 
     def add_value(self, label: str, value: Any) -> None:
-        self._add(self._unique(label), lambda _: iter((value,)))
+        write = SCALARS.get(type(value))
+        if write is not None:  # what a walk of it would give
+            self._components[self._unique(label)] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).digest()
+        else:
+            self._add(self._unique(label), lambda _: iter((value,)))
         self._added.append(lambda other: other.add_value(label, value))
+
+    def add_function(self, label: str, fn: Any) -> None:
+        """As `add_value`, and as the first piece. One whose code and constants are what they were isn't walked again."""
+        known = _KNOWN.get(id(fn)) if not self._docstrings else None
+        if known is not None and known.fn is fn and known.holds(self):
+            self._components, self._packages = dict(known.components), set(known.packages)
+            self._labels, self._globals = dict(known.labels), dict(known.globals)
+            self._taken = set(known.components)
+            self._keep = [known]
+            self._added.append(lambda other: other.add_value(label, fn))
+            return
+        self._packages.clear()  # of things looked at in vain
+        self.add_value(label, fn)
+        sources = None if self._docstrings or self._shows_docstrings or self._opaque else _sources(self, fn)
+        if sources is not None and not any(walk.memos[0] or walk.arrays for walk in self._walks):
+            if len(_KNOWN) >= _KNOWN_LIMIT:
+                _KNOWN.clear()
+            _KNOWN[id(fn)] = _Known(
+                fn, *sources, dict(self._components), dict(self._labels), dict(self._globals), set(self._packages)
+            )
 
     def _add(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
         self._pending.append((label, children))
@@ -617,6 +642,86 @@ def annotation_text(annotation: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__} {named_ or getattr(annotation, '_name', '')}"
 
 
+# ---- functions that are called again and again ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The components of a function, and all that they follow from. What could change without a trace here is not in them."""
+
+    fn: types.FunctionType
+    functions: tuple[tuple[types.FunctionType, types.CodeType, str, str, tuple[Any, ...] | None], ...]
+    names: tuple[tuple[dict[str, Any], str, Any], ...]
+    installed: tuple[tuple[Any, bytes], ...]
+    components: dict[str, bytes]
+    labels: dict[int, str]
+    globals: dict[tuple[int, str], str]
+    packages: set[str]
+
+    def holds(self, graph: Fingerprinter) -> bool:
+        return (
+            all(
+                fn.__code__ is code
+                and fn.__name__ == name
+                and fn.__qualname__ == qualname
+                and fn.__defaults__ is defaults
+                and not (fn.__kwdefaults__ or fn.__dict__)
+                for fn, code, name, qualname, defaults in self.functions
+            )
+            and all(_look_up(name, namespace) is value for namespace, name, value in self.names)
+            and all(graph.by_name(obj) == token for obj, token in self.installed)
+        )
+
+
+_KNOWN: dict[int, _Known] = {}
+_KNOWN_LIMIT = 1000
+
+
+def _sources(graph: Fingerprinter, fn: Any) -> tuple[Any, Any, Any] | None:
+    """What the components of `fn` follow from; None where that is more than code, constants and installed things."""
+    functions: dict[int, Any] = {}
+    names: list[tuple[dict[str, Any], str, Any]] = []
+    installed: list[tuple[Any, bytes]] = []
+    pending = [fn]
+    while pending:
+        found = pending.pop()
+        if id(found) in functions:
+            continue
+        if type(found) is not types.FunctionType or found.__closure__ or found.__dict__ or found.__kwdefaults__:
+            return None
+        code, namespace = found.__code__, found.__globals__
+        module = namespace.get("__name__")
+        if _is_installed_file(code.co_filename) or (code.co_filename.startswith("<") and module not in {None, "__main__"}):
+            return None
+        reading = read(code)
+        if (
+            graph.by_name(found) is not None
+            or reading.imports
+            or any(type(value) not in SCALARS for value in found.__defaults__ or ())
+        ):
+            return None
+        functions[id(found)] = (found, code, found.__name__, found.__qualname__, found.__defaults__)
+        names.append((namespace, "__name__", _look_up("__name__", namespace)))
+        for name in reading.names:
+            value = _look_up(name, namespace)
+            names.append((namespace, name, value))
+            if value is MISSING:
+                continue
+            if type(value) in SCALARS:
+                if isinstance(value, str | bytes) and len(value) >= BULK_BYTES:  # not to be kept alive from here
+                    return None
+                continue
+            if type(value) is types.FunctionType and not _is_installed_file(value.__code__.co_filename):
+                pending.append(value)
+                continue
+            simple = type(value) is not types.FunctionType or not (value.__closure__ or value.__dict__)
+            token = graph.by_name(value) if isinstance(value, _CODE) and simple else None
+            if token is None:
+                return None
+            installed.append((value, token))
+    return tuple(functions.values()), tuple(names), tuple(installed)
+
+
 # ---- small questions ----
 
 
@@ -785,13 +890,12 @@ def object_of(label: str) -> Any:
     return getattr(module, name, None)
 
 
-def globals_stored(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def globals_stored(code: types.CodeType) -> frozenset[str]:
     """Names that a function's code binds in its module (`global x; x = ...`), nested code included."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= globals_stored(constant)
-    return found
+    found = frozenset(i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+    nested = (globals_stored(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return found.union(*nested)
 
 
 _VARIABLE_KEYWORDS = 0x08
@@ -801,7 +905,7 @@ def of_call(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[
     """The identity of a call: the code of `fn`, followed transitively, and its arguments by parameter name."""
     found = Fingerprinter(memory=False)
     keywords = kwargs or {}
-    found.add_value("call", fn)
+    found.add_function("call", fn)
     code = getattr(fn, "__code__", None)
     offset = 0
     if isinstance(fn, types.MethodType):
