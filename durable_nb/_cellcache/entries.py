@@ -233,19 +233,22 @@ def _pickle(values: dict[str, Any], reference: Reference, copied: Callable[[type
 
 
 def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer]) -> list[Any]:
-    mapped: memoryview | None = None
+    whole: mmap.mmap | None = None
     found: list[Any] = []
     for buffer in wanted:
         data: Any
+        begin = start + buffer.offset
         if buffer.size >= MAPPED_BYTES:
-            if mapped is None:
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-            data = mapped[start + buffer.offset : start + buffer.offset + buffer.size]
+            if whole is None:
+                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data = memoryview(whole)[begin : begin + buffer.size]
         else:
-            file.seek(start + buffer.offset)
+            file.seek(begin)
             data = bytearray(file.read(buffer.size))
         if buffer.size <= CHECKED_BYTES and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
             raise CorruptStoreError("its file is damaged: its bytes are not what was written")
+        if whole is not None and buffer.size >= MAPPED_BYTES and begin % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            whole.madvise(mmap.MADV_DONTNEED, begin, buffer.size)  # nobody has written to it: it is read again when touched
         found.append(memoryview(data).toreadonly() if buffer.readonly else data)
     return found
 

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from durable_nb._cellcache.names import Names, dynamic_reads
@@ -87,7 +88,7 @@ def _fingerprint(
     found = Fingerprinter(earlier=None if earlier is None else (namespace, earlier))
     unknown: list[str] = []
     found.add_code("code", tree)
-    uses = attribute_uses(tree)
+    uses = _uses(tree)
     for name in sorted(read):
         try:
             found.add_name(name, namespace, uses.get(name))
@@ -96,6 +97,9 @@ def _fingerprint(
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
     return found, unknown
+
+
+_uses = lru_cache(maxsize=256)(attribute_uses)  # a cell's tree is kept as long as its text is executed again and again
 
 
 def said(label: str) -> str:

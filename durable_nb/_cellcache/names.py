@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 _Bound = frozenset[str] | None
 """Names bound for certain at a place in the code; None where the place is never reached."""
@@ -50,6 +51,7 @@ def names_of(tree: ast.Module) -> Names:
     return Names(frozenset(walk.read - {"get_ipython"}), frozenset(walk.stored | declared), end or frozenset())
 
 
+@lru_cache(maxsize=256)
 def dynamic_reads(tree: ast.Module) -> frozenset[str]:
     """Builtins by which a cell can read names that nobody sees in its code, as far as the code mentions them."""
     plain = {id(call.func.value.func) for call in _shell_calls(tree)}  # type: ignore[attr-defined]

@@ -136,12 +136,16 @@ class Fingerprinter:
     # ---- adding ----
 
     def add_code(self, label: str, tree: ast.AST) -> None:
-        """Code by its normal form and the project's modules that it imports; the names it reads are added apart."""
-        self._shows_docstrings |= shows_docstrings(tree)
+        """Code by its normal form and the project's modules that it imports; the names it reads are added apart.
+
+        What is found out about `tree` is kept with it: it must not be changed afterwards.
+        """
+        shows, imports = _about(tree)
+        self._shows_docstrings |= shows
 
         def children(walk: Walk) -> Iterator[Any]:
-            walk.out += b"A" + raw(normalise(tree, docstrings=self._docstrings))
-            self._imports(walk, sorted(imported(tree)), None)
+            walk.out += b"A" + raw(_normal(tree, self._docstrings))
+            self._imports(walk, imports, None)
             return iter(())
 
         self._add(self._unique(label), children)
@@ -642,7 +646,17 @@ def annotation_text(annotation: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__} {named_ or getattr(annotation, '_name', '')}"
 
 
-# ---- functions that are called again and again ----
+# ---- code that is asked about again and again ----
+
+
+@functools.lru_cache(maxsize=256)
+def _about(tree: ast.AST) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    return shows_docstrings(tree), tuple(sorted(imported(tree)))
+
+
+@functools.lru_cache(maxsize=256)
+def _normal(tree: ast.AST, docstrings: bool) -> bytes:
+    return normalise(tree, docstrings=docstrings)
 
 
 @dataclass(frozen=True, slots=True)
