@@ -70,6 +70,8 @@ TABLE = [
     ("for i in s: x = 1\nelse: x = 2\nx", "s", "i x"),
     ("for i in s:\n  if c: break\nelse: x = 1\nx", "c s x", "i x"),
     ("for i in s:\n  y = x\n  x = 1", "s x", "i x y"),
+    ("for i in s:\n  f\n  def f(): return x\nx = 1", "f s x", "f i x"),
+    ("while f():\n  def f(): return x\nx = 1", "f x", "f x"),
     ("while c: x = 1\nx", "c x", "x"),
     ("while True:\n  x = 1\n  break\nx", "", "x"),
     ("while True:\n  if c: break\n  x = 1\nx", "c x", "x"),

@@ -136,6 +136,7 @@ class _Walk:
             case ast.While():
                 bound = self.expression(node.test, bound)
                 after_body, exits = self._loop(node.body, bound)
+                self.expression(node.test, after_body)
                 forever = isinstance(node.test, ast.Constant) and bool(node.test.value)
                 after = self.block(node.orelse, None if forever else _meet(bound, after_body))
                 return _meet(after, *exits)
@@ -204,7 +205,12 @@ class _Walk:
         after = self.block(body, bound)
         exits = self._loops.pop()
         # A `continue` reaches the loop's head with no more than what was bound there.
-        return (bound if None in exits else after), [e for e in exits if e is not None]
+        after = bound if None in exits else after
+        if after is not None:  # the second time round, what was defined below may be called above
+            self._loops.append([])
+            self.block(body, after)
+            self._loops.pop()
+        return after, [e for e in exits if e is not None]
 
     def _try(self, node: ast.Try | ast.TryStar, bound: _Bound) -> _Bound:
         after_body = self.block(node.body, bound)
