@@ -30,10 +30,12 @@ SEED ?= 1
 stress: $(VENV)/test
 	DURABLE_NB_KILLS=2000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
 
-# Ratios against raw SQLite and fdatasync in the same run; DURABLE_NB_BENCH_MANY=20000 replays fewer steps.
-bench: $(VENV)/test
+# Ratios against raw SQLite, fdatasync, pickle, xxh3, DBOS, joblib and marimo in the same run: about 8 minutes and 6 GB of memory.
+# DURABLE_NB_BENCH_MANY=2000 DURABLE_NB_BENCH_STEPS=100 DURABLE_NB_BENCH_BYTES=100000000 make bench: under a minute.
+bench: $(VENV)/bench
 	$(BIN)/python benchmarks/basics.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/cells.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check
@@ -60,6 +62,10 @@ $(VENV)/wheel: $(VENV)/made $(SOURCES) README.md LICENSE
 
 $(VENV)/test: $(VENV)/made | $(VENV)/wheel
 	$(INSTALL) "$(WHEEL)[test]"
+	@touch $@
+
+$(VENV)/bench: $(VENV)/made | $(VENV)/wheel
+	$(INSTALL) "$(WHEEL)[bench]"
 	@touch $@
 
 $(VENV)/lint: $(VENV)/made | $(VENV)/wheel

@@ -1,33 +1,63 @@
-"""What steps of a workflow cost, one after the other, a thousand at once, and recalled. Run `python benchmarks/steps.py`.
+"""What steps cost: one after the other, a thousand at once, recalled, and as their number grows.
 
-Each figure stands beside raw SQLite in the same journal mode and an append with fdatasync, taken in turns with it.
+Run with `make bench` or `python benchmarks/steps.py`; DURABLE_NB_BENCH_STEPS=100 DURABLE_NB_BENCH_MANY=2000 is a quick run.
+Steps of a cell run in a real IPython shell in this process. Beside them stand one raw SQLite commit of the same bytes in
+the same journal mode, an append with fdatasync, DBOS with its system database on SQLite, and joblib.Memory, which doesn't
+wait for the disk. All take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import queue
+import random
 import sqlite3
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from bench import Floor, Notebook, Times, machine, missing, size
 
 import durable_nb as durable
-from durable_nb import _current
+from durable_nb import _codec
 from durable_nb import _records as rec
-from durable_nb._engine import Engine
-from durable_nb._facts import Status
-from durable_nb._store import Store
+from durable_nb._journal.disk import DiskJournal
 
-STEPS = 300
-MANY = int(os.environ.get("DURABLE_NB_BENCH_MANY", "100000"))
-ROW = 600
+STEPS = size("STEPS", 300)
+AT_ONCE = size("AT_ONCE", 1000)
+MANY = size("MANY", 100_000)
+REPLAYS = size("REPLAYS", 3)
+PEERS_MANY = min(MANY, size("PEERS_MANY", 1000))
+AT_EACH_LEVEL = 50
+BRANCHES = 1000
 
+NOTEBOOK = """
+import durable_nb as durable
 
-def median_us(times: list[float]) -> float:
-    return statistics.median(times) * 1e6
+async def same(n):
+    return n
+
+def same_in_thread(n):
+    return n
+"""
+PROBE = "%%durable probe --quiet\nfor n in range(3):\n    await durable.run('async', same, n)"
+ONE_BY_ONE = """%%durable one_by_one --quiet
+number = 0
+while await mine.turn():
+    number += 1
+    with mine.times["async"].taken():
+        await durable.run("async", same, number)
+    with mine.times["thread"].taken():
+        await durable.run("thread", same_in_thread, number)
+"""
+GROW = """%%durable grow --quiet
+await grow(same)
+"""
 
 
 async def same(n: int) -> int:
@@ -38,165 +68,371 @@ def same_in_thread(n: int) -> int:
     return n
 
 
-class Raw:
-    """The floor: one row a commit in SQLite, and one append with fdatasync."""
-
-    def __init__(self, folder: Path, mode: str) -> None:
-        self.sql = sqlite3.connect(folder / "raw.db", isolation_level=None)
-        self.sql.execute(f"PRAGMA journal_mode={mode}")
-        self.sql.execute("PRAGMA synchronous=2")
-        self.sql.execute("CREATE TABLE row (key TEXT PRIMARY KEY, value BLOB)")
-        self._file = os.open(folder / "raw.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.sql_times: list[float] = []
-        self.append_times: list[float] = []
-
-    def take_turn(self) -> None:
-        began = time.perf_counter()
-        self.sql.execute("INSERT INTO row VALUES (?, ?)", (f"{time.perf_counter_ns():020}", ROW * b"x"))
-        self.sql_times.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        os.write(self._file, ROW * b"x")
-        os.fdatasync(self._file)
-        self.append_times.append(time.perf_counter() - began)
-
-    def beside(self, us: float) -> str:
-        sql, append = median_us(self.sql_times), median_us(self.append_times)
-        return f"{us:.0f} us = {us / sql:.2f} x raw SQLite ({sql:.0f}) = {us / append:.2f} x append+fdatasync ({append:.0f})"
+async def ends_some_time(n: int) -> int:
+    await asyncio.sleep(random.random())
+    return n
 
 
-@durable.workflow
-async def one_by_one(kind: str) -> None:
-    """The raw commits in between are no steps: they take turns."""
-    fn = same if kind == "async" else same_in_thread
-    for n in range(STEPS):
-        bench.raw.take_turn()
-        began = time.perf_counter()
-        await durable.run(kind, fn, n)
-        bench.times[kind].append(time.perf_counter() - began)
+class Player:
+    """Executes its steps each time it is its turn, wherever its code runs: in a cell, in a workflow, in a thread."""
 
+    def __init__(self, *kinds: str) -> None:
+        self.times = {kind: Times() for kind in kinds}
+        self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-@durable.workflow
-async def all_at_once(count: int) -> None:
-    await asyncio.gather(*(durable.run("same", same, n) for n in range(count)))
+    def wait_for_turn(self) -> bool:
+        self._ready.put(None)
+        return self._go.get()
 
+    async def turn(self) -> bool:
+        return await asyncio.to_thread(self.wait_for_turn)
 
-@durable.workflow
-async def many(count: int) -> None:
-    """In groups of a thousand; the time of each group is kept."""
-    for start in range(0, count, 1000):
-        began = time.perf_counter()
-        await asyncio.gather(*(durable.run("same", same, n) for n in range(start, start + 1000)))
-        bench.groups.append(time.perf_counter() - began)
+    async def play(self, go: bool = True) -> None:
+        """Have the player take its turn (or end), and wait until it is ready for the next."""
+        self._go.put(go)
+        if go:
+            await asyncio.to_thread(self._ready.get)
+
+    async def come(self) -> None:
+        await asyncio.to_thread(self._ready.get)
 
 
 class Bench:
-    raw: Raw
-    times: dict[str, list[float]]
-    groups: list[float]
+    """What functions of workflows and cells reach as a global."""
+
+    mine: Player
+    floor: Floor
+    levels: dict[int, tuple[Times, Times]]
+    """By number of recorded steps: ours, and raw commits in turns with them."""
+    timed = True
 
 
 bench = Bench()
 
 
-def counted(store: Store) -> Callable[[], int]:
-    """How many commits of the journal there have been since."""
-    apply, calls = store.journal.apply, []
-
-    def counting(commits):
-        calls.append(len(commits))
-        return apply(commits)
-
-    store.journal.apply = counting  # type: ignore[method-assign]
-    return lambda: len(calls)
-
-
-async def workflows(folder: Path) -> None:
-    durable.open(folder / "store")
-    engine: Engine = _current.engine()._engine  # type: ignore[attr-defined]
-    store = engine.store
-    bench.raw = Raw(folder, store.journal.mode)
-    print(f"SQLite {sqlite3.sqlite_version}, journal mode {store.journal.mode}, FULL; medians of {STEPS}")
-    bench.times = {"async": [], "thread": []}
-    for kind in bench.times:
-        await one_by_one.start(kind)
-        times = bench.times[kind]
-        print(f"one {kind} step: {bench.raw.beside(median_us(times))}")
-        print(f"  the first 30: {median_us(times[:30]):.0f} us, the last 30: {median_us(times[-30:]):.0f} us")
-    commits = counted(store)
-    began = time.perf_counter()
-    await all_at_once.start(1000)
-    took = time.perf_counter() - began
-    print(f"1,000 at once: {took * 1000:.0f} ms, {took * 1000:.0f} us a step, {commits()} commits in all")
-    bench.groups = []
-    await many.start(MANY, id="many")
-    groups = [f"{median_us(bench.groups[i:][:5]) / 1000:.0f}" for i in (0, len(bench.groups) // 2, -5)]
-    print(f"a step of a group of 1,000, as a run of {MANY:,} grows (begin, middle, end): {' '.join(groups)} us")
-    found = engine.read_run("many")
-    assert found
-    scope = found[0].scope
-    bulk, decoded = read_all(store, scope)
-    bench.groups = []
-    began = time.perf_counter()
-    run = durable.get_run("many")
-    await replay(engine, run.id)
-    took = time.perf_counter() - began
-    print(
-        f"replay of {MANY:,} steps by place: {took:.2f} s; one SELECT of them {bulk:.2f} s, with decoding {decoded:.2f} s: "
-        f"{took / decoded:.1f} x"
-    )
+@durable.workflow
+async def one_by_one() -> None:
+    number = 0
+    while await bench.mine.turn():
+        number += 1
+        with bench.mine.times["async"].taken():
+            await durable.run("async", same, number)
+        with bench.mine.times["thread"].taken():
+            await durable.run("thread", same_in_thread, number)
 
 
-async def replay(engine: Engine, run_id: str) -> None:
-    """Execute a completed run's code once more, from its records."""
-    found = engine.read_run(run_id)
-    assert found
-    record, lease = found
-    from dataclasses import replace
-
-    from durable_nb._workflowrun import WorkflowRun
-
-    record = replace(record, status=Status.RUNNING.value, ended_at=None)
-    held = await engine.claim(record, lease)
-    assert held
-    run = WorkflowRun(engine, record, held, resumed=True)
-    await run.load()
-    await run.drive(many.fn)
+@durable.workflow
+async def all_at_once(together: bool) -> None:
+    await asyncio.gather(*(durable.run("same", same if together else ends_some_time, n) for n in range(AT_ONCE)))
 
 
-def read_all(store: Store, scope: str) -> tuple[float, float]:
-    """Seconds of one SELECT, and of that with unsealing and decoding each record."""
-    began = time.perf_counter()
-    rows = store.journal.scan(rec.step_prefix(scope, 0))
-    selected = time.perf_counter() - began
-    for key, row in rows:
-        rec.unpack(store.seal, key, row, rec.Outcome)
-    assert len(rows) == MANY
-    return selected, time.perf_counter() - began
+class PlannedError(Exception):
+    """Leaves the run open, so that the next execution replays it."""
 
 
-async def cells(folder: Path) -> None:
-    """The same replay in a cell, whose steps are identified by content."""
-    store = Store(folder / "cells")
-    engine = Engine(store)
+@durable.workflow
+async def growing() -> None:
+    await grow(same)
 
-    async def body() -> None:
-        for start in range(0, MANY, 1000):
-            await asyncio.gather(*(durable.run("same", same, n) for n in range(start, start + 1000)))
 
-    for what in ("recorded", "replayed"):
+async def grow(fn: Callable[[int], Any]) -> None:
+    """Some steps one after the other at each level; from level to level they are recorded in many branches at once."""
+    done, level = 0, 10
+    while level <= MANY:
+        done = await _fill(fn, done, level)
+        ours, raw = bench.levels.setdefault(level, (Times(), Times()))
+        if bench.timed:
+            bench.floor.fill(level)
+            os.sync()  # what was written in bulk is not to be paid for by the next commits
+        for _ in range(AT_EACH_LEVEL):
+            if bench.timed:
+                before = len(bench.floor.commit.wall)
+                bench.floor.take_turn()
+                raw.wall += bench.floor.commit.wall[before:]
+                with ours.taken():
+                    await durable.run("same", fn, done)
+            else:
+                await durable.run("same", fn, done)
+            done += 1
+        level *= 10
+    await _fill(fn, done, MANY)
+    raise PlannedError
+
+
+async def _fill(fn: Callable[[int], Any], done: int, until: int) -> int:
+    branches = max(min(BRANCHES, until - done), 1)
+
+    async def branch(number: int) -> None:
+        for n in range(done + number, until, branches):
+            await durable.run("same", fn, n)
+
+    await asyncio.gather(*(branch(number) for number in range(branches)))
+    return max(until, done)
+
+
+def beside(name: str, times: Times, ours: str = "") -> None:
+    commit, append = bench.floor.commit, bench.floor.append
+    more = f"; beyond the raw commit {times.ms - commit.ms:+.2f} ms, {times.cpu_ms - commit.cpu_ms:+.2f} ms of CPU"
+    ratios = f"{times.ms / commit.ms:5.2f} x raw commit, {times.ms / append.ms:5.1f} x fdatasync"
+    print(f"  {name:<34}{times.ms:7.2f} ms = {ratios}{more}{ours}")
+
+
+# ---- the peers ----
+
+
+class Dbos:
+    """DBOS, with a thread for its synchronous workflow."""
+
+    def __init__(self, folder: Path) -> None:
+        from dbos import DBOS
+
+        self.file = folder / "dbos.sqlite"
+        self.api = DBOS
+        DBOS(config={"name": "bench", "system_database_url": f"sqlite:///{self.file}", "log_level": "ERROR"})
+        self.plain, self.awaited = DBOS.step()(same_in_thread), DBOS.step()(same)
+        self.sync, self.many_times = Player("sync"), Times()
+        self.asynchronous = Player("async")
+
+        @DBOS.workflow()
+        def turns() -> None:
+            number = 0
+            while self.sync.wait_for_turn():
+                number += 1
+                with self.sync.times["sync"].taken():
+                    self.plain(number)
+
+        @DBOS.workflow()
+        async def turns_async() -> None:
+            number = 0
+            while await self.asynchronous.turn():
+                number += 1
+                with self.asynchronous.times["async"].taken():
+                    await self.awaited(number)
+
+        @DBOS.workflow()
+        async def at_once() -> None:
+            await asyncio.gather(*(self.awaited(n) for n in range(AT_ONCE)))
+
+        @DBOS.workflow()
+        def many() -> None:
+            for n in range(PEERS_MANY):
+                with self.many_times.taken():
+                    self.plain(n)
+
+        self.turns, self.turns_async, self.at_once, self.many = turns, turns_async, at_once, many
+        DBOS.launch()
+
+    def mode(self) -> str:
+        with sqlite3.connect(self.file) as sql:
+            return str(sql.execute("PRAGMA journal_mode").fetchone()[0])
+
+    def replay_ms(self) -> float:
+        """Of one step: the median over a workflow that is executed again from all its recorded steps."""
+        handle = self.api.start_workflow(self.many)
+        handle.get_result()
+        self.many_times.wall.clear()
+        self.api.fork_workflow(handle.workflow_id, PEERS_MANY + 1).get_result()
+        return self.many_times.ms
+
+    def end(self) -> None:
+        self.api.destroy()
+
+
+def dbos_in(folder: Path) -> Dbos | None:
+    try:
+        return Dbos(folder)
+    except Exception as error:
+        missing("DBOS", error)
+        return None
+
+
+def joblib_in(folder: Path) -> Any:
+    try:
+        from joblib import Memory
+    except ImportError as error:
+        missing("joblib.Memory", error)
+        return None
+    warnings.filterwarnings("ignore", module="joblib")
+    return Memory(folder / "joblib", verbose=0).cache(same_in_thread)
+
+
+# ---- what is measured ----
+
+
+async def sequential(notebook: Notebook, folder: Path, dbos: Dbos | None, remembered: Any) -> None:
+    await notebook.cell(PROBE)
+    with journal() as sql:
+        found = "SELECT length(key), length(value) FROM Cache WHERE key LIKE 'step/%' ORDER BY 2 DESC LIMIT 1"
+        key_size, row_size = sql.execute(found).fetchone()
+    bench.floor = floor = Floor(folder, key_size, row_size)
+    in_cell, bench.mine = Player("async", "thread"), Player("async", "thread")
+    notebook.names["mine"] = in_cell
+    players = [in_cell, bench.mine]
+    tasks: list[Any] = [asyncio.ensure_future(notebook.cell(ONE_BY_ONE)), one_by_one.start()]
+    if dbos:
+        players += [dbos.sync, dbos.asynchronous]
+        tasks += [dbos.api.start_workflow(dbos.turns), await dbos.api.start_workflow_async(dbos.turns_async)]
+    for player in players:
+        await player.come()
+    stored = Times()
+    for number in range(STEPS):
+        floor.take_turn()
+        for player in players:
+            await player.play()
+        if remembered:
+            with stored.taken():
+                remembered(number)
+    for player in players:
+        await player.play(go=False)
+    for task in tasks[:2]:
+        await task
+    print(f"\nOne step after the other, medians of {STEPS}; the row has {row_size} bytes")
+    beside("raw SQLite commit", floor.commit)
+    beside("append and fdatasync", floor.append)
+    for where, player in (("cell", in_cell), ("workflow", bench.mine)):
+        for kind, target in (("async", 0.3), ("thread", 0.35)):
+            body = "async body" if kind == "async" else "plain body"
+            beside(f"{where}, {body}", player.times[kind], f" (target +{target})")
+    if dbos:
+        best = min(times.ms for times in bench.mine.times.values())
+        for kind, player in (("async", dbos.asynchronous), ("sync", dbos.sync)):
+            times = player.times[kind]
+            beside(f"DBOS, {kind}, journal mode {dbos.mode()}", times, f"; {times.ms / best:.1f} x ours (target 5)")
+    if remembered:
+        beside("joblib.Memory, unsynced", stored)
+
+
+async def at_once(dbos: Dbos | None) -> None:
+    print(f"\n{AT_ONCE:,} steps at once")
+    for together, what in ((True, "that end together"), (False, "that end within a second")):
+        with commits_counted() as groups:
+            began = time.perf_counter()
+            await all_at_once.start(together)
+            took = time.perf_counter() - began
+        target = 10 if together else AT_ONCE // 20
+        print(f"  bodies {what}: {took * 1000:.0f} ms, {len(groups)} commit groups in all (target {target})")
+    if dbos:
         began = time.perf_counter()
-        run = await engine.begin("bench", "inputs")
-        assert run
-        await run.execute(body())
-        await run.finish(Status.INTERRUPTED if what == "recorded" else Status.COMPLETED)
-        print(f"{MANY:,} steps of a cell {what} by content: {time.perf_counter() - began:.2f} s")
-    store.close()
+        handle = await dbos.api.start_workflow_async(dbos.at_once)
+        await handle.get_result()
+        print(f"  DBOS, bodies that end together: {(time.perf_counter() - began) * 1000:.0f} ms")
+
+
+@contextmanager
+def commits_counted() -> Iterator[list[int]]:
+    """The sizes of the journal's commit groups meanwhile."""
+    apply, groups = DiskJournal.apply, []
+
+    def counting(journal, commits):
+        groups.append(len(commits))
+        return apply(journal, commits)
+
+    DiskJournal.apply = counting
+    try:
+        yield groups
+    finally:
+        DiskJournal.apply = apply
+
+
+async def growth(notebook: Notebook, dbos: Dbos | None, remembered: Any) -> None:
+    """One after the other, 100,000 commits would take minutes: between the levels, steps are recorded in 1,000 branches."""
+    per_step = {}
+    for what in ("content", "place"):
+        bench.levels, bench.timed = {}, True
+        notebook.names["grow"] = grow
+        began = time.perf_counter()
+        if what == "content":
+            await notebook.cell(GROW, may_raise=True)
+        else:
+            run = growing.start(id="growing")
+            await failed(run)
+        took = time.perf_counter() - began
+        print(f"\n{MANY:,} steps by {what}: recorded in {took:.1f} s, most of them in {BRANCHES:,} branches at once")
+        for level, (ours, raw) in bench.levels.items():
+            print(f"  with {level:>7,} recorded, one more: {ours.ms:.2f} ms, {ours.cpu_ms:.2f} ms of CPU, "
+                  f"{ours.ms / raw.ms:.2f} x raw commit")  # fmt: skip
+        first, *_, last = bench.levels.values()
+        wall = last[0].ms / last[1].ms / (first[0].ms / first[1].ms) - 1
+        print(f"  from first to last {wall:+.0%} beside the raw commit, {last[0].cpu_ms / first[0].cpu_ms - 1:+.0%} of CPU "
+              "(target 30%)")  # fmt: skip
+        bench.timed = False
+        floors, replays = Times(), Times()
+        for _ in range(REPLAYS):
+            with floors.taken():
+                count = read_all("grow" if what == "content" else "growing")
+            with replays.taken():
+                if what == "content":
+                    await notebook.cell(GROW, may_raise=True)
+                else:
+                    run.resume()
+                    await failed(run)
+        ratio, target = replays.ms / floors.ms, 5 if what == "content" else 2.5
+        per_step[what] = replays.ms / count
+        print(f"  replay of {count:,}: {replays.ms / 1000:.2f} s, {per_step[what] * 1000:.0f} us a step = {ratio:.1f} x one "
+              f"SELECT of all with decoding ({floors.ms / 1000:.2f} s; target {target}), medians of {REPLAYS}")  # fmt: skip
+    print(f"\nOne step recalled, among {MANY:,}: {per_step['content'] * 1000:.0f} us by content, "
+          f"{per_step['place'] * 1000:.0f} us by place")  # fmt: skip
+    if dbos:
+        ms = await asyncio.to_thread(dbos.replay_ms)
+        print(f"  DBOS, among {PEERS_MANY:,}: {ms * 1000:.0f} us")
+    if remembered:
+        hits = Times()
+        for number in range(PEERS_MANY):
+            remembered(number)
+        for number in range(PEERS_MANY):
+            with hits.taken():
+                remembered(number)
+        print(f"  joblib.Memory, among {PEERS_MANY:,}: {hits.ms * 1000:.0f} us")
+
+
+async def failed(run: Any) -> None:
+    try:
+        await run
+    except PlannedError:
+        return
+    raise AssertionError("the planned failure did not come")
+
+
+def journal() -> Any:
+    return sqlite3.connect(Path(".durable_nb/journal/cache.db"))
+
+
+def read_all(name: str) -> int:
+    """One SELECT of the steps of a cell or a run, each unsealed and decoded with its value; how many there are."""
+    seal = _codec.Seal(_codec.load_key())
+    with journal() as sql:
+        found = f"SELECT key, value FROM Cache WHERE key GLOB 'step/*{name}/*'"
+        rows = sql.execute(found).fetchall()
+    for key, row in rows:
+        outcome = rec.unpack(seal, key, row, rec.Outcome)
+        _codec.decode(outcome.form, outcome.value)
+    assert len(rows) >= MANY, len(rows)
+    return len(rows)
+
+
+async def measure(folder: Path) -> None:
+    notebook = Notebook()
+    await notebook.cell(NOTEBOOK)
+    dbos, remembered = dbos_in(folder), joblib_in(folder)
+    try:
+        await sequential(notebook, folder, dbos, remembered)
+        await at_once(dbos)
+        await growth(notebook, dbos, remembered)
+    finally:
+        if dbos:
+            dbos.end()
 
 
 def main() -> None:
+    print(machine())
+    home = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(workflows(Path(folder)))
-        asyncio.run(cells(Path(folder)))
+        os.chdir(folder)
+        try:
+            asyncio.run(measure(Path(folder)))
+        finally:
+            os.chdir(home)
 
 
 if __name__ == "__main__":
