@@ -35,24 +35,17 @@ Turn = tuple[int, int]
 """The epoch of a run's lease, and a count that rises while it is held."""
 
 
-@dataclass(frozen=True, slots=True)
 class StepKey:
     """Which step: `identity` is a digest over kind, name and fingerprint, `n` counts equal ones from 0."""
 
-    scope: str
-    generation: int
-    identity: str
-    n: int
+    __slots__ = ("attempts", "identity", "outcome")
 
-    @property
-    def outcome(self) -> str:
+    def __init__(self, scope: str, generation: int, identity: str, n: int) -> None:
+        self.identity = identity
+        self.outcome = f"step/{scope}/{generation:06}/{identity}/{n:06}"
         """Key of the row that holds the outcome."""
-        return f"{step_prefix(self.scope, self.generation)}{self.identity}/{self.n:06}"
-
-    @property
-    def attempts(self) -> str:
+        self.attempts = f"try{self.outcome[4:]}"
         """Key of the row that holds the failed attempts so far."""
-        return "try" + self.outcome.removeprefix("step")
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from durable_nb.errors import (
 
 if TYPE_CHECKING:
     from durable_nb._engine import Engine
+    from durable_nb._fingerprint import Fingerprint
 
 BLOB_BYTES = 1 << 20
 """Values from this size on lie in files of their own."""
@@ -123,12 +124,16 @@ class Work:
 class Request:
     """A step of this execution: what was asked, which record it is, and how it stands."""
 
-    def __init__(self, key: StepKey, request: StepRequest, provenance: Provenance, branch: str, path: str) -> None:
-        self.key, self.request, self.provenance, self.branch = key, request, provenance, branch
+    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
+        self.key, self.request, self.branch = key, request, branch
+        self.found = found
+        """What its outcome depends on; None where that can't be told, or needn't."""
         self.fact = Step(request.name, path, request.kind, Status.PENDING)
         self.began: rec.Turn = (0, 0)
         """When the last attempt began."""
-        self.globals = {label: object_of(label) for label in provenance.components if label.startswith("global ")}
+        self.components = found.components if found is not None else {}
+        changing = self.components if found is not None and not found.lasting else ()
+        self.globals = {label: object_of(label) for label in changing if label.startswith("global ")}
         """What the step may read beside its arguments, as it was when it was asked for."""
 
 
@@ -153,6 +158,7 @@ class Run:
         self.ended_at: float | None = None
         self._held = held
         self._outcomes: dict[str, bytes] = {}
+        self._last_read: tuple[str, Outcome | None] = "", None
         self._attempts: dict[str, bytes] = {}
         self._timers: dict[str, bytes] = {}
         self._paths = Paths()
@@ -213,7 +219,7 @@ class Run:
         """The records are here: `loose` of what steps change themselves, `again` of what is to be executed anew."""
         raise NotImplementedError
 
-    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
         """Which record a step has, fixed now."""
         raise NotImplementedError
 
@@ -377,10 +383,10 @@ class Run:
         self._check_open(request.name)
         branch = _branch_name()
         try:
-            key, provenance = self._place(request, branch)
+            key, found = self._place(request, branch)
         except NonDeterminismError as error:
             return _raises(error)
-        asked = Request(key, request, provenance, branch, self._paths.take(branch, request.name))
+        asked = Request(key, request, found, branch, self._paths.take(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
 
@@ -390,12 +396,12 @@ class Run:
         while True:
             work = self._work_on(asked)
             if work is None:
-                failures = self._failures(asked)
-                match decide(self._outcome(asked), failures, engine.clock.now()):
+                recorded = self._outcome(asked)
+                failures = self._failures(asked) if recorded is None else None
+                match decide(recorded, failures, engine.clock.now()):
                     case Recall(outcome):
                         value = await self._recall(asked, outcome, show=not performed)
-                        ended_as = Status.FAILED if outcome.failed else Status.COMPLETED
-                        self._tell(replace(asked.fact, status=ended_as, restored=not performed, **_times(outcome)))
+                        self._tell(_ended_fact(asked, outcome, restored=not performed))
                         if outcome.failed:
                             raise value
                         return value
@@ -414,7 +420,7 @@ class Run:
                 self._tell(replace(fact, status=Status.FAILED, error=say(ended.error), ended_at=self._now_s()))
                 raise ended.error
             if ended.outcome is not None:
-                self._tell(replace(asked.fact, status=Status.COMPLETED, **_times(ended.outcome)))
+                self._tell(_ended_fact(asked, ended.outcome, restored=False))
                 return ended.value
 
     def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
@@ -557,7 +563,8 @@ class Run:
         kind, name = asked.request.kind, asked.request.name
         times = attempt, began, self._now_s()
         turns = asked.began, self._held.turn()
-        return Outcome(kind, name, asked.branch, self.id, form, data, *times, asked.provenance, turns=turns, **more)
+        provenance = provenance_of(asked.found)
+        return Outcome(kind, name, asked.branch, self.id, form, data, *times, provenance, turns=turns, **more)
 
     async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
         key, more, changes = self._settle(asked)
@@ -727,12 +734,20 @@ class Run:
     def _key(self, identity: str, n: int) -> StepKey:
         return StepKey(self.record.scope, self.record.generation, identity, n)
 
-    def _outcome(self, asked: Request) -> Outcome | None:
-        row = self._outcomes.get(asked.key.outcome)
+    def _recorded(self, key: str) -> Outcome | None:
+        """The outcome in that row. It is asked for several times in succession."""
+        if key == self._last_read[0]:
+            return self._last_read[1]
+        row = self._outcomes.get(key)
         if row is None:
             return None
+        outcome = unpack(self.engine.store.seal, key, row, Outcome)
+        self._last_read = key, outcome
+        return outcome
+
+    def _outcome(self, asked: Request) -> Outcome | None:
         try:
-            return unpack(self.engine.store.seal, asked.key.outcome, row, Outcome)
+            return self._recorded(asked.key.outcome)
         except StoreError as error:
             raise self._unreadable(asked, error) from error
 
@@ -784,6 +799,8 @@ class CellRun(Run):
         self._again: dict[str, int] = {}
         self._checked: set[str] = set()
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
+        self._earlier = [work for work in engine.works.values() if work.run_id == record.id]
+        """Attempts that an execution began which was interrupted."""
 
     def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
         recorded: dict[str, set[int]] = {}
@@ -812,41 +829,37 @@ class CellRun(Run):
         marked = self.engine.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
         await self._commit(Commit(self._held.guard, puts=(self.engine.pack(key, Again(name, self._again[name])), marked)))
 
-    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
-        provenance = provenance_of(request)
-        identities = [
-            self._identity(request, provenance, labels) for labels in self._loose.get((request.kind, request.name), ())
-        ]
-        identities = [*reversed(identities), self._identity(request, provenance, ())]
-        for found in identities:
-            for n in list(self._occurrences.rivals(found)):
-                if not self._still_holds(self._key(found, n)):
-                    self._occurrences.leave_out(found, n)
-        identity = next((found for found in identities if self._occurrences.rivals(found)), identities[0])
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
+        found = request.fingerprint()
+        loose = self._loose.get((request.kind, request.name), ())
+        identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
+        for identity in identities:
+            for n in tuple(self._occurrences.rivals(identity)):
+                if not self._still_holds(self._key(identity, n)):
+                    self._occurrences.leave_out(identity, n)
+        identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
-        return self._key(identity, self._occurrences.take(identity, branches, branch)), provenance
+        return self._key(identity, self._occurrences.take(identity, branches, branch)), found
 
-    def _identity(self, request: StepRequest, provenance: Provenance, left_out: tuple[str, ...]) -> str:
+    def _identity(self, request: StepRequest, found: Fingerprint, left_out: tuple[str, ...] = ()) -> str:
         """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
         again = self._again.get(request.name)
         parts = (request.kind, request.name) if again is None else (request.kind, request.name, f"again {again}")
         if not left_out:
-            return digest_of(*parts, provenance.digest)
-        kept = {label: digest for label, digest in provenance.components.items() if label not in left_out}
+            return digest_of(*parts, found.digest)
+        kept = {label: digest for label, digest in found.components.items() if label not in left_out}
         return digest_of(*parts, _fingerprint.digest_of(kept), *left_out)
 
     def _work_on(self, asked: Request) -> Work | None:
         found = super()._work_on(asked)
         if found is not None:
             return found
-        mine = _fixed(asked)
-        for work in self.engine.works.values():  # its body may have changed a global already that is part of the key
-            theirs = work.asked
-            if work not in self._works and theirs.key.scope == asked.key.scope and _fixed(theirs) == mine:
-                now = asked.provenance.components
-                if _changed(theirs, now) == _changed_by_itself(theirs, now):
-                    return work
+        for work in self._earlier:  # its body may have changed a global already that is part of the key
+            if work.task.done() or work in self._works or _fixed(work.asked) != _fixed(asked):
+                continue
+            if _changed(work.asked, asked.components) == _changed_by_itself(work.asked, asked.components):
+                return work
         return None
 
     def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...], tuple[str, ...]]:
@@ -854,11 +867,11 @@ class CellRun(Run):
 
         Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
         """
-        if asked.request.kind != "run":
+        if asked.request.kind != "run" or asked.found is None or asked.found.lasting:
             return asked.key, (), ()
-        before = asked.provenance.components
+        before = asked.components
         try:
-            after = provenance_of(asked.request).components
+            after = asked.request.fingerprint().components
         except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
             return asked.key, (), ()
         own = _changed_by_itself(asked, after)
@@ -872,7 +885,7 @@ class CellRun(Run):
         if not own:
             return asked.key, (), changes
         labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
-        identity = self._identity(asked.request, asked.provenance, labels)
+        identity = self._identity(asked.request, asked.found, labels)
         if identity == asked.key.identity:
             return asked.key, (), changes
         key = self._key(identity, self._occurrences.take(identity))
@@ -887,19 +900,18 @@ class CellRun(Run):
 
     def _still_holds(self, key: StepKey) -> bool:
         """Not where a file that the step read has changed since."""
-        row = self._outcomes.get(key.outcome)
-        if row is None or key.outcome in self._checked:
+        if key.outcome in self._checked:
             return True
         self._checked.add(key.outcome)
         try:
-            seen = unpack(self.engine.store.seal, key.outcome, row, Outcome).seen
+            outcome = self._recorded(key.outcome)
         except StoreError:
             return True  # whoever asks for it is told
-        return not seen or self.stage.holds(seen)
+        return outcome is None or not outcome.seen or self.stage.holds(outcome.seen)
 
     def _branch_of(self, key: StepKey) -> str:
-        row = self._outcomes.get(key.outcome)
-        return unpack(self.engine.store.seal, key.outcome, row, Outcome).branch if row else ""
+        outcome = self._recorded(key.outcome)
+        return outcome.branch if outcome is not None else ""
 
     def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
         n = self._timer_counts.get(request.name, 0)
@@ -952,18 +964,18 @@ async def _raises(error: BaseException) -> Any:
 
 def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
     """What no body can change: the step's kind and name, its code and its arguments."""
-    parts = {k: v for k, v in asked.provenance.components.items() if k != "aliases" and not k.startswith("global ")}
+    parts = {k: v for k, v in asked.components.items() if k != "aliases" and not k.startswith("global ")}
     return asked.request.kind, asked.request.name, parts
 
 
 def _changed(asked: Request, now: dict[str, str]) -> set[str]:
     """The globals that are not what they were when the step was asked for."""
-    return {label for label in asked.globals if now.get(label) != asked.provenance.components[label]}
+    return {label for label in asked.globals if now.get(label) != asked.components[label]}
 
 
 def _changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
     """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
-    stored = {name for code in _codes(asked.provenance.components, asked.request.body) for name in globals_stored(code)}
+    stored = {name for code in _codes(asked.components, asked.request.body) for name in globals_stored(code)}
     return {
         label
         for label in _changed(asked, now)
@@ -979,11 +991,14 @@ def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
     return [code for fn in functions if isinstance(code := getattr(fn, "__code__", None), types.CodeType)]
 
 
-def provenance_of(request: StepRequest) -> Provenance:
+_PYTHON = platform.python_version()
+
+
+def provenance_of(found: Fingerprint | None) -> Provenance:
     """What a step's outcome depends on, as its record keeps it."""
-    found = request.fingerprint()
-    python = platform.python_version()
-    return Provenance(_fingerprint.FORMAT, dict(found.components), dict(found.versions), python, found.digest)
+    if found is None:
+        return Provenance(_fingerprint.FORMAT, {}, {}, _PYTHON)
+    return Provenance(_fingerprint.FORMAT, found.components, found.versions, _PYTHON, found.digest)
 
 
 def digest_of(*parts: str) -> str:
@@ -1006,5 +1021,7 @@ def say(error: BaseException) -> str:
     return rec.plain(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
-def _times(outcome: Outcome) -> dict[str, Any]:
-    return {"attempts": outcome.attempts, "started_at": outcome.started_at, "ended_at": outcome.ended_at}
+def _ended_fact(asked: Request, outcome: Outcome, *, restored: bool) -> Step:
+    status = Status.FAILED if outcome.failed else Status.COMPLETED
+    times = outcome.attempts, outcome.started_at, outcome.ended_at
+    return Step(asked.fact.name, asked.fact.path, asked.fact.kind, status, *times, restored, outcome.error or None)

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import platform
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _fingerprint
+from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._facts import Status
 from durable_nb._fingerprint import Unhashable
-from durable_nb._records import Attempts, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
+from durable_nb._records import Attempts, Outcome, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Places
-from durable_nb._run import Ended, Held, Request, Run, digest_of, provenance_of, say
+from durable_nb._run import Ended, Held, Request, Run, digest_of, say
 from durable_nb.errors import NonDeterminismError, RunCancelled, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._current import SleepRequest, StepRequest
     from durable_nb._engine import Engine
+    from durable_nb._fingerprint import Fingerprint
 
 _SLEEP = "sleep"
+_LOOKS = 100
+"""So many recorded steps of one name are looked at for edits. Comparing is most of what a replay costs, and the first tell."""
 
 
 class WorkflowRun(Run):
@@ -37,42 +39,53 @@ class WorkflowRun(Run):
         super().__init__(engine, record, held, resumed=resumed)
         self.what = f"run {record.id!r} of workflow {record.name!r}"
         self._places = Places()
-        self._recorded: dict[str, dict[int, tuple[str, str]]] = {}
+        self._there: dict[str, dict[int, tuple[str, str]]] = {}
         """By branch and place: kind and key of the record."""
         self._asked: defaultdict[str, list[str]] = defaultdict(list)
         self._broken: NonDeterminismError | None = None
-        self._edited: set[str] = set()
+        self._looked: Counter[str] = Counter()
+        """By name, how many recorded steps were compared with what is asked for now."""
+        self._digests: dict[str, str] = {}
 
     def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:  # noqa: ARG002  places need neither
-        self._recorded = {}
+        self._there = {}
         for kind, keys in ((Outcome, self._outcomes), (Attempts, self._attempts), (Timer, self._timers)):
             for key in keys:
                 branch, place = key.rsplit("/", 2)[1:]
-                self._recorded.setdefault(branch, {})[int(place)] = (kind.__name__, key)
+                self._there.setdefault(branch, {})[int(place)] = (kind.__name__, key)
 
     def _refusal(self) -> BaseException | None:
         return self._broken
 
-    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Provenance]:
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
         place = self._take(request.kind, request.name, branch)
-        key = self._key(digest_of(branch), place)
-        return key, self._provenance(request, key)
-
-    def _provenance(self, request: StepRequest, key: StepKey) -> Provenance:
+        key = self._key(self._digest_of(branch), place)
+        recorded = self._recorded(key.outcome)
+        if recorded is not None and self._looked[request.name] >= _LOOKS:
+            return key, None
         try:
-            now = provenance_of(request)
+            found = request.fingerprint()
         except Unhashable:  # it explains, and identifies nothing: an argument that can't be read is no reason to fail
-            return Provenance(_fingerprint.FORMAT, {}, {}, platform.python_version())
-        row = self._outcomes.get(key.outcome)
-        if row is not None and request.name not in self._edited:
-            then = unpack(self.engine.store.seal, key.outcome, row, Outcome).provenance
-            if _own(then) != _own(now):
-                self._edited.add(request.name)
-                self.stage.notice(
-                    f"step {request.name!r} of {self.what} was edited, or has other arguments, since it was recorded; the "
-                    "recorded result stands"
-                )
-        return now
+            return key, None
+        if recorded is not None:
+            self._look(recorded, found)
+        return key, found
+
+    def _look(self, recorded: Outcome, now: Fingerprint) -> None:
+        """Say once of a step that was edited that this changes nothing."""
+        self._looked[recorded.name] += 1
+        if _own(recorded.provenance.components) != _own(now.components):
+            self._looked[recorded.name] = _LOOKS
+            self.stage.notice(
+                f"step {recorded.name!r} of {self.what} was edited, or has other arguments, since it was recorded; the "
+                "recorded result stands"
+            )
+
+    def _digest_of(self, branch: str) -> str:
+        known = self._digests.get(branch)
+        if known is None:
+            known = self._digests[branch] = digest_of(branch)
+        return known
 
     def _take(self, kind: str, name: str, branch: str) -> int:
         """The place of a request, which must be what was recorded there."""
@@ -96,7 +109,7 @@ class WorkflowRun(Run):
             raise self._broken
         names = {digest_of(branch): branch for branch in self._asked}
         cut_short = any(fact.status is Status.FAILED for fact in self._facts.values())
-        for branch_digest, places in self._recorded.items():
+        for branch_digest, places in self._there.items():
             if cut_short and branch_digest != digest_of(""):
                 continue
             branch = names.get(branch_digest)
@@ -108,24 +121,25 @@ class WorkflowRun(Run):
 
     def _branch_recorded(self, branch_digest: str) -> str:
         seal = self.engine.store.seal
-        for kind, key in self._recorded[branch_digest].values():
-            if kind == Outcome.__name__:
-                return unpack(seal, key, self._outcomes[key], Outcome).branch
+        for kind, key in self._there[branch_digest].values():
+            outcome = self._recorded(key) if kind == Outcome.__name__ else None
+            if outcome is not None:
+                return outcome.branch
             if kind == Timer.__name__:
                 return unpack(seal, key, self._timers[key], Timer).branch
         return ""
 
     def _said(self, branch: str, place: int) -> str | None:
         """The record at a place, as messages say it."""
-        found = self._recorded.get(digest_of(branch), {}).get(place)
+        found = self._there.get(self._digest_of(branch), {}).get(place)
         if found is None:
             return None
         kind, key = found
         seal = self.engine.store.seal
         if kind == Timer.__name__:
             return f"{_SLEEP} {unpack(seal, key, self._timers[key], Timer).name!r}"
-        if kind == Outcome.__name__:
-            outcome = unpack(seal, key, self._outcomes[key], Outcome)
+        outcome = self._recorded(key)
+        if outcome is not None:
             return f"{outcome.kind} {outcome.name!r}"
         row = self._attempts.get(key)
         if row is None:
@@ -134,7 +148,7 @@ class WorkflowRun(Run):
         return f"{attempts.kind} {attempts.name!r}"
 
     def _breaks(self, branch: str, what: str) -> NonDeterminismError:
-        places = self._recorded.get(digest_of(branch), {})
+        places = self._there.get(self._digest_of(branch), {})
         asked = self._asked.get(branch, [])
         rows = [("recorded", "asked for")]
         count = max(len(asked), *(n + 1 for n in places), 0)
@@ -153,7 +167,7 @@ class WorkflowRun(Run):
 
     def _timer_key(self, request: SleepRequest, branch: str) -> str:
         __tracebackhide__ = True
-        return rec.timer_key(self.id, digest_of(branch), self._take(_SLEEP, request.name, branch))
+        return rec.timer_key(self.id, self._digest_of(branch), self._take(_SLEEP, request.name, branch))
 
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
         return recorded or asked
@@ -214,10 +228,9 @@ class WorkflowRun(Run):
         return self.encoded(result, f"{self.what} returned")
 
 
-def _own(provenance: Provenance) -> dict[str, str]:
+def _own(components: dict[str, str]) -> dict[str, str]:
     """A step's code and arguments, without the globals that it reads, which change for many reasons."""
-    parts = provenance.components.items()
-    return {label: digest for label, digest in parts if label != "aliases" and not label.startswith("global ")}
+    return {label: digest for label, digest in components.items() if label != "aliases" and not label.startswith("global ")}
 
 
 async def _called(function: Any, args: Any, kwargs: Any) -> Any:

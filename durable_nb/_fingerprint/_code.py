@@ -52,6 +52,8 @@ class Fingerprint:
     components: dict[str, str]
     opaque: tuple[Opaque, ...]
     versions: dict[str, str]
+    lasting: bool
+    """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
 
 
 _CODE = (types.FunctionType, type, types.ModuleType, types.BuiltinFunctionType)
@@ -236,6 +238,9 @@ class Fingerprinter:
             said,
             tuple(sorted(self._opaque)),
             {name: found for name in sorted(self._packages) if (found := _version(name))} if self._packages else {},
+            not self._opaque
+            and not any(walk.memos[0] or walk.arrays for walk in self._walks)
+            and not any(label.startswith("global ") for label in said),
         )
 
     def places(self) -> dict[tuple[str, int], Any]:
@@ -891,10 +896,8 @@ def _distributions() -> Mapping[str, list[str]]:
 
 def digest_of(components: Mapping[str, str]) -> str:
     """The digest of a fingerprint that has these components."""
-    whole = blake2b(digest_size=DIGEST_BYTES, person=PERSON)
-    for label in sorted(components):
-        whole.update(text(label) + bytes.fromhex(components[label]))
-    return whole.hexdigest()
+    parts = b"".join([text(label) + bytes.fromhex(components[label]) for label in sorted(components)])
+    return blake2b(parts, digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
 
 
 def object_of(label: str) -> Any:
