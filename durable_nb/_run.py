@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,32 @@ class Work:
     asked: Request
     in_thread: bool
     """Nothing can stop it: it ends by itself, and is recorded then."""
+    followers: list[asyncio.Future[Ended]] = field(default_factory=list)
+
+    def follow(self) -> asyncio.Future[Ended]:
+        """How it ends. Cancelling the future stops nothing. Sooner heard than the task, which says it two turns later."""
+        follower: asyncio.Future[Ended] = self.task.get_loop().create_future()
+        self.followers.append(follower)
+        if self.task.done():
+            self.tell_of_task()
+        return follower
+
+    def tell(self, ended: Ended) -> None:
+        for follower in self.followers:
+            if not follower.done():
+                follower.set_result(ended)
+
+    def tell_of_task(self) -> None:
+        """The task is over, however it went."""
+        for follower in self.followers:
+            if follower.done():
+                continue
+            if self.task.cancelled():
+                follower.cancel()
+            elif (error := self.task.exception()) is not None:
+                follower.set_exception(error)
+            else:
+                follower.set_result(self.task.result())
 
     def cancel(self) -> None:
         if not self.in_thread:
@@ -448,23 +474,28 @@ class Run:
         if not work.task.done():
             self._works.add(work)  # it may have been begun by an earlier execution of the cell
         try:
-            await asyncio.wait({work.task})
-            self._works.discard(work)
+            return await work.follow()
         except asyncio.CancelledError:
             if not self._step_failed and self._stopped is None:
                 work.cancel()
             raise
-        return work.task.result()
 
     def _work_ended(self, key: str, work: Work) -> None:
-        self.engine.works.pop(key, None)
+        if self.engine.works.get(key) is work:
+            del self.engine.works[key]
         self._works.discard(work)
+        work.tell_of_task()
         if not work.task.cancelled():
             work.task.exception()  # seen: who waits for the step gets it; where nobody does, the next execution tries again
         self.engine.let_go(self.id)
 
     async def _attempt(self, asked: Request, attempt: int, began: float) -> Ended:
-        """Run the body once and record how it ended."""
+        """Run the body once, record how it ended, and say so."""
+        ended = await self._made(asked, attempt, began)
+        self.engine.works.pop(asked.key.outcome).tell(ended)
+        return ended
+
+    async def _made(self, asked: Request, attempt: int, began: float) -> Ended:
         await self._may_begin()
         with self.stage.recording(asked.fact.path) as noted:
             try:
