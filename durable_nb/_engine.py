@@ -24,10 +24,29 @@ from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpa
 from durable_nb._run import CellRun, Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
-from durable_nb.errors import StoreError
+from durable_nb.errors import StoreError, UntrustedStoreError
 
 WATCH_S = 0.5
 """How soon a process hears that a run of its was cancelled or taken over by another, where it doesn't find out itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An execution of a cell."""
+
+    owner: str
+    """What its steps belong to: the cell's name, or what stands for one."""
+    inputs: str
+    """Digest of its code and of what it reads."""
+    label: str = ""
+    """How messages call it, where not so."""
+    rerun: bool = False
+    rerun_step: str = ""
+
+    @property
+    def scope(self) -> str:
+        """The cell in the journal's keys."""
+        return rec.scope_of(self.owner)
 
 
 class Engine:
@@ -50,40 +69,29 @@ class Engine:
         """A record as the row that a commit takes."""
         return key, pack(self.store.seal, key, record)
 
-    async def begin(
-        self, name: str, inputs: str, *, rerun: bool = False, rerun_step: str = "", label: str = ""
-    ) -> CellRun | None:
-        """A run of the cell `name` (said as `label`) with the inputs of that digest: its unfinished one, or a new one.
+    async def begin(self, asked: Asked) -> CellRun | None:
+        """A run of that cell with those inputs: its unfinished one, or a new one.
 
         None where a live process is executing the cell with the same inputs: wait for its entry. With `rerun`, steps are
         counted from a new generation, unless the unfinished run is itself such a rerun whose kernel died; with `rerun_step` the
         steps of that name are, likewise. LookupError where the cell has recorded no step of that name.
         """
-        scope = rec.scope_of(name)
         while True:
-            found = await self.store.writer.call(lambda: self._unfinished(scope, forgiving=rerun))
-            generation = found.generation
-            if any(run.inputs == inputs and self.is_owned(run.id, lease) for run, lease in found.runs):
+            found = await self.store.writer.call(lambda: self._unfinished(asked.scope, forgiving=asked.rerun))
+            if any(run.inputs == asked.inputs and self.is_owned(run.id, lease) for run, lease in found.runs):
                 return None
-            free = [(run, lease) for run, lease in found.runs if not self.is_owned(run.id, lease)]
-            free = [pair for pair in free if pair[0].generation == generation]
-            free.sort(key=lambda pair: (pair[0].inputs == inputs, pair[0].started_at))
-            adopted = free[-1] if free else None
-            if rerun and adopted and not (adopted[0].rerun and adopted[1].owner not in ("", self.store.process.id)):
-                adopted = None
-            if rerun and not adopted:
-                generation += 1
+            adopted = self._adopted(asked, found)
             starting = adopted[0].id if adopted else new_id()
             self.changing.add(starting)
             run = None
             try:
-                run = await self._claim(scope, label or name, inputs, generation, rerun, adopted, found.counter, starting)
+                run = await self._claim(asked, found, adopted, starting)
                 if run is None:
                     continue
                 await run.load()
-                died = adopted is not None and adopted[1].owner not in ("", self.store.process.id)
-                if rerun_step and not (died and adopted and adopted[0].rerun_step == rerun_step):
-                    await run.forget_step(rerun_step)
+                died = adopted is not None and self._died(adopted[1])
+                if asked.rerun_step and not (died and adopted and adopted[0].rerun_step == asked.rerun_step):
+                    await run.forget_step(asked.rerun_step)
             except BaseException:
                 if run is not None:
                     run.abandon()
@@ -92,53 +100,53 @@ class Engine:
                 self.changing.discard(starting)
             return run
 
-    async def close_finished(self, name: str, inputs: str) -> None:
+    def _adopted(self, asked: Asked, found: _Unfinished) -> tuple[RunRecord, Lease] | None:
+        """The unfinished run that the cell goes on with: of those that nobody executes the one with these inputs, or the
+        newest."""  # fmt: skip
+        free = [(run, lease) for run, lease in found.runs if not self.is_owned(run.id, lease)]
+        free = [pair for pair in free if pair[0].generation == found.generation]
+        adopted = max(free, key=lambda pair: (pair[0].inputs == asked.inputs, pair[0].started_at), default=None)
+        if asked.rerun and adopted and not (adopted[0].rerun and self._died(adopted[1])):
+            return None
+        return adopted
+
+    def _died(self, lease: Lease) -> bool:
+        """Was its owner killed, and didn't let go of it itself?"""
+        return lease.owner not in ("", self.store.process.id)
+
+    async def close_finished(self, asked: Asked) -> None:
         """Close a run that was killed between storing its cell's entry and saying that it was complete.
 
         Left open, its timers would count for the next inputs.
         """
-        found = await self.store.writer.call(lambda: self._unfinished(rec.scope_of(name)))
+        found = await self.store.writer.call(lambda: self._unfinished(asked.scope))
         for run, lease in found.runs:
-            if run.inputs == inputs and not self.is_owned(run.id, lease):
-                claimed = await self._claim(
-                    run.scope, name, inputs, found.generation, run.rerun, (run, lease), found.counter, ""
-                )
+            if run.inputs == asked.inputs and not self.is_owned(run.id, lease):
+                claimed = await self._claim(asked, found, (run, lease), run.id)
                 if claimed is not None:
                     await claimed.finish(Status.COMPLETED)
 
     def _unfinished(self, scope: str, *, forgiving: bool = False) -> _Unfinished:
-        """Runs on the writer's thread. `forgiving`: what can't be read counts as not there, since all is made anew."""
+        """Runs on the writer's thread. What somebody else signed counts as not there, but for the steps: they are refused when
+        they are asked for. `forgiving`: nor does what can't be read, since all is made anew."""  # fmt: skip
         journal, seal = self.store.journal, self.store.seal
+        ignored = StoreError if forgiving else UntrustedStoreError
         runs = []
         for key, _ in journal.scan(rec.open_prefix(scope)):
-            try:
+            with contextlib.suppress(ignored):
                 found = self.read_run(key.rsplit("/", 1)[1])
-            except StoreError:
-                if not forgiving:
-                    raise
-                continue
-            if found is not None and found[1] is not None:
-                runs.append((found[0], found[1]))
+                if found is not None and found[1] is not None:
+                    runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
         try:
             generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
-        except StoreError:
-            if not forgiving:
-                raise
+        except ignored:
             used = [int(key.split("/")[2]) for key, _ in journal.scan(f"step/{scope}/")]
             generation = max(used, default=0)
         return _Unfinished(generation, row, runs)
 
     async def _claim(
-        self,
-        scope: str,
-        name: str,
-        inputs: str,
-        generation: int,
-        rerun: bool,
-        adopted: tuple[RunRecord, Lease] | None,
-        counter: bytes | None,
-        new: str,
+        self, asked: Asked, found: _Unfinished, adopted: tuple[RunRecord, Lease] | None, new: str
     ) -> CellRun | None:
         """Become the one executor of a cell's run; None where another was faster.
 
@@ -146,14 +154,16 @@ class Engine:
         to adopt at the same moment, one begins, and the other looks again.
         """
         if adopted:
-            record = replace(adopted[0], inputs=inputs, status="running", ended_at=None, error="")
-        else:
-            record = RunRecord(new, "cell", name, scope, generation, inputs, self.clock.now().wall_s, rerun=rerun)
-        if adopted:
+            record = replace(adopted[0], inputs=asked.inputs, status="running", ended_at=None, error="")
             held = await self.claim(record, adopted[1])
         else:
+            generation = found.generation + asked.rerun
+            began = self.clock.now().wall_s
+            record = RunRecord(
+                new, "cell", asked.label or asked.owner, asked.scope, generation, asked.inputs, began, rerun=asked.rerun
+            )
             begun = Generation(generation, record.id)
-            held = await self.claim(record, None, first=(rec.generation_key(scope), counter, begun))
+            held = await self.claim(record, None, first=(rec.generation_key(asked.scope), found.counter, begun))
         return CellRun(self, record, held, resumed=adopted is not None) if held else None
 
     async def claim(

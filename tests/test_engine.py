@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import durable_nb as durable
 from durable_nb import _records as rec
 from durable_nb._clock import Instant
-from durable_nb._engine import Engine
+from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
 from durable_nb._run import Stage
 from durable_nb._store import Store
@@ -186,7 +186,7 @@ async def kernel(path, clock=None):
 
 
 async def begun(engine, *, name="cell", inputs="k", rerun=False, max_wait_s=None):
-    run = await engine.begin(name, inputs, rerun=rerun)
+    run = await engine.begin(Asked(name, inputs, rerun=rerun))
     assert run is not None, "a live process executes this cell"
     run.stage, run.max_wait_s = Quiet(), max_wait_s
     return run
@@ -853,7 +853,7 @@ def test_a_thread_that_outlives_an_interrupt_is_recorded_when_it_ends(path):
     async def main():
         async with kernel(path) as engine, kernel(path) as other:
             await interrupted(engine, one_thread, lambda: world.done == ["t begun"])
-            assert await other.begin("cell", "k") is None
+            assert await other.begin(Asked("cell", "k")) is None
             world.thread_gate("t").set()
             await until(lambda: engine.store.journal.scan("step/"), "the outcome")
             await until(lambda: not engine.held, "the lease let go")
@@ -1261,14 +1261,14 @@ def test_a_live_run_is_never_given_away_and_a_dead_one_at_once(path):
             run = await begun(first)
             task = asyncio.ensure_future(run.execute(one_then_held()))
             await world.start("b").wait()
-            assert await second.begin("cell", "k") is None
-            assert await first.begin("cell", "k") is None
-            other = await second.begin("cell", "other inputs")  # its own run
+            assert await second.begin(Asked("cell", "k")) is None
+            assert await first.begin(Asked("cell", "k")) is None
+            other = await second.begin(Asked("cell", "other inputs"))  # its own run
             assert other is not None
             assert other.id != run.id
             await other.finish(Status.COMPLETED)
             first.die()
-            taken = await second.begin("cell", "k")
+            taken = await second.begin(Asked("cell", "k"))
             assert taken is not None
             assert taken.id == run.id
             task.cancel()
@@ -1315,7 +1315,7 @@ def test_two_kernels_that_start_the_same_cell_at_once_execute_it_once(path):
                     return found
 
                 engine._unfinished = look
-            runs = await asyncio.gather(first.begin("cell", "k"), second.begin("cell", "k"))
+            runs = await asyncio.gather(first.begin(Asked("cell", "k")), second.begin(Asked("cell", "k")))
             assert sum(run is not None for run in runs) == 1
 
     asyncio.run(main())
@@ -1326,7 +1326,7 @@ def test_two_executions_in_one_kernel_at_once_execute_once(path):
 
     async def main():
         async with kernel(path) as engine:
-            runs = await asyncio.gather(engine.begin("cell", "k"), engine.begin("cell", "k"))
+            runs = await asyncio.gather(engine.begin(Asked("cell", "k")), engine.begin(Asked("cell", "k")))
             assert sum(run is not None for run in runs) == 1
 
     asyncio.run(main())
@@ -1375,7 +1375,7 @@ def test_a_run_killed_between_its_entry_and_its_end_is_closed(path):
         async with kernel(path, clock) as engine:
             await killed(engine, body, done)
         async with kernel(path, clock) as engine:
-            await engine.close_finished("cell", "k")
+            await engine.close_finished(Asked("cell", "k"))
             assert engine.store.journal.scan("open/") == []
             clock.slept.clear()
             await cell(engine, short, inputs="next week")

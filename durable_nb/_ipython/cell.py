@@ -54,7 +54,7 @@ from durable_nb._cellcache.world import (
     watching_step,
 )
 from durable_nb._clock import say_duration
-from durable_nb._engine import Engine
+from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
@@ -120,9 +120,7 @@ class CellExecution:
             if not options.rerun and not options.rerun_step and await self._restored(key, began):
                 return
             try:
-                run = await self.engine.begin(
-                    self.owner, key.key, rerun=options.rerun, rerun_step=options.rerun_step, label=self.label
-                )
+                run = await self.engine.begin(self._asked(key))
             except LookupError as error:
                 raise UsageError(f"%%durable --rerun={options.rerun_step}: {error.args[0]}; nothing was run") from None
             if run is None:
@@ -132,6 +130,9 @@ class CellExecution:
                 await asyncio.sleep(_BUSY_POLL_S)
         self.status.show("running", self._why(key, run))
         await self._execute(run, key, began)
+
+    def _asked(self, key: CellKey) -> Asked:
+        return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step)
 
     def _key(self) -> CellKey:
         try:
@@ -149,7 +150,7 @@ class CellExecution:
         found = self._find(key)
         if found is None:
             return False
-        await self.engine.close_finished(self.owner, key.key)
+        await self.engine.close_finished(self._asked(key))
         self._apply(*found, began)
         return True
 
