@@ -637,3 +637,19 @@ def test_a_thread_that_has_changed_a_global_already_gets_no_twin(tmp_path):
         (tmp_path / "go" / "on").touch()
         assert k.wait(other).status == "ok"
         assert k.value("result") == 2
+
+
+def test_in_somebody_elses_store_a_cell_without_steps_runs_and_is_stored_anew(tmp_path):
+    """What they signed is neither read nor in the way."""
+    cell = "%%durable a\nprint('computed')\nx = 41 + 1"
+    for key, told, ran in [
+        ("theirs", "first run", True),
+        ("mine", "signed with another key", True),
+        ("mine", "restored", False),
+    ]:
+        with kernel(tmp_path, env={"DURABLE_NB_KEY_FILE": str(tmp_path / key)}) as one:
+            shown = one.run(cell)
+            assert shown.status == "ok", shown.error
+            assert told in " ".join(shown.told) + shown.stderr
+            assert ("running" in " ".join(shown.told)) == ran
+            assert one.run("print(x)").stdout == "42\n"
