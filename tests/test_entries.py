@@ -380,8 +380,8 @@ def test_an_entry_that_vanishes_while_it_is_looked_for_is_no_trouble(entries, mo
     file = file_of(entries)
     real = Entries._names
 
-    def names(self, scope):
-        found = real(self, scope)
+    def names(self, *asked):
+        found = real(self, *asked)
         file.unlink(missing_ok=True)
         return found
 

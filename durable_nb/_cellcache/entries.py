@@ -159,9 +159,8 @@ class Entries:
 
     def of_key(self, scope: str, key: str) -> Iterator[Entry]:
         """The authenticated entries of a key, newest first; CorruptStoreError, UntrustedStoreError at one that isn't."""
-        for name in self._names(scope):
-            if name.startswith(f"{key}-"):
-                yield self._open(self._folder / scope / name, key)
+        for name in self._names(scope, f"{key}-"):
+            yield self._open(self._folder / scope / name, key)
 
     def manifests(self, scope: str, limit: int = 20) -> Iterator[Manifest]:
         """Of the newest entries of a cell, newest first. Unreadable ones are left out: they could never be a hit."""
@@ -169,9 +168,12 @@ class Entries:
             with contextlib.suppress(CorruptStoreError, UntrustedStoreError):
                 yield self._open(self._folder / scope / name, name.partition("-")[0]).manifest
 
-    def _names(self, scope: str) -> list[str]:
+    def _names(self, scope: str, beginning: str = "") -> list[str]:
+        """Newest first. Cells without a name share a folder, which may be large: only those asked for are looked at."""
         try:
-            files = [(f.stat().st_mtime_ns, f.name) for f in os.scandir(self._folder / scope) if f.name.endswith(SUFFIX)]
+            with os.scandir(self._folder / scope) as found:
+                names = (file for file in found if file.name.startswith(beginning) and file.name.endswith(SUFFIX))
+                files = [(file.stat().st_mtime_ns, file.name) for file in names]
         except FileNotFoundError:
             return []
         return [name for _, name in sorted(files, reverse=True)]
