@@ -39,7 +39,7 @@ def encode(value: object) -> tuple[str, bytes]:
 
 def decode(form: str, data: bytes) -> Any:
     """What `encode` was given. `data` must have been authenticated."""
-    return json.loads(data) if form == JSON else _pickling.loads(data)
+    return json.loads(data.decode()) if form == JSON else _pickling.loads(data)
 
 
 def _json_exact(value: Any, seen: set[int], depth: int) -> bool:
