@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from durable_nb._cellcache.names import Names, dynamic_reads
-from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, object_of
+from durable_nb._cellcache.names import NAMESPACES, SHELL_METHODS, Names, dynamic_reads
+from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, nested_codes, object_of
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -27,21 +28,22 @@ class CellKey:
     """Why the result can't be taken from the cache nor put there; empty where it can."""
     places: Mapping[tuple[str, int], Any]
     """The mutable objects that the inputs consist of, by component and number within it."""
+    words: frozenset[str] = frozenset()
+    """Every name that the code of the cell and of its helpers mentions."""
 
 
 def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, Any]) -> CellKey:
     """The key of a cell called `name` ('' for none) that is about to run in `namespace`."""
     found, unknown = _fingerprint(tree, names.read, namespace)
-    unknown += [f"it looks names up by {builtin}(), which can't be followed" for builtin in sorted(dynamic_reads(tree))]
+    unknown += [f"it looks names up by {way}, which can't be followed" for way in sorted(dynamic_reads(tree))]
     print_ = found.result()
-    for label in print_.components:
-        code = getattr(object_of(label), "__code__", None) if label.startswith("function ") else None
-        if code is not None and {"eval", "exec", "globals", "__main__"} & set(code.co_names):
+    for label, function in found.functions().items():
+        if _looks_up(function.__code__):
             unknown.append(f"{said(label)} may look names up dynamically, which can't be followed")
     unknown += [
         f"{said(o.label)} holds a {o.type_name}, which can't be compared"
         for o in print_.opaque
-        if not o.configured or o.type_name.startswith("_io.")
+        if not o.configured or o.type_name.startswith("_io.") or (o.type_name.endswith("Shell") and o.label != _OWN_SHELL)
     ]
     whole = "\0".join((str(FORMAT), PYTHON, name, print_.digest))
     return CellKey(
@@ -50,7 +52,32 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
         dict(print_.versions),
         tuple(unknown),
         found.places(),
+        _words(tree, found),
     )
+
+
+def _words(tree: ast.Module, found: Fingerprinter) -> frozenset[str]:
+    fields = [getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "name", "value")]
+    words = {field for field in fields if isinstance(field, str) and field.isidentifier()}
+    codes = [code for function in found.functions().values() for code in nested_codes(function.__code__)]
+    return frozenset(words.union(*(code.co_names for code in codes)))
+
+
+def _looks_up(code: types.CodeType) -> bool:
+    """May a helper read names that its code doesn't show?"""
+    return any(
+        _DYNAMIC & set(inner.co_names)
+        or ("__main__" in inner.co_consts and "__name__" not in inner.co_names)
+        or ("get_ipython" in inner.co_names and not set(SHELL_METHODS) & set(inner.co_names))
+        for inner in nested_codes(code)
+    )
+
+
+_OWN_SHELL = "global get_ipython"
+"""IPython writes `!command` as a call of it, in helpers too."""
+
+
+_DYNAMIC = {"eval", "exec", "globals", "__main__"} | NAMESPACES
 
 
 def mutated(

@@ -53,13 +53,30 @@ def names_of(tree: ast.Module) -> Names:
 
 @lru_cache(maxsize=256)
 def dynamic_reads(tree: ast.Module) -> frozenset[str]:
-    """Builtins by which a cell can read names that nobody sees in its code, as far as the code mentions them."""
+    """Ways by which a cell can read names that nobody sees in its code, as far as the code mentions them."""
     plain = {id(call.func.value.func) for call in _shell_calls(tree)}  # type: ignore[attr-defined]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in plain}
-    return frozenset(used & {"eval", "exec", "globals", "locals", "vars", "get_ipython"})
+    found = set(used & _LOOKING_UP)
+    is_main = {id(node) for test in ast.walk(tree) if isinstance(test, ast.Compare) for node in test.comparators}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) if name in NAMESPACES:
+                found.add(name)
+            case ast.Import(names=names) if any(alias.name == "__main__" for alias in names):
+                found.add("__main__")
+            case ast.ImportFrom(module="__main__"):
+                found.add("__main__")
+            case ast.Constant(value="__main__") if id(node) not in is_main:  # if __name__ == "__main__":
+                found.add("__main__")
+    magics = {call.args[0].value for call in _shell_calls(tree) if call.args}  # type: ignore[attr-defined]
+    return frozenset(found | {f"%{magic}" for magic in magics & {"who", "whos", "who_ls", "psearch", "store", "save"}})
 
 
-_SHELL_METHODS = ("system", "getoutput", "run_line_magic", "run_cell_magic")
+_LOOKING_UP = {"eval", "exec", "globals", "locals", "vars", "get_ipython"}
+NAMESPACES = frozenset({"__globals__", "f_globals", "f_locals", "user_ns", "user_global_ns"})
+"""Attributes that are a whole namespace."""
+
+SHELL_METHODS = ("system", "getoutput", "run_line_magic", "run_cell_magic")
 
 
 def _shell_calls(tree: ast.AST) -> list[ast.Call]:
@@ -69,7 +86,7 @@ def _shell_calls(tree: ast.AST) -> list[ast.Call]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
-        and node.func.attr in _SHELL_METHODS
+        and node.func.attr in SHELL_METHODS
         and isinstance(node.func.value, ast.Call)
         and isinstance(node.func.value.func, ast.Name)
         and node.func.value.func.id == "get_ipython"

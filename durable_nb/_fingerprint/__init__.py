@@ -10,7 +10,7 @@ from ._code import (
     of_call,
     of_value,
 )
-from ._source import attribute_uses, names_loaded, normalise
+from ._source import attribute_uses, names_loaded, nested_codes, normalise
 from ._values import FORMAT, Opaque, Unhashable, identify
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "hash_value",
     "identify",
     "names_loaded",
+    "nested_codes",
     "normalise",
     "object_of",
     "of_call",

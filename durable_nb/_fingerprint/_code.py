@@ -122,7 +122,7 @@ class Fingerprinter:
         """`earlier`: a namespace and what it held at an earlier time, which counts in its place, for functions in it too."""
         self._docstrings = docstrings
         self._earlier = earlier
-        self._memory = memory
+        self._memory = self.whole = memory
         self._shows_docstrings = False
         self._components: dict[str, bytes] = {}
         self._labels: dict[int, str] = {}
@@ -250,6 +250,12 @@ class Fingerprinter:
             objects = {id(obj): obj for obj in walk.keep}
             found.update({(walk.label, number): objects[key] for key, number in walk.memos[0].items() if key in objects})
         return found
+
+    def functions(self) -> dict[str, types.FunctionType]:
+        """The user's functions met so far, methods and closures included, by component."""
+        return {
+            self._labels[id(obj)]: obj for obj in self._keep if isinstance(obj, types.FunctionType) and id(obj) in self._labels
+        }
 
     # ---- what a walk asks ----
 

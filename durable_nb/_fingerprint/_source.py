@@ -152,6 +152,10 @@ def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
             module = node.module or ""
             found.add((node.level, module))
             found.update((node.level, f"{module}.{alias.name}".lstrip(".")) for alias in node.names if alias.name != "*")
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name, how = node.args[0].value, node.func
+            if isinstance(name, str) and getattr(how, "attr", getattr(how, "id", "")) in {"import_module", "__import__"}:
+                found.add((0, name))
     return frozenset(found)
 
 
