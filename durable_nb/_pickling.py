@@ -9,12 +9,16 @@ back with the notebook's own namespace as its globals.
 from __future__ import annotations
 
 import builtins
+import copyreg
+import functools
+import gc
 import io
 import linecache
 import os
 import pickle
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         self._namespace = main_namespace()
         self._reference = reference
         self._copied = copied
+        self.by_own_reduction: list[Any] = []
+        """Instances of users' classes that pickle themselves in a way of their own: what comes back need not be the same."""
 
     def persistent_id(self, obj: object) -> Any:
         if obj is self._namespace:
@@ -64,15 +70,36 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, type) and self._is_live(obj) and not self._copied(obj):
-            return _live_class, (obj.__qualname__, dumps(obj, copied=lambda _cls: True))
+        kind = type(obj)
+        if isinstance(obj, type):
+            if not self._is_live(obj):
+                return _with_slots(obj, super().reducer_override(obj))
+            if not self._copied(obj):
+                return _live_class, (obj.__qualname__, dumps(obj, copied=lambda _cls: True))
+            return _with_slots(obj, super().reducer_override(obj), anew=self._reference is not None)
         if isinstance(obj, types.FunctionType) and obj.__globals__ is self._namespace:
             return _reduce_function(obj)
-        if isinstance(obj, types.CellType):
-            return _reduce_cell(obj)
-        if type(obj) in _FILES and obj.closed:
-            return _closed_file, (type(obj).__name__, obj.name, obj.mode, getattr(obj, "encoding", None))
+        reduce = _REDUCERS.get(kind)
+        if reduce is not None:
+            return reduce(obj)
+        if kind in _FILES and obj.closed:
+            return _closed_file, (kind.__name__, obj.name, obj.mode, getattr(obj, "encoding", None))
+        if kind.__module__ == "numpy":
+            return _reduce_array(obj)
+        if isinstance(obj, BaseException):
+            return self._exception(obj)
+        if _reduces_itself(kind):
+            self.by_own_reduction.append(obj)
         return super().reducer_override(obj)
+
+    def _exception(self, obj: BaseException) -> Any:
+        if not _is_installed(type(obj)):
+            self.by_own_reduction.append(obj)  # its constructor is called with `args`, which may not be what it takes
+        reduced = obj.__reduce_ex__(5)
+        if obj.__cause__ is None or not isinstance(reduced, tuple) or len(reduced) > 3:
+            return NotImplemented
+        made_from, state = reduced[:2], reduced[2] if len(reduced) == 3 else None
+        return *made_from, (state, obj.__cause__), None, None, _fill_exception
 
     def _is_live(self, cls: type) -> bool:
         return cls.__module__ == "__main__" and _find(self._namespace, cls.__qualname__) is cls
@@ -168,6 +195,111 @@ def _fill_cell(cell: types.CellType, content: tuple[Any]) -> None:
     (cell.cell_contents,) = content
 
 
+def _reduce_cached(cached: Any) -> Any:
+    """A function under lru_cache; stock pickle knows it by its name only, which nothing may define in the next kernel."""
+    wrapped = cached.__wrapped__
+    if _is_installed(wrapped) or not isinstance(wrapped, types.FunctionType):
+        return NotImplemented
+    if cached.cache_info().currsize:
+        raise pickle.PicklingError("what functools.lru_cache remembers can't be stored")
+    own = {name: value for name, value in vars(cached).items() if name not in ("__wrapped__", "cache_parameters")}
+    return _cached, (wrapped, cached.cache_parameters()), own, None, None, _fill_cached
+
+
+def _cached(wrapped: Any, parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(wrapped)
+
+
+def _fill_cached(cached: Any, own: dict[str, Any]) -> None:
+    vars(cached).update(own)
+
+
+def _reduce_proxy(proxy: Any) -> Any:
+    return types.MappingProxyType, tuple(gc.get_referents(proxy)[:1])  # the very mapping, which pickle would copy
+
+
+def _reduce_view(view: Any) -> Any:
+    return _view, (gc.get_referents(view)[0], type(view).__name__.partition("_")[2])
+
+
+def _view(mapping: Any, name: str) -> Any:
+    return getattr(mapping, name)()
+
+
+def _reduce_memoryview(_view: memoryview) -> Any:
+    raise TypeError("cannot pickle 'memoryview' object")  # cloudpickle would make it bytes
+
+
+_empty: dict[str, int] = {}
+_REDUCERS: dict[type, Callable[[Any], Any]] = {
+    types.CellType: _reduce_cell,
+    type(functools.lru_cache(len)): _reduce_cached,
+    types.MappingProxyType: _reduce_proxy,
+    type(_empty.keys()): _reduce_view,
+    type(_empty.values()): _reduce_view,
+    type(_empty.items()): _reduce_view,
+    memoryview: _reduce_memoryview,
+}
+
+
+def _reduce_array(obj: Any) -> Any:
+    """numpy's own pickle, but for what it loses: that an array without one plain buffer is read-only, and what is in a file."""
+    numpy: Any = sys.modules["numpy"]
+    if type(obj) is numpy.memmap and obj._mmap is not None and obj.mode != "c" and obj.flags.writeable:
+        raise TypeError("cannot pickle a writable 'memmap' object")
+    if type(obj) not in (numpy.ndarray, numpy.memmap) or obj.flags.writeable:
+        return NotImplemented
+    plain = type(obj) is numpy.ndarray and obj.flags.forc and not obj.dtype.hasobject
+    return NotImplemented if plain else (_read_only, (obj.copy(order="A"),))
+
+
+def _read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+def _fill_exception(error: BaseException, content: tuple[Any, BaseException]) -> None:
+    state, error.__cause__ = content
+    vars(error).update(state or {})
+
+
+def _with_slots(cls: type, reduced: Any, *, anew: bool = False) -> Any:
+    """cloudpickle makes classes again without their `__slots__`: instances would get a `__dict__`. And where the class still
+    lives it writes into that one, unless there is no id to know it by (`anew`), as a class statement makes a new class."""
+    if not isinstance(reduced, tuple) or not reduced[0].__name__.startswith("_make_skeleton"):
+        return reduced
+    make, (*arguments, tracked, extra), *more = reduced
+    slots = vars(cls).get("__slots__")
+    if slots is not None and isinstance(arguments[-1], dict) and not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
+        arguments[-1] = {**arguments[-1], "__slots__": slots}
+    return make, (*arguments, None if anew else tracked, extra), *more
+
+
+def _is_installed(kind: Any) -> bool:
+    """Does a class, or function, come with Python or an installed package?"""
+    module = sys.modules.get(getattr(kind, "__module__", None) or "__main__")
+    filename = getattr(module, "__file__", None)
+    if module is None or module.__name__ == "__main__":
+        return False
+    return filename is None or "site-packages" in filename or filename.startswith(_STDLIB)
+
+
+_STDLIB = str(Path(os.__file__).parent) + os.sep
+_REDUCTION = {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"}
+
+
+def _reduces_itself(kind: type) -> bool:
+    """Is there code of the user's own in how an instance is pickled?"""
+    known = _own_reductions.get(kind)
+    if known is None:
+        own = [base for base in kind.__mro__ if not _is_installed(base)]
+        ways = [way for base in own for name, way in vars(base).items() if name in _REDUCTION]
+        known = bool(own) and (kind in copyreg.dispatch_table or not all(_is_installed(way) for way in ways))
+        _own_reductions[kind] = known
+    return known
+
+
+_own_reductions: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 _FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
 
 

@@ -29,6 +29,7 @@ import xxhash
 from durable_nb._cellcache.world import World
 from durable_nb._codec import Seal
 from durable_nb._files import write_file
+from durable_nb._fingerprint import Fingerprinter
 from durable_nb._pickling import Pickler, Reference, Unpickler
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
@@ -114,9 +115,13 @@ class Entries:
         created_at: float,
         reference: Reference,
         copied: Callable[[type], bool],
+        resolve: Callable[[Any], object] | None = None,
     ) -> Manifest:
-        """Write the entry; it is on disk when this returns. Raises what pickling raises, and OSError."""
-        stream, raw = _pickle(result.values, reference, copied)
+        """Write the entry; it is on disk when this returns. Raises what pickling raises, and OSError; and, where `resolve`
+        is given to read the values again, DriftError if one that pickles itself in its own way comes back as another."""
+        stream, raw, own = _pickle(result.values, reference, copied)
+        if own and resolve is not None:
+            _compare(result.values, reference, resolve, own)
         buffers: list[Buffer] = []
         offset = 0
         for buffer in raw:
@@ -222,7 +227,40 @@ class Entry:
         return values
 
 
-def _pickle(values: dict[str, Any], reference: Reference, copied: Callable[[type], bool]) -> tuple[bytes, list[memoryview]]:
+class DriftError(Exception):
+    """A value comes back as another one from its pickle."""
+
+
+def _compare(values: dict[str, Any], reference: Reference, resolve: Callable[[Any], object], own: list[Any]) -> None:
+    """What is read again must have the digest that `values` have, with all that instances hold. Classes stay the live ones:
+    cloudpickle would write into them."""  # fmt: skip
+    classes: dict[str, type] = {}
+
+    def refer(obj: object) -> Any:
+        if isinstance(obj, type) and obj.__module__ == "__main__":
+            classes[f"<{id(obj)}>"] = obj
+            return f"<{id(obj)}>"
+        return reference(obj)
+
+    try:
+        stream, raw, _ = _pickle(values, refer, lambda _cls: False)
+        again = Unpickler(io.BytesIO(stream), resolve=lambda key: classes.get(key) or resolve(key), buffers=raw).load()
+        same = _digest_of_all(values) == _digest_of_all(again)
+    except Exception as error:
+        raise DriftError(type(own[0]).__name__) from error
+    if not same:
+        raise DriftError(type(own[0]).__name__)
+
+
+def _digest_of_all(values: dict[str, Any]) -> str:
+    found = Fingerprinter()
+    found.add_value("values", values)
+    return found.result().digest
+
+
+def _pickle(
+    values: dict[str, Any], reference: Reference, copied: Callable[[type], bool]
+) -> tuple[bytes, list[memoryview], list[Any]]:
     buffers: list[memoryview] = []
     file = io.BytesIO()
 
@@ -230,8 +268,9 @@ def _pickle(values: dict[str, Any], reference: Reference, copied: Callable[[type
         buffers.append(buffer.raw())
         return False
 
-    Pickler(file, reference=reference, copied=copied, buffer_callback=out_of_band).dump(values)
-    return file.getvalue(), buffers
+    pickler = Pickler(file, reference=reference, copied=copied, buffer_callback=out_of_band)
+    pickler.dump(values)
+    return file.getvalue(), buffers, pickler.by_own_reduction
 
 
 def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer]) -> list[Any]:

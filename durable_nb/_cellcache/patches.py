@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import importlib
+import random
 import sys
 import types
 from collections.abc import Mapping
@@ -53,15 +55,19 @@ def content_of(obj: Any) -> Any:
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         if kind is numpy.ndarray:
-            return numpy.array(obj, copy=True)
+            content = numpy.array(obj, copy=True)
+            content.flags.writeable = obj.flags.writeable
+            return content
         if isinstance(obj, numpy.random.Generator):
-            return obj.bit_generator.state
+            return obj.bit_generator.state, getattr(obj.bit_generator.seed_seq, "n_children_spawned", 0)
         if isinstance(obj, numpy.random.RandomState):
             return obj.get_state()
     pandas: Any = sys.modules.get("pandas")
     if pandas is not None and kind in (pandas.DataFrame, pandas.Series):
         return obj.copy(deep=False)
-    if _is_plain_instance(kind):
+    if kind is random.Random:
+        return obj.getstate()
+    if kind is types.SimpleNamespace or _is_plain_instance(kind):
         return dict(vars(obj))
     raise UnpatchableError(kind.__name__)
 
@@ -83,15 +89,20 @@ def put(obj: Any, content: Any) -> None:
         (obj.extend if kind is collections.deque else obj.update)(content)
     elif kind.__name__ == "ndarray":
         obj[...] = content
+        obj.flags.writeable = content.flags.writeable
     elif kind.__name__ in ("DataFrame", "Series"):
         obj._update_inplace(content)
         obj.attrs = content.attrs
         if kind.__name__ == "Series":
             obj.name = content.name
     elif hasattr(obj, "bit_generator"):
-        obj.bit_generator.state = content
+        obj.bit_generator.state, spawned = content
+        if spawned:
+            obj.bit_generator.seed_seq.spawn(spawned - obj.bit_generator.seed_seq.n_children_spawned)
     elif kind.__name__ == "RandomState":
         obj.set_state(content)
+    elif kind is random.Random:
+        obj.setstate(content)
     else:
         vars(obj).clear()
         vars(obj).update(content)
@@ -140,7 +151,7 @@ class Links:
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
-_NAMED = (types.FunctionType, types.MethodType, type)
+_NAMED = (types.FunctionType, types.MethodType, type, type(functools.lru_cache(len)))
 
 
 def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str]:
@@ -154,6 +165,24 @@ def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str
                 value = getattr(module, name, None)
                 if not isinstance(value, _SCALARS) and any(value is held for held in namespace.values()):
                     found[id(value)] = f"{node.module}:{name}"
+    return found
+
+
+def attributes_set(tree: ast.Module, namespace: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(module, attribute) of each attribute of a module that the cell assigns or deletes."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            path: list[str] = []
+            base: ast.expr = node.value
+            while isinstance(base, ast.Attribute):
+                path.append(base.attr)
+                base = base.value
+            owner = namespace.get(base.id) if isinstance(base, ast.Name) else None
+            for name in reversed(path):
+                owner = getattr(owner, name, None) if isinstance(owner, types.ModuleType) else None
+            if isinstance(owner, types.ModuleType):
+                found.append((owner.__name__, node.attr))
     return found
 
 

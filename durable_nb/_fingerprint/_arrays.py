@@ -75,6 +75,8 @@ def _array_body(walk: Walk, array: Any) -> Iterator[Any]:
     flags = array.flags
     fortran = flags.f_contiguous and not flags.c_contiguous
     walk.out += b"XA" + _dtype_text(array.dtype) + text(repr(array.shape)) + (b"F" if fortran else b"C")
+    if walk.graph.whole and not flags.writeable:
+        walk.out += b"R"
     yield from _elements(walk, array.T if fortran else array)
 
 
@@ -93,7 +95,7 @@ def _array(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if isinstance(obj, numpy.ma.MaskedArray):
         # no mask and a mask of nothing are one: pickle makes the second of the first
         return chain(body, (numpy.ma.getmaskarray(obj).view(numpy.ndarray), obj.fill_value, obj.hardmask))
-    return chain(body, named(walk, _attributes(obj, getattr(obj, "__dict__", {}))))
+    return chain(body, named(walk, _attributes(walk, obj, getattr(obj, "__dict__", {}))))
 
 
 def _numpy_scalar(walk: Walk, obj: Any) -> Iterator[Any] | None:

@@ -63,6 +63,9 @@ class Opaque(NamedTuple):
 class Graph(Protocol):
     """What a walk asks about code: functions, classes and modules are nodes of their own, referred to by label."""
 
+    whole: bool
+    """Attributes that an object keeps out of its pickle count as well; a value that went through pickle has lost them."""
+
     def refer(self, obj: Any) -> bytes: ...
     def outline(self, obj: Any) -> bytes: ...
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None: ...
@@ -152,7 +155,7 @@ SCALARS: dict[type, Callable[[Any], bytes]] = {
 class Walk:
     """One traversal of one component. A memo maps ids of mutable objects to visit numbers; `keep` holds them alive."""
 
-    __slots__ = ("arrays", "deferred", "graph", "keep", "label", "memos", "opaque", "out", "plain", "sinks")
+    __slots__ = ("arrays", "deferred", "graph", "keep", "label", "lenient", "memos", "opaque", "out", "own", "plain", "sinks")
 
     def __init__(self, graph: Graph, label: str) -> None:
         self.graph = graph
@@ -165,6 +168,8 @@ class Walk:
         self.opaque: set[Opaque] = set()
         self.deferred: list[list[Any]] = []
         self.plain: set[type] = set()  # types met whose instances are known by reduction
+        self.own: dict[type, bool] = {}  # types met, and whether the user defined them
+        self.lenient = 0  # levels of attributes among which an opaque value is none to tell of
 
     def digest(self, roots: Iterator[Any]) -> bytes:
         """Walk everything that `roots` yields, in order; whatever goes wrong on the way is an `Unhashable`."""
@@ -233,8 +238,16 @@ class Walk:
     def by_type(self, obj: Any, configuration: str | None = None) -> None:
         kind = type(obj)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        self.opaque.add(Opaque(self.label, name, configuration is not None))
+        if not self.lenient:
+            self.opaque.add(Opaque(self.label, name, configuration is not None))
         self.out += b"?" + text(name) + (b"N" if configuration is None else text(configuration))
+
+    def is_own(self, kind: type) -> bool:
+        """Whether the user defined `kind`, and all that its instances hold counts."""
+        known = self.own.get(kind)
+        if known is None:
+            known = self.own[kind] = self.graph.whole and self.graph.by_name(kind) is None
+        return known
 
     def elements(self, tag: bytes, members: Iterable[Any]) -> Iterator[Any]:
         """Write an unordered collection: each element to a digest of its own, sorted; then what elements share."""
@@ -271,6 +284,8 @@ class Walk:
 
 class _Alone:
     """The graph of a value that holds no code, such as a constant in source."""
+
+    whole = False
 
     def refer(self, obj: Any) -> bytes:
         raise TypeError(f"a constant holds {type(obj).__name__}")
@@ -683,13 +698,13 @@ def _reduced(walk: Walk, obj: Any) -> Iterator[Any] | None:
         walk.out += b"Xset;"
         walk.refer(kind)
         base: Any = set if isinstance(obj, set) else frozenset
-        return chain(walk.elements(b"e", base.__iter__(obj)), named(walk, _attributes(obj, getattr(obj, "__dict__", {}))))
+        return chain(walk.elements(b"e", base.__iter__(obj)), named(walk, _attributes(walk, obj, getattr(obj, "__dict__", {}))))
     try:
         reduction = _reduction(obj, kind)
         if isinstance(reduction, str):
             walk.out += b"Xglobal;" + text(reduction)
             walk.refer(kind)
-            return None
+            return named(walk, left_out) if (left_out := _left_out(walk, obj, None)) else None
         parts = _checked(reduction)
     except Exception:
         walk.by_type(obj)
@@ -731,7 +746,7 @@ def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], 
     yield args
     if hasattr(kind, "__setstate__"):
         if isinstance(state, dict) and isinstance(state.get("__dict__"), dict):
-            state = {**state, "__dict__": _attributes(obj, state["__dict__"])}
+            state = {**state, "__dict__": _attributes(walk, obj, state["__dict__"])}
         yield state
     else:
         yield from _state(walk, obj, state)
@@ -744,6 +759,24 @@ def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], 
     if isinstance(obj, BaseException) and obj.__cause__ is not None:
         walk.out += b"Xcause;"
         yield obj.__cause__
+    left_out = _left_out(walk, obj, state)
+    if left_out:
+        walk.out += b"Xleft;"
+        walk.lenient += 1
+        yield from named(walk, left_out)
+        walk.lenient -= 1
+
+
+def _left_out(walk: Walk, obj: Any, state: Any) -> dict[str, Any]:
+    """Attributes of an instance of a user's class that its reduction doesn't tell of."""
+    if not walk.is_own(type(obj)):
+        return {}
+    told: dict[str, Any] = {}
+    for half in state if isinstance(state, tuple) else (state,):
+        told |= half if isinstance(half, dict) else {}
+    slots = {name: getattr(obj, name) for name in copyreg._slotnames(type(obj)) if hasattr(obj, name)}  # type: ignore[attr-defined]
+    held = {**getattr(obj, "__dict__", {}), **slots}
+    return {name: value for name, value in held.items() if told.get(name, MISSING) is not value}
 
 
 def _state(walk: Walk, obj: Any, state: Any) -> Iterator[Any]:
@@ -751,14 +784,16 @@ def _state(walk: Walk, obj: Any, state: Any) -> Iterator[Any]:
     halves = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
     for half in halves:
         if half is None or (isinstance(half, dict) and all(isinstance(key, str) for key in half)):
-            yield from named(walk, _attributes(obj, half or {}))  # no attributes yet, or none but cached ones: the same
+            yield from named(walk, _attributes(walk, obj, half or {}))  # no attributes yet, or none but cached ones: the same
         else:
             yield half
 
 
-def _attributes(obj: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+def _attributes(walk: Walk, obj: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """`found` without what functools.cached_property left there: having been looked at is no part of a value."""
     kind = type(obj)
+    if walk.is_own(kind):
+        return dict(found)
     return {name: value for name, value in found.items() if type(_static(kind, name)) is not functools.cached_property}
 
 
