@@ -11,11 +11,13 @@ import ast
 import contextlib
 import hashlib
 import importlib
+import logging
 import os
 import random
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,7 +31,7 @@ import xxhash
 from durable_nb._fingerprint import hash_value
 
 ABSENT = ""
-READ, LISTED, MADE = "read", "listed", "made"
+READ, LISTED, MADE, REMOVED, FOLDER = "read", "listed", "made", "removed", "folder"
 UNSEEDED = "unseeded"
 
 _CHUNK = 1 << 22
@@ -52,22 +54,28 @@ class World:
     files: list[FileState] = field(default_factory=list)
     generators: dict[str, str] = field(default_factory=dict)
     """Of the random generators that the cell moved: the state they were in, or that nobody had seeded them."""
+    settings: dict[str, str] | None = None
+    """Digests of what is set for the whole process and shows in results, where it is not as it is by default. None for a
+    step, which doesn't depend on it."""
     names: dict[str, str] = field(default_factory=dict)
     """Digests of variables that the cell may have left alone, or bound to the very object that they held."""
 
     def digest(self) -> str:
         """Tells executions of one cell apart that saw different files."""
         parts = [f"{f.how}\0{f.path}\0{f.digest}" for f in self.files]
-        parts += [f"{k}\0{v}" for k, v in (*sorted(self.generators.items()), *sorted(self.names.items()))]
+        parts += [f"{k}\0{v}" for found in (self.generators, self.names, self.settings or {}) for k, v in sorted(found.items())]
         return hashlib.blake2b("\0\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
     def changes(self, namespace: Mapping[str, Any]) -> list[str]:
         """What is different now, in words; empty where a cell that ran in this world would see the same again."""
         found = [f"{name} changed" for name, digest in self.names.items() if name_digest(namespace, name) != digest]
         for file in self.files:
-            now = _listing(file.path) if file.how == LISTED else content_digest(file.path)
+            now = _STATES.get(file.how, content_digest)(file.path)
             if now != file.digest:
                 found.append(f"{file.path} {'is gone' if now == ABSENT else 'changed' if file.digest else 'is new'}")
+        if self.settings is not None:
+            now_set = settings()
+            found += [f"{w} changed" for w in {**self.settings, **now_set} if self.settings.get(w) != now_set.get(w)]
         seen = {name: generator.before() for name, generator in generators().items()} if self.generators else {}
         found += [f"the state of {n} changed" for n, state in self.generators.items() if seen.get(n, UNSEEDED) != state]
         return found
@@ -191,6 +199,17 @@ def _listing(path: str) -> str:
     return hashlib.blake2b("\0".join(names).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def _folder(path: str) -> str:
+    return "a folder" if os.path.isdir(path) else ABSENT
+
+
+def _presence(path: str) -> str:
+    return "there" if os.path.lexists(path) else ABSENT
+
+
+_STATES = {LISTED: _listing, FOLDER: _folder, REMOVED: _presence}
+
+
 class Watch:
     """Sees what a step does to files while it runs."""
 
@@ -225,7 +244,15 @@ class Watch:
                 event, args = "open", (args[1], "w", os.O_WRONLY | os.O_TRUNC)
                 kept = os.fsdecode(args[0])
                 where = os.path.abspath(kept)
+            if event in ("os.remove", "os.rmdir", "os.mkdir"):
+                if args[-1] != -1:  # relative to a folder's descriptor
+                    return
+                if event == "os.mkdir" or where not in self._first:
+                    self._first[where] = kept, FOLDER if event == "os.mkdir" else REMOVED, None
+                return
             how = self._how(event, args)
+            if how == READ and os.path.isdir(where):  # to remove or to walk it by its descriptor
+                return
             if where not in self._first and not (
                 how == READ and where.endswith((".py", ".pyc")) and _imports(sys._getframe(2))
             ):
@@ -245,7 +272,7 @@ class Watch:
     def read(self) -> World:
         """What a step has read: files that it made are its doing, and no condition for taking its result."""
         files, problems = self._files()
-        return World([] if problems else [file for file in files if file.how != MADE])
+        return World([] if problems else [file for file in files if file.how in (READ, LISTED)])
 
     def _files(self) -> tuple[list[FileState], list[str]]:
         files: list[FileState] = []
@@ -260,6 +287,10 @@ class Watch:
                     files.append(FileState(name, READ, content_digest(where)))
             elif how == MADE and os.path.isfile(where):
                 files.append(FileState(name, MADE, content_digest(where)))
+            elif how == REMOVED and not os.path.lexists(where):
+                files.append(FileState(name, REMOVED, ABSENT))
+            elif how == FOLDER and os.path.isdir(where):
+                files.append(FileState(name, FOLDER, _folder(where)))
         for name, before in self._mentioned.items():
             where = os.path.abspath(os.path.join(self._folder, name))
             if before is None and where not in self._first and _looks_like_path(name) and not os.path.exists(where):
@@ -279,21 +310,27 @@ class Watch:
 class CellWatch(Watch):
     """Sees what one cell does to files, to the global random generators and to the process."""
 
-    def __init__(self, mentioned: Iterable[str], own: Path) -> None:
+    def __init__(self, mentioned: Iterable[str], own: Path, words: frozenset[str] = frozenset()) -> None:
+        """`words`: the names that the cell's code and its helpers' mention."""
         super().__init__(mentioned, own)
         self._generators = generators()
+        self._words = words
         self._process = _process_state()
 
     def world(self) -> tuple[World, list[str]]:
         """What the cell saw, now that it has ended; and why its result can't be kept, if it can't."""
         files, problems = self._files()
         process = _process_state()
-        problems += [f"it changes {what}" for what, was in self._process.items() if process[what] != was]
+        problems += [
+            f"it changes {what}"
+            for what, was in self._process.items()
+            if process[what] != was and (what not in _WHERE_MENTIONED or _WHERE_MENTIONED[what] & self._words)
+        ]
         after = generators()
         unmoved = {n for n, g in self._generators.items() if n in after and g.digest() == after[n].digest()}
         moved = {n: self._generators[n].before() if n in self._generators else UNSEEDED for n in after.keys() - unmoved}
         moved = {n: state for n, state in moved.items() if n in self._generators or after[n].seeded}
-        return World(files, moved), problems
+        return World(files, moved, settings()), problems
 
     @staticmethod
     def moved_states(world: World) -> dict[str, Any]:
@@ -303,16 +340,80 @@ class CellWatch(Watch):
 
 def _process_state() -> dict[str, Any]:
     """What cells set for the whole process now and then, and a restored one would not have set."""
-    state: dict[str, Any] = {"sys.path": list(sys.path), "the working directory": os.getcwd()}
-    matplotlib: Any = sys.modules.get("matplotlib")
-    state["matplotlib's rcParams"] = dict(matplotlib.rcParams) if hasattr(matplotlib, "rcParams") else None
-    return state
+    loggers = {name: log for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)}
+    return {
+        "sys.path": list(sys.path),
+        "the working directory": os.getcwd(),
+        "the recursion limit": sys.getrecursionlimit(),
+        "os.environ": dict(os.environ),
+        "the filters of warnings": list(warnings.filters),
+        "loggers": {name: (log.level, list(log.handlers), log.disabled) for name, log in {**loggers, "": logging.root}.items()},
+        **dict.fromkeys(_SETTINGS),
+        **settings(),
+    }
+
+
+_WHERE_MENTIONED = {
+    "os.environ": {"environ", "putenv", "unsetenv", "env", "set_env", "load_dotenv"},
+    "the filters of warnings": {"simplefilter", "filterwarnings", "resetwarnings"},
+    "loggers": {"basicConfig", "dictConfig", "fileConfig", "setLevel", "addHandler", "removeHandler", "disabled"},
+}
+"""Imports change these as well, which a later import does again; they count where the code speaks of them."""
+
+
+def settings() -> dict[str, str]:
+    """By what they are of, digests of settings that are not as they are by default. A library that isn't loaded has none."""
+    found = {}
+    for what, (module, ask) in _SETTINGS.items():
+        loaded = sys.modules.get(module)
+        unusual = ask(loaded) if loaded is not None else None
+        if unusual:
+            found[what] = hash_value(unusual)
+    return found
+
+
+_NUMPY_PRINTS = {
+    "edgeitems": 3, "threshold": 1000, "precision": 8, "suppress": False, "linewidth": 75, "nanstr": "nan", "infstr": "inf",
+    "sign": "-", "formatter": None, "floatmode": "maxprec", "legacy": False, "override_repr": None,
+}  # fmt: skip
+_NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+
+
+def _unusual_in_numpy(numpy: Any) -> dict[str, Any]:
+    usual = {**_NUMPY_PRINTS, **_NUMPY_ERRORS}
+    return {k: v for k, v in {**numpy.get_printoptions(), **numpy.geterr()}.items() if usual.get(k) != v}
+
+
+def _unusual_in_pandas(config: Any) -> dict[str, Any]:
+    return {key: now for key, option in config._registered_options.items() if (now := config.get_option(key)) != option.defval}
+
+
+def _unusual_in_matplotlib(matplotlib: Any) -> dict[str, Any]:
+    usual = getattr(matplotlib, "rcParamsDefault", {})
+    chosen = {"backend", "backend_fallback", "interactive"}  # by the front end
+    return {k: v for k, v in dict.items(getattr(matplotlib, "rcParams", {})) if k not in chosen and usual.get(k) != v}
+
+
+def _unusual_in_decimal(decimal: Any) -> tuple[Any, ...]:
+    now, usual = (
+        (c.prec, c.rounding, c.Emin, c.Emax, c.capitals, c.clamp, sorted(str(t) for t, on in c.traps.items() if on))
+        for c in (decimal.getcontext(), decimal.DefaultContext)
+    )
+    return () if now == usual else now
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "numpy's options": ("numpy", _unusual_in_numpy),
+    "pandas' options": ("pandas._config.config", _unusual_in_pandas),
+    "matplotlib's rcParams": ("matplotlib", _unusual_in_matplotlib),
+    "the decimal context": ("decimal", _unusual_in_decimal),
+}
 
 
 _watches: list[Watch] = []
 _of_step: ContextVar[Watch | None] = ContextVar("durable_nb_watch", default=None)
 _hooked = False
-_EVENTS = frozenset({"open", "os.listdir", "os.scandir", "os.rename", "sqlite3.connect"})
+_EVENTS = frozenset({"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect"})
 _away = threading.local()
 
 

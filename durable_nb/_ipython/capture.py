@@ -56,13 +56,26 @@ class Recorder:
                 self._outputs.append(Output(kind, content, step))
 
     @contextlib.contextmanager
-    def result(self, number: int) -> Iterator[None]:
-        """Meanwhile the cell's Nth value is displayed; it is noted as that, not as what a terminal prints of it."""
+    def result(self, value: Any, number: int) -> Iterator[None]:
+        """Meanwhile the cell's Nth value is displayed; it is noted as that, with the forms it was shown in, not as what a
+        terminal prints of it. What the value's own `__repr__` shows is an output like any other."""
         _flush()
-        self.note(RESULT, number)
         self._paused = True
+
+        def noting(forms: Callable[[], Any]) -> Any:
+            self._paused = False
+            try:
+                found = forms()
+                _flush()
+            finally:
+                self._paused = True
+            with self._lock:
+                self._outputs.append(Output(RESULT, (number, *found)))
+            return found
+
         try:
-            yield
+            with _formatting(self._shell, value, noting):
+                yield
         finally:
             _flush()
             self._paused = False
@@ -98,8 +111,33 @@ def encode(outputs: list[Output]) -> bytes:
     return msgspec.msgpack.encode([(o.kind, o.content) for o in outputs]) if outputs else b""
 
 
-def show_again(shell: Any, data: bytes, show_result: Callable[[int], None]) -> None:
-    """Display what was encoded; `show_result` displays the Nth value of the cell."""
+@contextlib.contextmanager
+def _formatting(shell: Any, value: Any, instead: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Meanwhile `value` is turned into what is displayed of it by `instead`, which is given the formatter's own way."""
+    formatter = shell.display_formatter
+    original = formatter.format
+
+    def format_(obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if obj is not value:
+            return original(obj, *args, **kwargs)
+        formatter.format = original  # what the value displays while it is formatted is formatted as ever
+        return instead(lambda: original(obj, *args, **kwargs))
+
+    formatter.format = format_
+    try:
+        yield
+    finally:
+        del formatter.format
+
+
+def formatted(shell: Any, value: Any, forms: Any) -> contextlib.AbstractContextManager[None]:
+    """Meanwhile `value` is displayed in `forms`: data and metadata by MIME type."""
+    return _formatting(shell, value, lambda _: forms)
+
+
+def show_again(shell: Any, data: bytes, show_result: Callable[[int, Any], None]) -> None:
+    """Display what was encoded; `show_result` displays the Nth value of the cell. How it looked is known: no `__repr__` is
+    asked again."""  # fmt: skip
     for kind, content in msgspec.msgpack.decode(data) if data else ():
         if kind in (STDOUT, STDERR):
             stream = getattr(sys, kind)
@@ -108,7 +146,8 @@ def show_again(shell: Any, data: bytes, show_result: Callable[[int], None]) -> N
         elif kind == CLEAR:
             shell.display_pub.clear_output(wait=content)
         elif kind == RESULT:
-            show_result(content)
+            number, *forms = content
+            show_result(number, tuple(forms))
         else:
             data_, metadata, transient = content
             shell.display_pub.publish(data_, metadata, transient=transient, update=kind == UPDATE)

@@ -29,12 +29,13 @@ from IPython.core.error import UsageError
 
 import durable_nb
 from durable_nb import _records as rec
-from durable_nb._cellcache.entries import Entries, Entry, Result
+from durable_nb._cellcache.entries import DriftError, Entries, Entry, Result
 from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names, names_of
 from durable_nb._cellcache.patches import (
     Links,
     UnpatchableError,
+    attributes_set,
     fits,
     imported_by,
     patches_for,
@@ -184,7 +185,7 @@ class CellExecution:
             set_generator(name, state)
         took = time.perf_counter() - began
         self.status.restored(len(values), manifest.outputs_count, manifest.size, took, manifest.took_s)
-        capture.show_again(self.shell, entry.outputs, lambda n: self._display(results[n]))
+        capture.show_again(self.shell, entry.outputs, lambda n, forms: self._display_again(results[n], forms))
 
     # -- a miss --------------------------------------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class CellExecution:
         )
         before = dict(self.shell.user_ns)
         inputs = {name: before[name] for name in self.code.names.read if name in before}
-        watch = self.watch = CellWatch(mentioned_paths(self.code.tree, inputs), self.engine.store.path)
+        watch = self.watch = CellWatch(mentioned_paths(self.code.tree, inputs), self.engine.store.path, key.words)
         ended, error = Status.INTERRUPTED, ""
         body = self._body()
         with _interruptible(run):
@@ -231,7 +232,7 @@ class CellExecution:
                     step, names = run.unrepeated[0]
                     self.status.not_stored(f"step {step!r} was restored, and {names} not, which it changes")
                 else:
-                    self._store(key, before, watch, outputs, cost)
+                    self._store(run, key, before, watch, outputs, cost)
             except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
                 raise
             except BaseException as raised:
@@ -254,12 +255,16 @@ class CellExecution:
                 value = await value
             if shown and value is not None:
                 self.results.append(value)
-                with self.recorder.result(len(self.results) - 1):
+                with self.recorder.result(value, len(self.results) - 1):
                     self._display(value)
 
     def _display(self, value: Any) -> None:
         """As the value of a cell's last expression: under Out[n], and as `_`."""
         sys.displayhook(value)
+
+    def _display_again(self, value: Any, forms: Any) -> None:
+        with capture.formatted(self.shell, value, forms):
+            self._display(value)
 
     def _flush_figures(self) -> None:
         """Inline figures are shown after the cell; the cell ends here, and they are among its outputs."""
@@ -270,7 +275,7 @@ class CellExecution:
     # -- storing -------------------------------------------------------------------------------------------------------
 
     def _store(
-        self, key: CellKey, before: dict[str, Any], watch: CellWatch, outputs: list[capture.Output], cost_s: float
+        self, run: CellRun, key: CellKey, before: dict[str, Any], watch: CellWatch, outputs: list[capture.Output], cost_s: float
     ) -> None:
         namespace = self.shell.user_ns
         if key.unknown:
@@ -281,7 +286,7 @@ class CellExecution:
             n for n in {*before, *namespace} if n in names.certain or before.get(n, _HIDDEN) is not namespace.get(n, _HIDDEN)
         }
         alone = {n for n in (*names.bound, *stored_by(key)) if n in namespace and n not in touched}
-        touched, alone = ({n for n in found if not _HIDDEN.fullmatch(n)} for found in (touched, alone))
+        touched, alone = ({n for n in found if n in names.bound or not _HIDDEN.fullmatch(n)} for found in (touched, alone))
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
             changed, problems = mutated(key, self.code.tree, self.code.names, namespace, before)
@@ -296,6 +301,8 @@ class CellExecution:
         except UnpatchableError as error:
             problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
+        problems += [f"it sets {module}.{name}" for module, name in attributes_set(self.code.tree, namespace)]
+        problems += [f"it sets the context variable {variable.name}" for variable, _ in run.set_variables]
         if problems:
             self.status.not_stored(problems[0])
             return
@@ -323,11 +330,14 @@ class CellExecution:
                 created_at=time.time(),
                 reference=links.reference,
                 copied=lambda cls: any(cls is value for value in bound.values()),
+                resolve=resolver(key.places, before),
             )
         except OSError as error:
             self.status.not_stored(f"the store can't be written ({error.strerror})")
         except UnpatchableError as error:
             self.status.not_stored(f"it binds {error}")
+        except DriftError as error:
+            self.status.not_stored(f"a {error} does not come back whole from its own pickle")
         except Exception as error:
             self.status.not_stored(self._unpicklable(values, links, error))
 
@@ -368,7 +378,7 @@ class _Stage(Stage):
             yield noted
 
     def show_again(self, shown: bytes, seen: bytes) -> None:
-        capture.show_again(self._cell.shell, shown, lambda _: None)
+        capture.show_again(self._cell.shell, shown, lambda _n, _forms: None)
         if seen and self._cell.watch is not None:
             self._cell.watch.saw(msgspec.msgpack.decode(seen, type=World))
 
