@@ -260,18 +260,20 @@ def _read_only(array: Any) -> Any:
 
 def _fill_exception(error: BaseException, content: tuple[Any, BaseException]) -> None:
     state, error.__cause__ = content
-    vars(error).update(state or {})
+    if state:
+        vars(error).update(state)
 
 
 def _with_slots(cls: type, reduced: Any, *, anew: bool = False) -> Any:
-    """cloudpickle makes classes again without their `__slots__`: instances would get a `__dict__`. And where the class still
+    """cloudpickle makes classes again without `__qualname__` and `__slots__`: instances would get a `__dict__`. And where the class still
     lives it writes into that one, unless there is no id to know it by (`anew`), as a class statement makes a new class."""
     if not isinstance(reduced, tuple) or not reduced[0].__name__.startswith("_make_skeleton"):
         return reduced
     make, (*arguments, tracked, extra), *more = reduced
     slots = vars(cls).get("__slots__")
-    if slots is not None and isinstance(arguments[-1], dict) and not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
-        arguments[-1] = {**arguments[-1], "__slots__": slots}
+    if isinstance(arguments[-1], dict) and not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
+        more_slots = {} if slots is None else {"__slots__": slots}
+        arguments[-1] = {**arguments[-1], "__qualname__": cls.__qualname__, **more_slots}
     return make, (*arguments, None if anew else tracked, extra), *more
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import collections
 import copy
 import dataclasses
@@ -35,7 +36,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from durable_nb import _fingerprint as fp
 
@@ -283,6 +284,150 @@ def test_neighbours_never_run_together(a, b):
     assert (hashed([a, b]) == hashed([unshared(a), unshared(b)])) or hashed([a, b]) != hashed([a + b])
     if a or b:
         assert hashed([a, b]) != hashed([a + b, []]) or not b
+
+
+dtypes = st.sampled_from(["i1", "<i4", ">i4", "f4", "f8", "?", "M8[s]", "M8[D]", "U2", "S2", "c8", [("n", "i2"), ("x", "f4")]])
+
+
+@st.composite
+def arrays(draw):
+    """Small arrays of few contents, so that equal ones come up: dtype, shape, memory order, bytes, NaN payloads included."""
+    dtype = np.dtype(draw(dtypes))
+    shape = draw(st.sampled_from([(), (0,), (2,), (4,), (2, 2), (1, 4), (0, 2)]))
+    size = int(np.prod(shape)) * dtype.itemsize
+    data = bytes(draw(st.sampled_from([0, 1, 128, 255])) if dtype.kind != "U" else 65 * (i % 4 == 0) for i in range(size))
+    array = np.frombuffer(data, dtype).reshape(shape) if dtype.kind != "?" else (np.frombuffer(data, "u1") > 0).reshape(shape)
+    return array.copy(order=draw(st.sampled_from("CF")))
+
+
+def same_array(a, b):
+    fortran = [x.flags.f_contiguous and not x.flags.c_contiguous for x in (a, b)]
+    return (a.dtype, a.shape, a.tobytes(), fortran[0]) == (b.dtype, b.shape, b.tobytes(), fortran[1])
+
+
+columns = st.lists(st.sampled_from([1, True, 1.0, "1", None]), min_size=2, max_size=2).map(tuple)
+
+
+@st.composite
+def frames(draw):
+    """Frames of two rows: names, order and dtypes of columns, index and its name, time zones, categories, attrs."""
+    names = draw(st.lists(st.sampled_from("abc"), max_size=2, unique=True))
+    made = {}
+    for name in names:
+        values, kind = draw(columns), draw(st.sampled_from(["object", "category", "tz", "naive", "Int64", "ordered"]))
+        if kind in ("tz", "naive"):
+            made[name] = pd.Series(pd.to_datetime(["2027-01-01", None])).dt.tz_localize("UTC" if kind == "tz" else None)
+        elif kind == "Int64":
+            made[name] = pd.Series([1, draw(st.sampled_from([0, None]))], dtype="Int64")
+        elif kind == "ordered":
+            levels = draw(st.permutations(["x", "y"]))
+            made[name] = pd.Series(pd.Categorical(["x", "y"], levels, ordered=draw(st.booleans())))
+        else:
+            made[name] = pd.Series([repr(v) for v in values] if kind == "category" else list(values), dtype=kind)
+    frame = pd.DataFrame(made)
+    frame.index = pd.Index(
+        draw(st.sampled_from([[0, 1], [1, 0], ["0", "1"]]))[: len(frame)], name=draw(st.sampled_from([None, "i"]))
+    )
+    frame.attrs = draw(st.sampled_from([{}, {"u": 1}]))
+    return frame
+
+
+def same_frame(a, b):
+    def told(frame):
+        parts = [list(frame.columns), frame.index.dtype, frame.index.name, frame.attrs]
+        for name in frame:
+            column = frame[name]
+            levels = (list(column.cat.categories), column.cat.ordered) if column.dtype == "category" else None
+            parts.append((str(column.dtype), levels, [(type(v).__name__, repr(v)) for v in column]))
+        return [*parts, [(type(v).__name__, repr(v)) for v in frame.index]]
+
+    return told(a) == told(b)
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrays(), arrays())
+def test_digests_of_arrays_are_equal_exactly_when_arrays_are_identical(a, b):
+    assert (hashed(a) == hashed(b)) == same_array(a, b)
+    assert hashed(a) == hashed(a.copy(order="K"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(frames(), frames())
+def test_digests_of_frames_are_equal_exactly_when_frames_are_identical(a, b):
+    assert (hashed(a) == hashed(b)) == same_frame(a, b)
+    assert hashed(a) == hashed(a.copy())
+
+
+ELSEWHERE = """
+import base64, pickle, sys
+sys.path.insert(0, {root!r})
+from durable_nb import _fingerprint as fp
+for line in sys.stdin:
+    print(fp.hash_value(pickle.loads(base64.b64decode(line))), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Asks processes with other hash seeds for the digest of a value."""
+    asked = [
+        subprocess.Popen(
+            [sys.executable, "-c", ELSEWHERE.format(root=str(ROOT))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": ""},
+        )
+        for seed in ("11", "12")
+    ]  # fmt: skip
+
+    def digests(value):
+        for process in asked:
+            process.stdin.write(base64.b64encode(pickle.dumps(value)).decode() + "\n")
+            process.stdin.flush()
+        return {process.stdout.readline().strip() for process in asked}
+
+    yield digests
+    for process in asked:
+        process.stdin.close()
+        process.wait(30)
+        process.stdout.close()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(nested | arrays() | frames() | st.lists(nested | arrays(), max_size=3))
+def test_a_value_has_one_digest_whatever_the_hash_seed(elsewhere, value):
+    """Sets iterate in other orders there, strings are other objects, arrays lie elsewhere."""
+    restored = pickle.loads(pickle.dumps(value))  # which objects are shared inside is what pickle makes of it
+    assert elsewhere(value) == {hashed(restored)}
+
+
+class Drops:
+    def __init__(self, kept, dropped):
+        self.kept, self.dropped = kept, dropped
+
+    def __getstate__(self):
+        return {"kept": self.kept}
+
+
+class Claims:
+    def __init__(self, held):
+        self.held = held
+
+    def __reduce__(self):
+        return int, (5,)
+
+
+def of_a_cell(value):
+    found = fp.Fingerprinter()
+    found.add_value("value", value)
+    return found.result()
+
+
+@pytest.mark.parametrize("make", [lambda x: Drops(1, x), Claims], ids=["a state that drops", "a reduction that lies"])
+def test_what_an_instance_keeps_out_of_its_pickle_counts_for_cells(make):
+    """A cell sees all of it; a step's argument may have gone through pickle before, and is what is left."""
+    assert of_a_cell(make([1])).digest == of_a_cell(make([1])).digest
+    assert of_a_cell(make([1])).digest != of_a_cell(make([2])).digest
+    assert hashed(make([1])) == hashed(make([2]))
+    assert of_a_cell(make(threading.Lock())).opaque == (), "a lock is why things are kept out"
 
 
 PROCESS = """

@@ -372,3 +372,56 @@ def test_figures_are_shown_again_after_the_value(home):
     assert home.run(cell).order == plain
     assert home.run(cell).order == plain
     assert home.run("len(plt.get_fignums())").result == "0"
+
+
+TOOL = """
+class Tool:
+    kind = 'tool'
+    def __init__(self, x=0): self.x = x
+    def __repr__(self): return f'Tool({self.x})'
+    def __eq__(self, other): return self.x == other.x
+    def __getattr__(self, name): raise AttributeError(name)
+    def __len__(self): return 1
+    def __bool__(self): return True
+    def __iter__(self): return iter([1])
+    def __call__(self): return self.x
+    def __contains__(self, x): return True
+    def __format__(self, spec): return 'tool'
+    def __dir__(self): return []
+    @property
+    def double(self): return self.x * 2
+def helper(x): return x + 1
+"""
+PROFILE = """
+import sys, threading
+executed = []
+def profile(frame, event, arg):
+    code = frame.f_code
+    if event == 'call' and ('ipykernel_' in code.co_filename or code.co_filename.endswith('/toolbox.py')):
+        ours = {'_durable_run', 'setprofile'} & {*code.co_names} or code is profile.__code__
+        if not ours and frame.f_locals.get('name') != '__setstate__':  # which unpickling looks for
+            executed.append(f'{code.co_filename}: {code.co_name}')
+threading.setprofile(profile)
+sys.setprofile(profile)
+"""
+
+
+def test_a_hit_executes_none_of_the_users_code(home):
+    """Neither the cell's, nor a function, method, operator or `__repr__` of the notebook's or its modules'."""
+    (home.folder / "toolbox.py").write_text(TOOL)
+    before = f"import toolbox\n{TOOL}\ntools = [Tool(1), toolbox.Tool(2)]\nby_name = {{'t': tools[0]}}\nalias = tools[1]"
+    cell = (
+        "%%durable traced\nmore = [Tool(helper(toolbox.helper(3))), toolbox.Tool(4), tools[0]]\ntools[0].note = [tools[1].double]\n"
+        "class Own(Tool): pass\nown = Own(5)\ndef late(v=helper(1)): return v\nprint(f'{own:x}', tools[0] == own)\nmore"
+    )
+    for ran in (True, False):
+        home.restart()
+        home.run(before)
+        home.run(PROFILE)
+        assert runs(home, cell) is ran
+        home.run("sys.setprofile(None)\nthreading.setprofile(None)")
+        executed = home.value("executed")
+        assert bool(executed) is ran, executed
+        assert home.value("more[2] is tools[0], own(), late(), type(own) is Own, tools[0].note, alias is tools[1]") == (
+            True, 5, 2, True, [4], True,
+        )  # fmt: skip

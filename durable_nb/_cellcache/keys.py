@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from durable_nb._cellcache.names import NAMESPACES, SHELL_METHODS, Names, dynamic_reads
-from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, nested_codes, object_of
+from durable_nb._cellcache.patches import attributes_set
+from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, nested_codes, source_of
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -30,6 +31,10 @@ class CellKey:
     """The mutable objects that the inputs consist of, by component and number within it."""
     words: frozenset[str] = frozenset()
     """Every name that the code of the cell and of its helpers mentions."""
+    stores: frozenset[tuple[str, str]] = frozenset()
+    """(module, name) of the globals that functions of the project's modules may bind; `__main__` is the notebook."""
+    sets: tuple[str, ...] = ()
+    """Attributes of modules that helpers assign, said as such."""
 
 
 def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, Any]) -> CellKey:
@@ -53,6 +58,16 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
         tuple(unknown),
         found.places(),
         _words(tree, found),
+        frozenset(
+            (str(function.__globals__.get("__name__")), name)
+            for function in found.functions().values()
+            for name in globals_stored(function.__code__)
+        ),
+        tuple(
+            f"{said(label)} sets {module}.{name}"
+            for label, function in found.functions().items()
+            for module, name in attributes_set(source_of(function), function.__globals__)
+        ),
     )
 
 
@@ -95,8 +110,16 @@ def mutated(
 
 def stored_by(key: CellKey) -> set[str]:
     """The notebook's names that functions which the cell may call bind themselves (`global x; x = ...`)."""
-    codes = [getattr(object_of(label), "__code__", None) for label in key.components if label.startswith("function ")]
-    return {name for code in codes if code is not None for name in globals_stored(code)}
+    return {name for module, name in key.stores if module == "__main__"}
+
+
+def globals_held(key: CellKey) -> dict[tuple[str, str], Any]:
+    """What the globals of modules that helpers may bind hold now."""
+    return {
+        (module, name): vars(sys.modules[module]).get(name)
+        for module, name in key.stores
+        if module != "__main__" and module in sys.modules
+    }
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

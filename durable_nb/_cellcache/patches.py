@@ -14,7 +14,7 @@ import importlib
 import random
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Place = tuple[str, int]
@@ -74,7 +74,7 @@ def content_of(obj: Any) -> Any:
 
 def fits(obj: Any, content: Any) -> bool:
     """Can `content` be put into the live object as it is now?"""
-    if type(obj).__name__ == "ndarray":
+    if type(obj).__module__ == "numpy":
         return bool(obj.shape == content.shape and obj.dtype == content.dtype and obj.flags.writeable)
     return True
 
@@ -82,25 +82,31 @@ def fits(obj: Any, content: Any) -> bool:
 def put(obj: Any, content: Any) -> None:
     """Give the live object its new content."""
     kind = type(obj)
+    library = kind.__module__.partition(".")[0]
     if kind in (list, bytearray):
         obj[:] = content
+    elif kind in (set, collections.deque):
+        obj.clear()
+        (obj.update if kind is set else obj.extend)(content)
     elif kind in _PLAIN:
         obj.clear()
-        (obj.extend if kind is collections.deque else obj.update)(content)
-    elif kind.__name__ == "ndarray":
-        obj[...] = content
-        obj.flags.writeable = content.flags.writeable
-    elif kind.__name__ in ("DataFrame", "Series"):
+        for key, value in content:  # Counter.update would count the pairs
+            obj[key] = value
+    elif library == "pandas":
         obj._update_inplace(content)
         obj.attrs = content.attrs
+        obj.flags.allows_duplicate_labels = content.flags.allows_duplicate_labels
         if kind.__name__ == "Series":
             obj.name = content.name
-    elif hasattr(obj, "bit_generator"):
+    elif library == "numpy" and kind.__name__ == "ndarray":
+        obj[...] = content
+        obj.flags.writeable = content.flags.writeable
+    elif library == "numpy" and kind.__name__ == "RandomState":
+        obj.set_state(content)
+    elif library == "numpy":
         obj.bit_generator.state, spawned = content
         if spawned:
             obj.bit_generator.seed_seq.spawn(spawned - obj.bit_generator.seed_seq.n_children_spawned)
-    elif kind.__name__ == "RandomState":
-        obj.set_state(content)
     elif kind is random.Random:
         obj.setstate(content)
     else:
@@ -168,7 +174,7 @@ def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str
     return found
 
 
-def attributes_set(tree: ast.Module, namespace: Mapping[str, Any]) -> list[tuple[str, str]]:
+def attributes_set(tree: ast.AST, namespace: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(module, attribute) of each attribute of a module that the cell assigns or deletes."""
     found = []
     for node in ast.walk(tree):
@@ -183,6 +189,10 @@ def attributes_set(tree: ast.Module, namespace: Mapping[str, Any]) -> list[tuple
                 owner = getattr(owner, name, None) if isinstance(owner, types.ModuleType) else None
             if isinstance(owner, types.ModuleType):
                 found.append((owner.__name__, node.attr))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            owner = namespace.get(getattr(node.args[0] if node.args else None, "id", ""))
+            if isinstance(owner, types.ModuleType):
+                found.append((owner.__name__, "attributes"))
     return found
 
 
@@ -195,12 +205,16 @@ def submodules_imported_by(tree: ast.Module) -> list[str]:
 def shares_memory(values: Mapping[str, Any], places: Mapping[Place, Any]) -> str:
     """The name of an array that is a view of another one's memory: each would come back with memory of its own. '' for none.
 
-    Arrays inside frames are not looked at: since pandas 3 (copy on write) nobody can tell.
+    Of a frame and an array, where the array may be written to. That frames share memory can't be seen (copy on write).
     """
     numpy: Any = sys.modules.get("numpy")
     if numpy is None:
         return ""
+    pandas: Any = sys.modules.get("pandas")
+    frames: dict[int, tuple[str, Any]] = {}
     arrays: dict[int, tuple[str, Any]] = {id(a): ("", a) for a in places.values() if type(a) is numpy.ndarray}
+    if pandas is not None:
+        frames = {id(f): ("", f) for f in places.values() if isinstance(f, (pandas.DataFrame, pandas.Series))}
     waiting = [(name, value) for name, value in values.items()]
     seen: set[int] = set()
     while waiting:
@@ -210,24 +224,40 @@ def shares_memory(values: Mapping[str, Any], places: Mapping[Place, Any]) -> str
         seen.add(id(value))
         if isinstance(value, numpy.ndarray):
             arrays.setdefault(id(value), (name, value))
+        elif pandas is not None and isinstance(value, (pandas.DataFrame, pandas.Series)):
+            frames.setdefault(id(value), (name, value))
         elif type(value) in (list, tuple, set):
             waiting += [(name, inner) for inner in value]
         elif type(value) is dict:
             waiting += [(name, inner) for inner in value.values()]
         elif type(value).__module__ == "__main__" and hasattr(value, "__dict__") and not isinstance(value, type):
             waiting += [(name, inner) for inner in vars(value).values()]
-    spans = sorted(
-        (*numpy.lib.array_utils.byte_bounds(array), name)
-        for name, array in arrays.values()
-        if array.size and not array.dtype.hasobject
-    )
+    spans = _spans(arrays.values())
     reach, holder = 0, ""
     for start, end, name in spans:
         if start < reach and (name or holder):
             return name or holder
         if end > reach:
             reach, holder = end, name
+    writable = _spans((name, array) for name, array in arrays.values() if array.flags.writeable)
+    columns = _spans((name, column) for name, frame in frames.values() for column in _columns(frame))
+    for start, end, name in writable if columns else ():
+        for first, last, other in columns:
+            if start < last and first < end and (name or other):
+                return name or other
     return ""
+
+
+def _spans(arrays: Iterable[tuple[str, Any]]) -> list[tuple[int, int, str]]:
+    bounds = sys.modules["numpy"].lib.array_utils.byte_bounds
+    return sorted((*bounds(array), name) for name, array in arrays if array.size and not array.dtype.hasobject)
+
+
+def _columns(frame: Any) -> list[Any]:
+    """The plain arrays that a frame consists of."""
+    blocks = [block.values for block in frame._mgr.blocks]
+    numpy = sys.modules["numpy"]
+    return [values for values in blocks if isinstance(values, numpy.ndarray)]
 
 
 def resolver(places: Mapping[Place, Any], names: Mapping[str, Any]) -> Any:

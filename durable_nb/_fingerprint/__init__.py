@@ -9,6 +9,7 @@ from ._code import (
     object_of,
     of_call,
     of_value,
+    source_of,
 )
 from ._source import attribute_uses, names_loaded, nested_codes, normalise
 from ._values import FORMAT, Opaque, Unhashable, identify
@@ -30,4 +31,5 @@ __all__ = [
     "object_of",
     "of_call",
     "of_value",
+    "source_of",
 ]

@@ -913,6 +913,11 @@ def object_of(label: str) -> Any:
     return getattr(module, name, None)
 
 
+def source_of(function: types.FunctionType) -> ast.AST:
+    """A function's definition; an empty module where no source is known to be its own."""
+    return read(function.__code__).node or ast.Module([], [])
+
+
 @functools.lru_cache(maxsize=4096)
 def globals_stored(code: types.CodeType) -> frozenset[str]:
     """Names that a function's code binds in its module (`global x; x = ...`), nested code included."""

@@ -30,7 +30,7 @@ from IPython.core.error import UsageError
 import durable_nb
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import DriftError, Entries, Entry, Result
-from durable_nb._cellcache.keys import CellKey, changes, key_of, mutated, said, stored_by
+from durable_nb._cellcache.keys import CellKey, changes, globals_held, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names, names_of
 from durable_nb._cellcache.patches import (
     Links,
@@ -69,7 +69,7 @@ HEADLESS_SLEEP_S = 600.0
 """The longest wait without a front end, where nobody sees why the notebook takes so long."""
 
 _BUSY_POLL_S = 0.1
-_RESULTS, _STATES, _PATCHES, _MODULES = "<results>", "<generators>", "<patches>", "<modules>"
+_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
 """Names under which an entry keeps what is no variable."""
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 _OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
@@ -100,6 +100,7 @@ class CellExecution:
         self.results: list[Any] = []
         self.set_variables: list[tuple[Any, Any]] = []
         self.watch: Watch | None = None
+        self.elsewhere: dict[tuple[str, str], Any] = {}
         self.recorder = Recorder(shell)
 
     async def run(self) -> None:
@@ -174,6 +175,8 @@ class CellExecution:
     def _apply(self, entry: Entry, values: dict[str, Any], began: float) -> None:
         namespace, manifest = self.shell.user_ns, entry.manifest
         results, states, patches, modules = (values.pop(own) for own in (_RESULTS, _STATES, _PATCHES, _MODULES))
+        for (module, name), value in values.pop(_ELSEWHERE).items():
+            setattr(importlib.import_module(module), name, value)
         for module in modules:
             importlib.import_module(module)
         for obj, content in patches:
@@ -212,7 +215,7 @@ class CellExecution:
         run.max_wait_s = (
             self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
         )
-        before = dict(self.shell.user_ns)
+        before, self.elsewhere = dict(self.shell.user_ns), globals_held(key)
         inputs = {name: before[name] for name in self.code.names.read if name in before}
         watch = self.watch = CellWatch(mentioned_paths(self.code.tree, inputs), self.engine.store.path, key.words)
         ended, error = Status.INTERRUPTED, ""
@@ -285,7 +288,9 @@ class CellExecution:
         touched = {
             n for n in {*before, *namespace} if n in names.certain or before.get(n, _HIDDEN) is not namespace.get(n, _HIDDEN)
         }
-        alone = {n for n in (*names.bound, *stored_by(key)) if n in namespace and n not in touched}
+        # What the key tells of a name need not be compared again; and it may have been changed in place since.
+        unread = {n for n in (*names.bound, *stored_by(key)) if f"global {n}" not in key.components}
+        alone = {n for n in unread if n in namespace and n not in touched}
         touched, alone = ({n for n in found if n in names.bound or not _HIDDEN.fullmatch(n)} for found in (touched, alone))
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
@@ -302,6 +307,7 @@ class CellExecution:
             problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
         problems += [f"it sets {module}.{name}" for module, name in attributes_set(self.code.tree, namespace)]
+        problems += key.sets
         problems += [f"it sets the context variable {variable.name}" for variable, _ in run.set_variables]
         if problems:
             self.status.not_stored(problems[0])
@@ -316,6 +322,7 @@ class CellExecution:
             _STATES: watch.moved_states(world),
             _PATCHES: patches,
             _MODULES: submodules_imported_by(self.code.tree),
+            _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.elsewhere.get(place)},
         }
         imported = imported_by(self.code.tree, bound)
         links = Links(key.places, {n: before[n] for n in names.read if n in before}, imported)
