@@ -265,8 +265,9 @@ def _fill_exception(error: BaseException, content: tuple[Any, BaseException]) ->
 
 
 def _with_slots(cls: type, reduced: Any, *, anew: bool = False) -> Any:
-    """cloudpickle makes classes again without `__qualname__` and `__slots__`: instances would get a `__dict__`. And where the class still
-    lives it writes into that one, unless there is no id to know it by (`anew`), as a class statement makes a new class."""
+    """cloudpickle makes classes again without `__qualname__` and `__slots__`: instances would get a `__dict__`. And where the
+    class still lives it writes into that one, unless there is no id to know it by (`anew`), as a class statement makes a new
+    class."""  # fmt: skip
     if not isinstance(reduced, tuple) or not reduced[0].__name__.startswith("_make_skeleton"):
         return reduced
     make, (*arguments, tracked, extra), *more = reduced
