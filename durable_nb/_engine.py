@@ -63,6 +63,7 @@ class Engine:
         """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
+        store.writer.expected = self.works.__len__
         self.watching: asyncio.Task[None] | None = None
 
     def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:

@@ -81,6 +81,10 @@ class Outcome:
     """`value` is the exception that the step raised; workflow runs only, where the code may have caught it."""
     changes: tuple[str, ...] = ()
     """Inputs that the body changed itself, which restoring the step does not."""
+    patches: bytes = b""
+    """Arguments that the body changed in place, which restoring the step changes again; as `_patches` packs them."""
+    patches_blob: str = ""
+    """Large ones lie in this file."""
     seen: bytes = b""
     """Files that the body read, encoded; where they have changed, the outcome doesn't count."""
     shown: bytes = b""

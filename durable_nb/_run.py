@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import platform
+import time
 import types
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +22,13 @@ from datetime import datetime
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _fingerprint
+from durable_nb import _codec, _fingerprint, _patches
 from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
-from durable_nb._fingerprint import globals_stored, object_of
+from durable_nb._fingerprint import Unhashable, globals_stored, object_of
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Again, Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import CutOff, Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
@@ -95,6 +96,8 @@ class Held:
     epoch: int
     row: bytes
     _count: int = 0
+    confirmed_s: float = float("-inf")
+    """When a commit was handed over, by the monotonic clock, that was the last to be applied under this row."""
 
     def turn(self) -> rec.Turn:
         """Now, as the run's own events tell it: later than every turn before, in this process and in former owners."""
@@ -158,9 +161,18 @@ class Request:
         self.began: rec.Turn = (0, 0)
         """When the last attempt began."""
         self.components = found.components if found is not None else {}
+        self.objects = found.places() if found is not None and not found.lasting else {}
+        """What its body may change in place."""
+        self.shared = False
+        """Other bodies that were at work meanwhile may have changed the same objects."""
         changing = self.components if found is not None and not found.lasting else ()
         self.globals = {label: object_of(label) for label in changing if label.startswith("global ")}
         """What the step may read beside its arguments, as it was when it was asked for."""
+
+    def shares_objects_with(self, other: Request) -> bool:
+        """Could both bodies change the same object?"""
+        mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
+        return not mine.isdisjoint(theirs)
 
 
 class Run:
@@ -253,9 +265,14 @@ class Run:
         """An attempt at this step that is being made now, by this execution or by one that was interrupted."""
         return self.engine.works.get(asked.key.outcome)
 
-    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...], tuple[str, ...]]:
-        """The body has run: the key that its outcome is recorded under, rows to be written with it, inputs it has changed."""
-        return asked.key, (), ()
+    def _settle(
+        self,
+        asked: Request,
+        after: dict[str, str],  # noqa: ARG002
+    ) -> tuple[StepKey, tuple[tuple[str, bytes], ...], set[str]]:
+        """The body has run, and its inputs are these now: the key that its outcome is recorded under, rows to be written with
+        it, globals it has changed."""  # fmt: skip
+        return asked.key, (), set()
 
     async def _may_begin(self) -> None:
         """Look whether a body may still begin."""
@@ -447,6 +464,8 @@ class Run:
                 raise ended.error
             if ended.outcome is not None:
                 self._tell(_ended_fact(asked, ended.outcome, restored=False))
+                if work.asked is not asked and _has_patches(ended.outcome):  # it was given objects of an earlier execution
+                    return await self._patch(asked, ended.outcome, ended.value)
                 return ended.value
 
     def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
@@ -463,6 +482,9 @@ class Run:
         context.run(current_body.set, Body(asked.request.name, idempotency_key))
         attempting = self._attempt(asked, attempt, began)
         work = Work(asyncio.get_running_loop().create_task(attempting, context=context), self.id, asked, asked.request.thread)
+        for other in self._works if asked.objects else ():
+            if not other.task.done() and asked.shares_objects_with(other.asked):
+                asked.shared = other.asked.shared = True
         self.engine.works[asked.key.outcome] = work
         self._works.add(work)
         work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
@@ -598,14 +620,25 @@ class Run:
         return Outcome(kind, name, asked.branch, self.id, form, data, *times, provenance, turns=turns, **more)
 
     async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
-        key, more, changes = self._settle(asked)
-        outcome = replace(outcome, changes=changes)
+        after = self._inputs_now(asked)
+        key, more, lost = self._settle(asked, after)
+        given = {label for label in asked.components if _is_given(label) and after.get(label) != asked.components[label]}
+        patches, blob = b"", ""
+        if given and (packed := _patched(asked, given, value)) is not None:
+            (patches, blob), given = await self._kept(packed), set()
+        if given:
+            names = ", ".join(sorted(map(_said, given)))
+            self.stage.advise(f"step {asked.request.name!r} changes {names}: restoring the step won't")
+        changes = tuple(sorted(map(_said, lost | given)))
+        outcome = replace(outcome, changes=changes, patches=patches, patches_blob=blob)
         row = self.engine.pack(key.outcome, outcome)
         stale = (asked.key.attempts,) if asked.key.attempts in self._attempts else ()
         commit = Commit(self._held.guard, inserts=(row,), puts=more, deletes=stale)
+        began_s = time.monotonic()
         verdict = await self.engine.store.writer.commit(commit)
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
+        self._held.confirmed_s = began_s
         if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands
             theirs = await self.engine.store.writer.call(lambda: self.engine.store.journal.get(key.outcome))
             if theirs is None:
@@ -615,6 +648,15 @@ class Run:
         self._learn_attempts(asked.key, None)
         self._learn(key, row[1])
         return Ended(outcome, value)
+
+    def _inputs_now(self, asked: Request) -> dict[str, str]:
+        """The components of a step's inputs after its body has run."""
+        if asked.request.kind != "run" or asked.found is None or asked.found.lasting:
+            return asked.components
+        try:
+            return asked.request.fingerprint().components
+        except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
+            return asked.components
 
     async def _failed(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """Note a failed attempt and when the next is due, or give up."""
@@ -807,7 +849,28 @@ class Run:
             self.stage.show_again(outcome.shown, outcome.seen)
         if show and outcome.changes:
             self.unrepeated.append((asked.request.name, ", ".join(outcome.changes)))
-        return _codec.decode(outcome.form, data)
+        value = _codec.decode(outcome.form, data)
+        if show and _has_patches(outcome):
+            return await self._patch(asked, outcome, value)
+        return value
+
+    async def _patch(self, asked: Request, outcome: Outcome, value: Any) -> Any:
+        """Change the arguments as the body did; what it returned, which may be one of them."""
+        journal, packed = self.engine.store.journal, outcome.patches
+        try:
+            if outcome.patches_blob:
+                packed = await self.engine.store.writer.call(lambda: journal.get_blob(outcome.patches_blob))
+        except StoreError as error:
+            raise self._unreadable(asked, error) from error
+        try:
+            places = asked.objects or asked.request.fingerprint().places()
+            return _patches.apply(packed, places, value)
+        except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
+            self.stage.notice(
+                f"step {asked.request.name!r} of {self.what} changed its arguments when it ran; restored, it can't: they are "
+                "others now"
+            )
+            return value
 
     def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
         kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
@@ -893,41 +956,29 @@ class CellRun(Run):
                 return work
         return None
 
-    def _settle(self, asked: Request) -> tuple[StepKey, tuple[tuple[str, bytes], ...], tuple[str, ...]]:
-        """What the body changes itself is no input to compare: a list that it appends to, a counter that it raises.
+    def _settle(self, asked: Request, after: dict[str, str]) -> tuple[StepKey, tuple[tuple[str, bytes], ...], set[str]]:
+        """Globals that the body changes itself are no input to compare: a list that it appends to, a counter that it raises.
 
         Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
         """
-        if asked.request.kind != "run" or asked.found is None or asked.found.lasting:
-            return asked.key, (), ()
-        before = asked.components
-        try:
-            after = asked.request.fingerprint().components
-        except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
-            return asked.key, (), ()
         own = _changed_by_itself(asked, after)
-        given = {label for label in before if label.startswith(("arg ", "call")) and after.get(label) != before[label]}
-        changes = tuple(sorted({label.partition(" ")[2] or "the object it belongs to" for label in own | given}))
-        if given:
-            names = ", ".join(changes)
-            self.stage.advise(f"step {asked.request.name!r} changes {names}: restoring the step won't")
         place = asked.request.kind, asked.request.name
         known = self._loose.get(place, ())
-        if not own:
-            return asked.key, (), changes
+        if not own or asked.found is None:
+            return asked.key, (), own
         labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
         identity = self._identity(asked.request, asked.found, labels)
         if identity == asked.key.identity:
-            return asked.key, (), changes
+            return asked.key, (), own
         key = self._key(identity, self._occurrences.take(identity))
         if known and known[-1] == labels:
-            return key, (), changes
+            return key, (), own
         self._loose[place] = (*known, labels)
         names = ", ".join(sorted(label.partition(" ")[2] for label in own))
         self.stage.advise(f"step {place[1]!r} changes {names}: restoring the step won't, and {names} is not compared")
         loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*place)
         row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
-        return key, (row,), changes
+        return key, (row,), own
 
     def _still_holds(self, key: StepKey) -> bool:
         """Not where a file that the step read has changed since."""
@@ -991,6 +1042,31 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
 async def _raises(error: BaseException) -> Any:
     """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
     raise error
+
+
+def _is_given(label: str) -> bool:
+    """Is this component an argument, or the object whose method is called?"""
+    return label.startswith(("arg ", "call"))
+
+
+def _said(label: str) -> str:
+    return label.partition(" ")[2] or "the object it belongs to"
+
+
+def _has_patches(outcome: Outcome) -> bool:
+    return bool(outcome.patches or outcome.patches_blob)
+
+
+def _patched(asked: Request, given: set[str], value: Any) -> bytes | None:
+    """The arguments that the body has changed, to be changed again when the step is restored; None where that can't be."""
+    if asked.shared:  # whose change is whose can't be told
+        return None
+    try:
+        changed = [(place, obj) for place, obj in asked.objects.items() if place[0] in given]
+        patches = [(place, _patches.content_of(obj)) for place, obj in changed]
+        return _patches.pack(patches, value, asked.objects) if {place[0] for place, _ in changed} == given else None
+    except Exception:  # whatever is odd about an argument, the outcome itself is recorded
+        return None
 
 
 def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:

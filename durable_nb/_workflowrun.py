@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from durable_nb._fingerprint import Fingerprint
 
 _SLEEP = "sleep"
+_SURE_S = 0.1
+"""A commit that was applied so short a time ago says as much as looking. A stopped process's time passes too."""
 _LOOKS = 100
 """So many recorded steps of one name are looked at for edits. Comparing is most of what a replay costs, and the first tell."""
 
@@ -181,6 +184,8 @@ class WorkflowRun(Run):
 
     async def _may_begin(self) -> None:
         """A run that was taken over begins no body any more, even where it has nothing to commit."""
+        if time.monotonic() - self._held.confirmed_s < _SURE_S:
+            return
         key, store = rec.lease_key(self.id), self.engine.store
         if await store.writer.call(lambda: store.journal.get(key)) != self._held.row:
             raise self._give_way()

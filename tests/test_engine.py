@@ -1384,6 +1384,176 @@ def test_a_run_killed_between_its_entry_and_its_end_is_closed(path):
     asyncio.run(main())
 
 
+# -- steps that change what they are given ------------------------------------------------------------------------------
+
+
+class Agent:
+    def __init__(self):
+        self.heard = []
+
+    def ask(self, question):
+        world.do(question)
+        self.heard.append([question, len(self.heard)])
+        return len(self.heard)
+
+
+def ask_list(history, question):
+    world.do(question)
+    history.append(question)
+    return history
+
+
+def ask_dict(history, question):
+    world.do(question)
+    history[question] = {"n": len(history)}
+
+
+def ask_array(history, question):
+    world.do(question)
+    history[history.argmin()] = len(question)
+    return float(history.sum())
+
+
+def numbers():
+    import numpy as np
+
+    return np.zeros(4)
+
+
+CONVERSATIONS = {
+    "list": (list, lambda history: (ask_list, history)),
+    "dict": (dict, lambda history: (ask_dict, history)),
+    "object": (Agent, lambda agent: (agent.ask,)),
+    "array": (numbers, lambda history: (ask_array, history)),
+    "nested": (lambda: {"a": [[]]}, lambda history: (ask_list, history["a"][0])),
+}
+QUESTIONS = ["one", "three", "sixteen"]
+
+
+def plain(value):
+    return vars(value) if isinstance(value, Agent) else value.tolist() if hasattr(value, "tolist") else value
+
+
+@pytest.mark.parametrize(("new", "ask"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_a_restored_step_changes_its_arguments_as_its_body_did(path, new, ask):
+    """A conversation that grows by each answer: killed and gone on with, no question is asked again, and none is missing."""
+    ended = []
+
+    def conversation(questions, held=False):
+        async def body():
+            history = new()
+            for question in questions:
+                await durable.run("ask", *ask(history), question)
+            if held:
+                world.start("held").set()
+                await asyncio.Event().wait()
+            ended.append(plain(history))
+
+        return body
+
+    async def main():
+        history = new()
+        for question in QUESTIONS:
+            fn, *given = ask(history)
+            fn(*given, question)
+        world.done.clear()
+        async with kernel(path) as engine:
+            await killed(engine, conversation(QUESTIONS[:2], held=True), world.start("held"))
+        async with kernel(path) as engine:
+            run = await begun(engine)
+            await finished(run, conversation(QUESTIONS))
+            assert run.unrepeated == []
+        assert ended == [plain(history)]
+        assert world.done == QUESTIONS
+
+    asyncio.run(main())
+
+
+def test_what_a_step_returns_is_the_argument_that_it_was(path):
+    async def body():
+        history = []
+        again = await durable.run("ask", ask_list, history, "a")
+        again.append("b")
+        return history, again is history
+
+    async def main():
+        for _ in range(2):
+            async with kernel(path) as engine:
+                assert await cell(engine, body) == (["a", "b"], True)
+        assert world.done == ["a"]
+
+    asyncio.run(main())
+
+
+def test_two_arguments_that_share_an_object_share_it_still(path):
+    def mix(one, other):
+        world.do("mix")
+        one.append(other)
+        other.append(1)
+
+    async def body():
+        one, other = [], []
+        await durable.run("mix", mix, one, other)
+        other.append(2)
+        return one
+
+    async def main():
+        for _ in range(2):
+            async with kernel(path) as engine:
+                assert await cell(engine, body) == [[1, 2]]
+        assert world.done == ["mix"]
+
+    asyncio.run(main())
+
+
+def test_of_parallel_steps_that_change_one_object_nobody_knows_whose_change_is_whose(path):
+    """The cell is told: it is not to be stored, since its variables are not what plain execution would have left."""
+
+    async def ask(history, what):
+        await held_work(what)
+        history.append(what)
+
+    async def body():
+        history = []
+        await asyncio.gather(*(durable.run("ask", ask, history, what) for what in "ab"))
+
+    async def main():
+        world.gate("a").set()
+        world.gate("b").set()
+        async with kernel(path) as engine:
+            await cell(engine, body)
+        async with kernel(path) as engine:
+            run = await begun(engine)
+            await finished(run, body)
+            assert run.unrepeated == [("ask", "history"), ("ask", "history")]
+        assert sorted(world.done) == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_put_back_is_told(path):
+    class Odd:
+        __slots__ = ("n",)
+
+    def spoil(odd):
+        odd.n = world.do("spoil") or 1
+
+    async def body():
+        odd = Odd()
+        odd.n = 0
+        await durable.run("spoil", spoil, odd)
+
+    async def main():
+        for n in range(2):
+            async with kernel(path) as engine:
+                run = await begun(engine)
+                await finished(run, body)
+                assert run.unrepeated == n * [("spoil", "odd")]
+        assert world.done == ["spoil"]
+
+    asyncio.run(main())
+
+
 # -- records that are not ours ----------------------------------------------------------------------------------------
 
 

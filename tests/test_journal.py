@@ -695,3 +695,35 @@ def test_diskcache_is_met_in_one_module_only():
     package = Path(disk_module.__file__).parents[1]
     users = {file.relative_to(package).as_posix() for file in package.rglob("*.py") if "import diskcache" in file.read_text()}
     assert users == {"_journal/disk.py"}
+
+
+@pytest.mark.parametrize(("expected", "most"), [(100, 10), (3, 40)], ids=["many are at work", "few are"])
+def test_where_many_steps_are_at_work_their_commits_keep_each_other_company(expected, most):
+    """Forty commits that come one after the other; alone, none waits."""
+    journal = MemoryJournal()
+    groups = []
+    apply = journal.apply
+    journal.apply = lambda commits: groups.append(len(commits)) or apply(commits)
+
+    async def main():
+        writer = Writer(journal)
+        left = expected
+
+        def ended(_):
+            nonlocal left
+            left -= 1
+
+        writer.expected = lambda: left
+        waiting = []
+        for n in range(40):
+            waiting.append(writer.commit(Commit(inserts=((f"k{n}", b"x"),))))
+            waiting[-1].add_done_callback(ended)
+            await asyncio.sleep(0.0005)
+        assert await asyncio.gather(*waiting) == 40 * [Verdict.APPLIED]
+        writer.close()
+
+    asyncio.run(main())
+    assert sum(groups) == 40
+    assert len(groups) <= most
+    if expected < 20:
+        assert len(groups) > 10

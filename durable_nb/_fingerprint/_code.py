@@ -12,7 +12,7 @@ import os
 import sys
 import types
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Fingerprint:
     versions: dict[str, str]
     lasting: bool
     """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
+    places: Callable[[], dict[tuple[str, int], Any]] = field(compare=False, repr=False)
+    """The mutable objects met, by component and number within it."""
 
 
 _CODE = (types.FunctionType, type, types.ModuleType, types.BuiltinFunctionType)
@@ -241,6 +243,7 @@ class Fingerprinter:
             not self._opaque
             and not any(walk.memos[0] or walk.arrays for walk in self._walks)
             and not any(label.startswith("global ") for label in said),
+            self.places,
         )
 
     def places(self) -> dict[tuple[str, int], Any]:

@@ -34,12 +34,9 @@ from durable_nb._cellcache.keys import CellKey, changes, globals_held, key_of, m
 from durable_nb._cellcache.names import Names, names_of
 from durable_nb._cellcache.patches import (
     Links,
-    UnpatchableError,
     attributes_set,
-    fits,
     imported_by,
     patches_for,
-    put,
     resolver,
     shares_memory,
     submodules_imported_by,
@@ -61,6 +58,7 @@ from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.options import Options
 from durable_nb._ipython.status import StatusLine
+from durable_nb._patches import UnpatchableError, fits, put
 from durable_nb._pickling import Pickler
 from durable_nb._run import CellRun, Stage
 from durable_nb.errors import CorruptStoreError, RunSuspended, StoreError, UntrustedStoreError

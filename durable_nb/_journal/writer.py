@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb.errors import StoreError
 
 GROUP_LIMIT = 1000
+CROWD = 20
+"""With so many more commits to be expected, those that came are held back for company."""
+PATIENCE_S = 0.02
+"""At most for so long."""
 
 _T = TypeVar("_T")
 
@@ -49,6 +54,8 @@ class Writer:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.expected: Callable[[], int] = lambda: 0
+        """How many commits may be handed over soon, those that wait already included."""
         self.closed = False
         """Nothing more is taken."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -106,14 +113,26 @@ class Writer:
         self.journal.close()  # this thread's connection
 
     def _take(self) -> list[_Job | None]:
-        """Wait for a job; with it, all that wait already. None, the sign to end, is the last."""
+        """Wait for a job; with it, all that wait already. None, the sign to end, is the last.
+
+        Of many steps that end one after the other, each would be a group of its own: the first of them waits a little.
+        """
         waiting = [self._jobs.get()]
+        deadline = time.monotonic() + PATIENCE_S
         while waiting[-1] is not None and len(waiting) < GROUP_LIMIT:
             try:
-                waiting.append(self._jobs.get_nowait())
+                if self._may_wait(waiting):
+                    waiting.append(self._jobs.get(timeout=max(deadline - time.monotonic(), 0.0001)))
+                else:
+                    waiting.append(self._jobs.get_nowait())
             except queue.Empty:
                 break
         return waiting
+
+    def _may_wait(self, waiting: list[_Job | None]) -> bool:
+        """Are there few, each the commit of a coroutine, and many to come?"""
+        few = len(waiting) < CROWD <= self.expected() - len(waiting)
+        return few and all(job is not None and job.loop is not None and job.is_commit() for job in waiting)
 
     def _write(self, jobs: list[_Job]) -> None:
         try:
