@@ -653,3 +653,43 @@ def test_in_somebody_elses_store_a_cell_without_steps_runs_and_is_stored_anew(tm
             assert told in " ".join(shown.told) + shown.stderr
             assert ("running" in " ".join(shown.told)) == ran
             assert one.run("print(x)").stdout == "42\n"
+
+
+STORING = """
+import os, signal
+from durable_nb._ipython import cell as _cells
+_store = _cells.CellExecution._store
+def _storing(*args):
+    {before}
+    _store(*args)
+    {after}
+_cells.CellExecution._store = _storing
+"""
+NAPPING = (
+    "%%durable nap\nimport time\nbegan = time.time()\nawait durable.sleep('nap', {n})\nx = {n}\nopen('ran', 'a').write('x')"
+)
+
+
+def test_killed_between_its_entry_and_the_end_of_its_run_a_cell_is_restored_and_its_run_closed(tmp_path):
+    """Left open, the run's sleep would count for the next inputs."""
+    with kernel(tmp_path) as one:
+        one.run(STORING.format(before="", after="os.kill(os.getpid(), signal.SIGKILL)"))
+        assert one.run(NAPPING.format(n=0.4)).status == "died"
+    with kernel(tmp_path) as two:
+        assert two.value("[run.status.value for run in durable.runs()]") == ["interrupted"]
+        assert "restored" in two.run(NAPPING.format(n=0.4)).told[-1]
+        assert two.value("[run.status.value for run in durable.runs()]") == ["completed"]
+        assert two.run(NAPPING.format(n=0.5)).status == "ok"
+        assert two.value("__import__('time').time() - began > 0.5")
+    assert (tmp_path / "ran").read_text() == "xx"
+
+
+def test_an_interrupt_while_a_cell_is_stored_loses_nothing_and_spares_the_kernel(tmp_path):
+    with kernel(tmp_path) as k:
+        k.run(STORING.format(before="os.kill(os.getpid(), signal.SIGINT)", after=""))
+        shown = k.run(NAPPING.format(n=0))
+        assert shown.status == "ok", shown.error
+        k.restart()
+        assert "restored" in k.run(NAPPING.format(n=0)).told[-1]
+        assert k.value("x") == 0
+    assert (tmp_path / "ran").read_text() == "x"
