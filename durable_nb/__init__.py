@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from durable_nb._fingerprint import identify as identify
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "call": "durable_nb.http",
+    "identify": "durable_nb._fingerprint",
     "open": "durable_nb._workflows",
     **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
     **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),

@@ -37,6 +37,8 @@ class StepRequest:
     """Of each attempt."""
     at_most_once: bool = False
     """An attempt that was cut off is not made again."""
+    ttl_s: float | None = None
+    """In a cell, an outcome that is older than this doesn't count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -929,7 +929,7 @@ class CellRun(Run):
         identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
         for identity in identities:
             for n in tuple(self._occurrences.rivals(identity)):
-                if not self._still_holds(self._key(identity, n)):
+                if not self._still_holds(self._key(identity, n), request.ttl_s):
                     self._occurrences.leave_out(identity, n)
         identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
         rivals = self._occurrences.rivals(identity)
@@ -980,8 +980,8 @@ class CellRun(Run):
         row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
         return key, (row,), own
 
-    def _still_holds(self, key: StepKey) -> bool:
-        """Not where a file that the step read has changed since."""
+    def _still_holds(self, key: StepKey, ttl_s: float | None) -> bool:
+        """Not where a file that the step read has changed since, nor where it is as old as `ttl_s`."""
         if key.outcome in self._checked:
             return True
         self._checked.add(key.outcome)
@@ -989,7 +989,11 @@ class CellRun(Run):
             outcome = self._recorded(key.outcome)
         except StoreError:
             return True  # whoever asks for it is told
-        return outcome is None or not outcome.seen or self.stage.holds(outcome.seen)
+        if outcome is None:
+            return True
+        if ttl_s is not None and self._now_s() - outcome.ended_at >= ttl_s:
+            return False
+        return not outcome.seen or self.stage.holds(outcome.seen)
 
     def _branch_of(self, key: StepKey) -> str:
         outcome = self._recorded(key.outcome)

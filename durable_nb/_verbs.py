@@ -87,6 +87,7 @@ class Step(Generic[_P, _T]):
     thread: bool = True
     timeout: timedelta | None = None
     at_most_once: bool = False
+    ttl: timedelta | None = None
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, Any]:
         if current_run.get() is None:
@@ -115,6 +116,7 @@ class Step(Generic[_P, _T]):
                 thread=self.thread and not _is_async(self.fn),
                 timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
                 at_most_once=self.at_most_once,
+                ttl_s=None if self.ttl is None else self.ttl.total_seconds(),
             )
         )
 
@@ -130,6 +132,7 @@ def step(
     timeout: float | str | timedelta | None = ...,
     retry_on: RetryOn | None = ...,
     at_most_once: bool = ...,
+    ttl: float | str | timedelta | None = ...,
     thread: bool = ...,
 ) -> Step[_P, _T]: ...
 @overload
@@ -141,6 +144,7 @@ def step(
     timeout: float | str | timedelta | None = ...,
     retry_on: RetryOn | None = ...,
     at_most_once: bool = ...,
+    ttl: float | str | timedelta | None = ...,
     thread: bool = ...,
 ) -> Callable[[Callable[_P, _T]], Step[_P, _T]]: ...
 def step(
@@ -153,6 +157,7 @@ def step(
     timeout: float | str | timedelta | None = None,
     retry_on: RetryOn | None = None,
     at_most_once: bool = False,
+    ttl: float | str | timedelta | None = None,
     thread: bool = True,
 ) -> Any:
     """Say how a function is run as a step: a decorator, or inline as `durable.run("charge", durable.step(charge, retries=0))`.
@@ -165,6 +170,8 @@ def step(
     timeout   of each attempt (seconds, timedelta, "90s"); StepTimeout after it, which is retried. A plain function's thread
               can't be stopped: no other attempt begins while it lives, and its result is recorded when it ends
     at_most_once  an attempt that was cut off (killed, interrupted) is not made again: StepInterrupted until you say so
+    ttl       in a cell, an outcome older than this (seconds, timedelta, "7d") is not recalled: the step runs anew, under an
+              idempotency key of its own. In a workflow's run what is recorded stands
     thread    False calls a plain function on the kernel's thread, for connections that are bound to it; the notebook is
               blocked meanwhile
     """
@@ -176,13 +183,14 @@ def step(
         parse_duration(backoff)
     policy = RetryPolicy(retries, backoff, retry_on)
     limit = None if timeout is None else parse_duration(timeout)
+    lifetime = None if ttl is None else parse_duration(ttl)
 
     def wrap(function: Any) -> Step[Any, Any]:
         if isinstance(function, Step):
             function = function.fn
         if not callable(function):
             raise TypeError(f"durable.step({function!r}): give a function")
-        made = Step(function, name, policy, thread, limit, at_most_once)
+        made = Step(function, name, policy, thread, limit, at_most_once, lifetime)
         functools.update_wrapper(made, function, updated=())
         return made
 

@@ -1,11 +1,12 @@
 """A cell's result as one file.
 
-    magic, length of the manifest, HMAC of the manifest | manifest | pickle | outputs | padding | buffers, 4 KiB-aligned
+    magic, length of the manifest, HMAC of the manifest | manifest | pickle | outputs | padding | buffers, 4 KiB-aligned | notes
 
 The manifest carries digests of the pickle and the outputs, so its HMAC vouches for all that is decoded. The buffers of
 arrays and frames lie out of band (pickle protocol 5): large ones come back as private copy-on-write maps of the file, at no
 cost until they are touched, and writing to them never reaches it. A file is written to a draft, fsynced and renamed; it is
-never changed after that, only unlinked, since truncating a mapped file kills whoever reads it.
+never changed after that, only unlinked, since truncating a mapped file kills whoever reads it. The notes explain what the
+key was made of; a hit never reads them. When an entry was used last is the file's access time.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import contextlib
 import hashlib
 import hmac
 import io
+import itertools
 import mmap
 import os
 import pickle
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +47,9 @@ CHECKED_BYTES = 64 << 20
 _MAGIC = b"dnbcell1"
 _HEAD = struct.Struct("<8sQ16s")
 _ALIGN = 4096
+_CHUNK = 1 << 22
+_USED_NS = 60 * 10**9
+"""Use within a minute of the last one is not written down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,15 @@ class Manifest:
     world: World = field(default_factory=World)
     buffers: list[Buffer] = field(default_factory=list)
     format: int = FORMAT
+    skipped: list[str] = field(default_factory=list)
+    """Names that the cell bound and its user did not want stored (`--skip`)."""
+    notes_size: int = 0
+    notes_digest: str = ""
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.key}-{self.world.digest()}{SUFFIX}"
 
     @property
     def size(self) -> int:
@@ -95,6 +110,23 @@ class Result:
     outputs: bytes
     outputs_count: int
     took_s: float
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An entry as it lies in the store, looked at from outside."""
+
+    path: Path
+    scope: str
+    manifest: Manifest | None
+    """None where it can't be read: damaged, or signed with another key."""
+    size: int
+    """Of the file."""
+    stored_at: float
+    used_at: float
+    """When a cell was restored from it last; until then, when it was stored."""
+    inode: int
 
 
 class Entries:
@@ -116,6 +148,7 @@ class Entries:
         reference: Reference,
         copied: Callable[[type], bool],
         resolve: Callable[[Any], object] | None = None,
+        notes: bytes = b"",
     ) -> Manifest:
         """Write the entry; it is on disk when this returns. Raises what pickling raises, and OSError; and, where `resolve`
         is given to read the values again, DriftError if one that pickles itself in its own way comes back as another."""
@@ -143,13 +176,18 @@ class Entries:
             result.outputs_count,
             result.world,
             buffers,
+            skipped=result.skipped,
+            notes_size=len(notes),
+            notes_digest=_digest(notes),
         )
-        path = self._folder / scope / f"{key}-{result.world.digest()}{SUFFIX}"
+        path = self._folder / scope / manifest.file
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_file(path, self._parts(manifest, stream, result.outputs, raw))
+        write_file(path, self._parts(manifest, stream, result.outputs, raw, notes))
         return manifest
 
-    def _parts(self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview]) -> Iterable[bytes | memoryview]:
+    def _parts(
+        self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview], notes: bytes
+    ) -> Iterable[bytes | memoryview]:
         packed = msgspec.msgpack.encode(manifest)
         head = _HEAD.pack(_MAGIC, len(packed), self._seal.mac(_MAGIC, manifest.key.encode(), packed))
         yield head + packed
@@ -161,6 +199,7 @@ class Entries:
         for buffer in raw:
             yield buffer
             yield bytes(_aligned(buffer.nbytes) - buffer.nbytes)
+        yield notes
 
     def of_key(self, scope: str, key: str) -> Iterator[Entry]:
         """The authenticated entries of a key, newest first; CorruptStoreError, UntrustedStoreError at one that isn't."""
@@ -171,7 +210,74 @@ class Entries:
         """Of the newest entries of a cell, newest first. Unreadable ones are left out: they could never be a hit."""
         for name in self._names(scope)[:limit]:
             with contextlib.suppress(CorruptStoreError, UntrustedStoreError):
-                yield self._open(self._folder / scope / name, name.partition("-")[0]).manifest
+                yield self._manifest(self._folder / scope / name)
+
+    def all(self, scope: str | None = None) -> Iterator[Kept]:
+        """Every entry of the store, or of one cell, in no order."""
+        for folder in [self._folder / scope] if scope is not None else sorted(self._folder.glob("*")):
+            for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+                try:
+                    found = path.stat()
+                    yield Kept(
+                        path,
+                        folder.name,
+                        self._manifest(path),
+                        found.st_size,
+                        found.st_mtime,
+                        max(found.st_atime, found.st_mtime),
+                        found.st_ino,
+                    )
+                except (CorruptStoreError, UntrustedStoreError):
+                    yield Kept(path, folder.name, None, found.st_size, found.st_mtime, found.st_mtime, found.st_ino)
+                except FileNotFoundError:  # another process has cleared it meanwhile
+                    continue
+
+    @staticmethod
+    def used(entry: Entry) -> None:
+        """A cell was restored from it: those that nobody uses go first when room is needed."""
+        now = time.time_ns()
+        if now - entry.accessed_ns > _USED_NS:
+            with contextlib.suppress(OSError):  # a store that is only read
+                os.utime(entry.path, ns=(now, entry.path.stat().st_mtime_ns))
+
+    def notes(self, scope: str, manifest: Manifest) -> bytes:
+        """What explains the entry; empty where there is nothing, or it is gone."""
+        try:
+            with open(self._folder / scope / manifest.file, "rb", opener=_without_a_trace) as file:
+                return _notes(file, manifest)
+        except (OSError, CorruptStoreError):
+            return b""
+
+    def verify(self, path: Path) -> None:
+        """Compare every byte of an entry with what was written; CorruptStoreError, UntrustedStoreError."""
+        try:
+            with open(path, "rb", opener=_without_a_trace) as file:
+                manifest, start = self._head(file, _key_in(path))
+                self._body(file, manifest, start, checked=None)
+                _notes(file, manifest)
+        except OSError as error:
+            raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
+
+    def sign(self, path: Path) -> None:
+        """Sign an entry that another key has signed, if it is whole: whoever wrote it is trusted from here on."""
+        key = _key_in(path)
+        with open(path, "rb", opener=_without_a_trace) as file:
+            manifest, start = self._head(file, key, signed=False)
+            if manifest.key != key:
+                raise CorruptStoreError("its file is damaged: it is the entry of another key")
+            self._body(file, manifest, start, checked=None)
+            _notes(file, manifest)
+            file.seek(_HEAD.size)
+            packed = file.read(start - _HEAD.size)
+            head = _HEAD.pack(_MAGIC, len(packed), self._seal.mac(_MAGIC, key.encode(), packed))
+            write_file(path, itertools.chain([head, packed], iter(lambda: file.read(_CHUNK), b"")))
+
+    def _manifest(self, path: Path) -> Manifest:
+        try:
+            with open(path, "rb", opener=_without_a_trace) as file:
+                return self._head(file, _key_in(path))[0]
+        except OSError as error:
+            raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
 
     def _names(self, scope: str, beginning: str = "") -> list[str]:
         """Newest first. Cells without a name share a folder, which may be large: only those asked for are looked at."""
@@ -186,11 +292,15 @@ class Entries:
     def _open(self, path: Path, key: str) -> Entry:
         try:
             with path.open("rb") as file:
-                return self._read(file, key)
+                found = os.fstat(file.fileno())
+                manifest, start = self._head(file, key)
+                body = self._body(file, manifest, start, checked=CHECKED_BYTES)
+                return Entry(manifest, *body, path, found.st_atime_ns)
         except OSError as error:
             raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
 
-    def _read(self, file: io.BufferedReader, key: str) -> Entry:
+    def _head(self, file: io.BufferedReader, key: str, *, signed: bool = True) -> tuple[Manifest, int]:
+        """The authenticated manifest, and where what follows it begins."""
         head = file.read(_HEAD.size)
         size = os.fstat(file.fileno()).st_size
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
@@ -199,17 +309,28 @@ class Entries:
         if packed_size > size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         packed = file.read(packed_size)
-        if not hmac.compare_digest(mac, self._seal.mac(_MAGIC, key.encode(), packed)):
+        if signed and not hmac.compare_digest(mac, self._seal.mac(_MAGIC, key.encode(), packed)):
             raise UntrustedStoreError("its file is damaged, or was signed with another key; nothing of it was unpickled")
-        manifest = msgspec.msgpack.decode(packed, type=Manifest)
-        data = _HEAD.size + packed_size + manifest.pickle_size + manifest.outputs_size
+        try:
+            manifest = msgspec.msgpack.decode(packed, type=Manifest)
+        except msgspec.MsgspecError as error:
+            raise CorruptStoreError(f"its file can't be read: {error}") from error
+        start = _HEAD.size + packed_size
+        data = start + manifest.pickle_size + manifest.outputs_size
         buffers = sum(_aligned(b.size) for b in manifest.buffers)
-        if size != (_aligned(data) + buffers if manifest.buffers else data):
+        if size != (_aligned(data) + buffers if manifest.buffers else data) + manifest.notes_size:
             raise CorruptStoreError("its file is damaged: it is cut short")
+        return manifest, start
+
+    def _body(
+        self, file: io.BufferedReader, manifest: Manifest, start: int, *, checked: int | None
+    ) -> tuple[bytes, bytes, list[Any]]:
+        """The pickle, the outputs and the buffers, of which those of up to `checked` bytes (None: all) are compared."""
         stream, outputs = file.read(manifest.pickle_size), file.read(manifest.outputs_size)
         if _digest(stream) != manifest.pickle_digest or _digest(outputs) != manifest.outputs_digest:
             raise CorruptStoreError("its file is damaged: its bytes are not what was written")
-        return Entry(manifest, stream, outputs, _buffers(file, _aligned(data), manifest.buffers))
+        first = _aligned(start + manifest.pickle_size + manifest.outputs_size)
+        return stream, outputs, _buffers(file, first, manifest.buffers, checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +341,9 @@ class Entry:
     _stream: bytes
     outputs: bytes
     _buffers: list[Any]
+    path: Path
+    accessed_ns: int
+    """When its file was read last, before now."""
 
     def values(self, resolve: Callable[[Any], object]) -> dict[str, Any]:
         """The values by name, references given to `resolve`. Raises whatever unpickling raises."""
@@ -273,7 +397,7 @@ def _pickle(
     return file.getvalue(), buffers, pickler.by_own_reduction
 
 
-def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer]) -> list[Any]:
+def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer], checked: int | None) -> list[Any]:
     whole: mmap.mmap | None = None
     found: list[Any] = []
     for buffer in wanted:
@@ -286,12 +410,34 @@ def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer]) -> list[
         else:
             file.seek(begin)
             data = bytearray(file.read(buffer.size))
-        if buffer.size <= CHECKED_BYTES and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
+        if (checked is None or buffer.size <= checked) and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
             raise CorruptStoreError("its file is damaged: its bytes are not what was written")
         if whole is not None and buffer.size >= MAPPED_BYTES and begin % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_DONTNEED"):
             whole.madvise(mmap.MADV_DONTNEED, begin, buffer.size)  # nobody has written to it: it is read again when touched
         found.append(memoryview(data).toreadonly() if buffer.readonly else data)
     return found
+
+
+def _notes(file: io.BufferedReader, manifest: Manifest) -> bytes:
+    if not manifest.notes_size:
+        return b""
+    file.seek(-manifest.notes_size, os.SEEK_END)
+    found = file.read()
+    if _digest(found) != manifest.notes_digest:
+        raise CorruptStoreError("its notes are damaged: they are not what was written")
+    return found
+
+
+def _key_in(path: Path) -> str:
+    return path.name.partition("-")[0]
+
+
+def _without_a_trace(path: str, flags: int) -> int:
+    """Being listed is no use: the access time stays."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+    except PermissionError:  # somebody else's file
+        return os.open(path, flags)
 
 
 def _aligned(size: int) -> int:

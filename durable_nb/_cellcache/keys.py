@@ -6,15 +6,26 @@ import ast
 import hashlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from durable_nb._cellcache.names import NAMESPACES, SHELL_METHODS, Names, dynamic_reads
 from durable_nb._cellcache.patches import attributes_set
-from durable_nb._fingerprint import FORMAT, Fingerprinter, Unhashable, attribute_uses, globals_stored, nested_codes, source_of
+from durable_nb._fingerprint import (
+    FORMAT,
+    Fingerprinter,
+    Unhashable,
+    attribute_uses,
+    digest_of,
+    globals_stored,
+    nested_codes,
+    source_of,
+)
 
+EXTRA = "extra"
+"""The component that `--extra` adds."""
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -35,24 +46,45 @@ class CellKey:
     """(module, name) of the globals that functions of the project's modules may bind; `__main__` is the notebook."""
     sets: tuple[str, ...] = ()
     """Attributes of modules that helpers assign, said as such."""
+    functions: Callable[[], Mapping[str, types.FunctionType]] = dict
+    """Gives the helpers, by component."""
+    opaque: tuple[str, ...] = ()
+    """Inputs known by their type, or type and address, only: in words."""
+    ignored: frozenset[str] = frozenset()
+    """Names that the cell or its helpers read, and that were not to count."""
 
 
-def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, Any]) -> CellKey:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the user says about a cell's key."""
+
+    ignored: frozenset[str] = frozenset()
+    """Names that don't count."""
+    extra: tuple[Any, ...] = ()
+    """A value that counts besides."""
+
+
+def key_of(
+    name: str,
+    tree: ast.Module,
+    names: Names,
+    namespace: Mapping[str, Any],
+    terms: Terms = Terms(),
+) -> CellKey:
     """The key of a cell called `name` ('' for none) that is about to run in `namespace`."""
-    found, unknown = _fingerprint(tree, names.read, namespace)
+    found, unknown = _fingerprint(tree, names.read, namespace, terms)
     unknown += [f"it looks names up by {way}, which can't be followed" for way in sorted(dynamic_reads(tree))]
     print_ = found.result()
     for label, function in found.functions().items():
         if _looks_up(function.__code__):
             unknown.append(f"{said(label)} may look names up dynamically, which can't be followed")
     unknown += [
-        f"{said(o.label)} holds a {o.type_name}, which can't be compared"
+        f"{said(o.label)} holds a {o.type_name}, which can't be compared" + _way_out(o.label)
         for o in print_.opaque
         if not o.configured or o.type_name.startswith("_io.") or (o.type_name.endswith("Shell") and o.label != _OWN_SHELL)
     ]
-    whole = "\0".join((str(FORMAT), PYTHON, name, print_.digest))
     return CellKey(
-        hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest(),
+        _key(name, print_.digest),
         dict(print_.components),
         dict(print_.versions),
         tuple(unknown),
@@ -68,6 +100,12 @@ def key_of(name: str, tree: ast.Module, names: Names, namespace: Mapping[str, An
             for label, function in found.functions().items()
             for module, name in attributes_set(source_of(function), function.__globals__)
         ),
+        found.functions,
+        tuple(
+            f"{said(o.label)}: {o.type_name}, by its type" + (" and what is known of its configuration" if o.configured else "")
+            for o in print_.opaque
+        ),
+        frozenset(found.met_ignored),
     )
 
 
@@ -95,15 +133,30 @@ _OWN_SHELL = "global get_ipython"
 _DYNAMIC = {"eval", "exec", "globals", "__main__"} | NAMESPACES
 
 
+def key_from(name: str, components: Mapping[str, str]) -> str:
+    """The key of a cell whose components are these."""
+    return _key(name, digest_of(components))
+
+
+def _key(name: str, digest: str) -> str:
+    whole = "\0".join((str(FORMAT), PYTHON, name, digest))
+    return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
 def mutated(
-    before: CellKey, tree: ast.Module, names: Names, namespace: Mapping[str, Any], old: Mapping[str, Any]
+    before: CellKey,
+    tree: ast.Module,
+    names: Names,
+    namespace: Mapping[str, Any],
+    old: Mapping[str, Any],
+    terms: Terms = Terms(),
 ) -> tuple[list[str], list[str]]:
     """(components of inputs that the cell changed in place, what can't be compared any more); `old` is what `namespace`
     held before it ran.
 
     A name that the cell bound anew has not changed in place: what it held before is looked at.
     """
-    found, unknown = _fingerprint(tree, names.read, namespace, earlier=old)
+    found, unknown = _fingerprint(tree, names.read, namespace, terms, earlier=old)
     after = found.result().components
     return [label for label, digest in before.components.items() if after.get(label) != digest], unknown
 
@@ -133,11 +186,20 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def _fingerprint(
-    tree: ast.Module, read: Iterable[str], namespace: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
+    tree: ast.Module,
+    read: Iterable[str],
+    namespace: Mapping[str, Any],
+    terms: Terms,
+    earlier: Mapping[str, Any] | None = None,
 ) -> tuple[Fingerprinter, list[str]]:
-    found = Fingerprinter(earlier=None if earlier is None else (namespace, earlier))
+    found = Fingerprinter(earlier=None if earlier is None else (namespace, earlier), ignored=terms.ignored)
     unknown: list[str] = []
     found.add_code("code", tree)
+    for value in terms.extra:
+        try:
+            found.add_value(EXTRA, value)
+        except Exception as error:
+            unknown.append(f"what --extra gives can't be compared ({type(error).__name__}: {error})")
     uses = _uses(tree)
     for name in sorted(read):
         try:
@@ -152,6 +214,11 @@ def _fingerprint(
 _uses = lru_cache(maxsize=256)(attribute_uses)  # a cell's tree is kept as long as its text is executed again and again
 
 
+def _way_out(label: str) -> str:
+    kind, _, name = label.partition(" ")
+    return f" (--ignore {name} accepts it)" if kind == "global" and name.isidentifier() else ""
+
+
 def said(label: str) -> str:
     """A component's label as its user would say it."""
     kind, _, rest = label.partition(" ")
@@ -162,4 +229,6 @@ def said(label: str) -> str:
             return rest
         case "aliases":
             return "which names share an object"
+        case "extra":
+            return "what --extra gives"
     return label

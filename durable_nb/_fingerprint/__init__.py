@@ -6,13 +6,14 @@ from ._code import (
     digest_of,
     globals_stored,
     hash_value,
+    identify,
     object_of,
     of_call,
     of_value,
     source_of,
 )
 from ._source import attribute_uses, names_loaded, nested_codes, normalise
-from ._values import FORMAT, Opaque, Unhashable, identify
+from ._values import FORMAT, Opaque, Unhashable
 
 __all__ = [
     "FORMAT",

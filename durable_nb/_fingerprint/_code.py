@@ -30,14 +30,16 @@ from ._values import (
     PERSON,
     SCALARS,
     Opaque,
+    Unhashable,
     Walk,
+    configure,
     named,
     raw,
     text,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 _HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
@@ -120,8 +122,12 @@ class Fingerprinter:
         docstrings: bool = False,
         memory: bool = True,
         earlier: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+        ignored: Container[str] = (),
     ) -> None:
-        """`earlier`: a namespace and what it held at an earlier time, which counts in its place, for functions in it too."""
+        """`earlier`: a namespace and what it held at an earlier time, which counts in its place, for functions in it too.
+        `ignored`: names of the notebook that don't count, whoever reads them."""
+        self.met_ignored: set[str] = set()
+        self._ignored = ignored
         self._docstrings = docstrings
         self._earlier = earlier
         self._memory = self.whole = memory
@@ -160,6 +166,8 @@ class Fingerprinter:
 
         `uses`, from `attribute_uses`, narrows a project's module to the attributes that are read.
         """
+        if self._is_ignored(name, namespace):
+            return
         value = _look_up(name, self._held_by(namespace))
         label = self._global_label(name, namespace)
         if label in self._components:
@@ -226,7 +234,7 @@ class Fingerprinter:
 
     def result(self) -> Fingerprint:
         if self._shows_docstrings and not self._docstrings:
-            documented = Fingerprinter(docstrings=True, memory=self._memory, earlier=self._earlier)
+            documented = Fingerprinter(docstrings=True, memory=self._memory, earlier=self._earlier, ignored=self._ignored)
             for add in self._added:
                 add(documented)
             return documented.result()
@@ -407,7 +415,16 @@ class Fingerprinter:
             yield from self._global(walk, name, fn.__globals__, reading.uses.get(name))
         self._imports(walk, reading.imports, fn.__globals__)
 
+    def _is_ignored(self, name: str, namespace: Mapping[str, Any]) -> bool:
+        if name not in self._ignored or namespace.get("__name__") not in {"__main__", None}:
+            return False
+        self.met_ignored.add(name)
+        return True
+
     def _global(self, walk: Walk, name: str, namespace: dict[str, Any], uses: Paths) -> Iterator[Any]:
+        if self._is_ignored(name, namespace):
+            walk.out += b"ignored"
+            return
         value = _look_up(name, self._held_by(namespace))
         if value is MISSING:
             walk.out += b"undefined"
@@ -965,6 +982,31 @@ def of_value(value: Any) -> Fingerprint:
     found = Fingerprinter(memory=False)
     found.add_value("value", value)
     return found.result()
+
+
+def identify(type: type, fn: Callable[[Any], Any], /) -> None:  # noqa: A002  the word users say
+    """Say how objects of `type`, and of its subclasses, count as inputs: by what `fn(obj)` gives, and by nothing else.
+
+    For connections, clients and the like, whose state says nothing: `identify(Client, lambda c: (c.url, c.model))`. Plain
+    data, which becomes a digest; leave passwords out all the same. Where `fn` raises, or gives something that is opaque
+    itself, the object counts as unknown, and a cell that reads it runs. For this process; say it once, before the cells.
+    """
+    if not isinstance(type, _TYPE):
+        raise TypeError(f"durable.identify({type!r}, ...): give a class, such as type(client)")
+    if not callable(fn):
+        raise TypeError(f"durable.identify({type.__name__}, {fn!r}): give a function of the object that returns plain data")
+
+    def configuration(obj: Any) -> str:
+        found = of_value(fn(obj))
+        unknown = [opaque.type_name for opaque in found.opaque if not opaque.configured]
+        if unknown:
+            raise Unhashable(type.__name__, f"identify gives a {unknown[0]}")
+        return found.digest
+
+    configure(type, configuration)
+
+
+_TYPE = type
 
 
 def hash_value(value: Any) -> str:

@@ -625,7 +625,7 @@ CONFIGURED: dict[str, Callable[[Any], str]] = {  # by the qualified name of the 
 }
 
 
-def identify(kind: type, configuration: Callable[[Any], str]) -> None:
+def configure(kind: type, configuration: Callable[[Any], str]) -> None:
     """From now on values of `kind` count by their type and the text `configuration(value)`."""
     CONFIGURED[f"{kind.__module__}.{kind.__qualname__}"] = configuration
 

@@ -17,7 +17,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +29,9 @@ from IPython.core.error import UsageError
 
 import durable_nb
 from durable_nb import _records as rec
-from durable_nb._cellcache.entries import DriftError, Entries, Entry, Result
-from durable_nb._cellcache.keys import CellKey, changes, globals_held, key_of, mutated, said, stored_by
+from durable_nb._cellcache import explain
+from durable_nb._cellcache.entries import DriftError, Entries, Entry, Manifest, Result
+from durable_nb._cellcache.keys import CellKey, Terms, changes, globals_held, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names, names_of
 from durable_nb._cellcache.patches import (
     Links,
@@ -83,6 +84,29 @@ class Code:
     filename: str
 
 
+@dataclass(slots=True)
+class Story:
+    """How a cell's last execution in this kernel went: what `%durable why` and `plan` tell of."""
+
+    options: Options
+    source: str
+    at: float
+    """When it began, unix seconds."""
+    restored: bool = False
+    why: str = ""
+    """Why it ran."""
+    not_stored: str = ""
+    nearest: Manifest | None = None
+    """The entry it was restored from; or the one most like the cell before it ran."""
+    differences: tuple[explain.Difference, ...] = ()
+    """From that one."""
+    opaque: tuple[str, ...] = ()
+    components: dict[str, str] = field(default_factory=dict)
+    """Of its key, before it ran."""
+    changed: tuple[str, ...] = ()
+    """Components that it changed in place."""
+
+
 class CellExecution:
     """What one execution needs to know; `run` is its story."""
 
@@ -100,6 +124,11 @@ class CellExecution:
         self.watch: Watch | None = None
         self.elsewhere: dict[tuple[str, str], Any] = {}
         self.recorder = Recorder(shell)
+        self.story = Story(options, body, time.time())
+        self.begun = False
+        self._terms = Terms(options.ignore)
+        self._notes = explain.Notes()
+        self._too_old = ""
 
     async def run(self) -> None:
         """Leave the notebook as plain execution would."""
@@ -113,7 +142,11 @@ class CellExecution:
     async def _restore_or_execute(self, began: float) -> None:
         if not self.options.name:
             self.status.advise("name the cell ('%%durable NAME') to keep its steps when it is edited elsewhere")
+        self._terms = terms_of(self.shell, self.options)
         key = self._key()
+        for name in sorted(self.options.ignore - key.ignored):
+            self.status.advise(f"--ignore {name}: neither the cell nor a helper of it reads that name")
+        self.story.components = key.components
         run, waited = None, False
         while run is None:
             options = self.options
@@ -128,15 +161,27 @@ class CellExecution:
                     self.status.show("waiting", "another kernel is running this cell with the same inputs")
                 waited = True
                 await asyncio.sleep(_BUSY_POLL_S)
-        self.status.show("running", self._why(key, run))
+        self.begun = True
+        self._notes, texts = self._noted(key)
+        self.story.why = self._why(key, run, texts)
+        self.status.show("running", self.story.why)
         await self._execute(run, key, began)
 
     def _asked(self, key: CellKey) -> Asked:
         return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step)
 
+    def _noted(self, key: CellKey) -> tuple[explain.Notes, dict[str, str]]:
+        """Notes on what the cell is about to run with, and the texts that they mask."""
+        seal = self.engine.store.seal
+        try:
+            tree, namespace = self.code.tree, self.shell.user_ns
+            return explain.notes_of(key, tree, namespace, lambda text: seal.mac(b"mark", text)[:3].hex())
+        except Exception:  # an explanation is no reason for a cell not to run
+            return explain.Notes(), {}
+
     def _key(self) -> CellKey:
         try:
-            return key_of(self.options.name, self.code.tree, self.code.names, self.shell.user_ns)
+            return key_of(self.options.name, self.code.tree, self.code.names, self.shell.user_ns, self._terms)
         except Exception as error:  # whatever is odd about an input, the cell itself must run
             unknown = f"its inputs can't be compared ({type(error).__name__}: {error})"
             return CellKey(secrets.token_hex(20), {}, {}, (unknown,), {})
@@ -151,6 +196,15 @@ class CellExecution:
         if found is None:
             return False
         await self.engine.close_finished(self._asked(key))
+        manifest = found[0].manifest
+        self.entries.used(found[0])
+        self.story.restored, self.story.nearest, self.story.opaque = True, manifest, key.opaque
+        others = explain.package_changes(manifest.versions, key.versions)
+        if others:
+            text = f"stored with another version: {', '.join(others)}; --rerun runs it anew"
+            self.status.advise(text) if self.live else self.status.warn(text)
+        if manifest.skipped:
+            self.status.advise(f"without {', '.join(manifest.skipped)}, as --skip says")
         self._apply(*found, began)
         return True
 
@@ -158,7 +212,9 @@ class CellExecution:
         """The entry that holds in the world as it is now, decoded. Nothing of the notebook has changed when this returns."""
         try:
             for entry in self.entries.of_key(self.scope, key.key):
-                if entry.manifest.world.changes(self.shell.user_ns):
+                stale = ruled_out(self.options, entry.manifest)
+                self._too_old = self._too_old or stale
+                if stale or entry.manifest.world.changes(self.shell.user_ns):
                     continue
                 values = entry.values(resolver(key.places, self.shell.user_ns))
                 if all(fits(obj, content) for obj, content in values[_PATCHES]):
@@ -190,22 +246,37 @@ class CellExecution:
 
     # -- a miss --------------------------------------------------------------------------------------------------------
 
-    def _why(self, key: CellKey, run: CellRun) -> str:
-        """Why the cell runs, in a few words."""
+    def _why(self, key: CellKey, run: CellRun, texts: dict[str, str]) -> str:
+        """Why the cell runs, in a few words; what differs from the nearest entry is noted in the story."""
+        self.story.opaque = key.opaque
+        nearest, found = self._nearest(key)
+        if nearest is not None:
+            before = explain.decode(self.entries.notes(self.scope, nearest))
+            components = explain.differences(nearest.components, before, key.components, self._notes, texts)
+            world = nearest.world.changes(self.shell.user_ns)
+            self.story.nearest = nearest
+            self.story.differences = (*components, *(explain.Difference(what) for what in world))
         if run.resumed:
             return f"goes on from {datetime.fromtimestamp(run.record.started_at).astimezone():%a %H:%M}"
         if self.options.rerun or self.options.rerun_step:
             return "asked for by --rerun" + (f"={self.options.rerun_step}" if self.options.rerun_step else "")
         if key.unknown:
             return key.unknown[0]
-        nearest: list[str] | None = None  # differences to the entry that is most like this cell
-        for manifest in self.entries.manifests(self.scope) if self.options.name else ():
-            found = changes(manifest.components, key.components) or manifest.world.changes(self.shell.user_ns)
-            if nearest is None or len(found) < len(nearest):
-                nearest = found
+        if self._too_old:
+            return self._too_old
         if nearest is None:
             return "first run"
-        return ", ".join(nearest[:3]) + (f" and {len(nearest) - 3} more" if len(nearest) > 3 else "") or "its entry was lost"
+        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") or "its entry was lost"
+
+    def _nearest(self, key: CellKey) -> tuple[Manifest | None, list[str]]:
+        """The entry that is most like this cell, and what differs from it."""
+        nearest: Manifest | None = None
+        fewest: list[str] = []
+        for manifest in self.entries.manifests(self.scope) if self.options.name else ():
+            found = changes(manifest.components, key.components) or manifest.world.changes(self.shell.user_ns)
+            if nearest is None or len(found) < len(fewest):
+                nearest, fewest = manifest, found
+        return nearest, fewest
 
     async def _execute(self, run: CellRun, key: CellKey, began: float) -> None:
         stage = _Stage(self, run)
@@ -231,7 +302,7 @@ class CellExecution:
                 ended = Status.COMPLETED
                 if run.unrepeated:
                     step, names = run.unrepeated[0]
-                    self.status.not_stored(f"step {step!r} was restored, and {names} not, which it changes")
+                    self._not_stored(f"step {step!r} was restored, and {names} not, which it changes")
                 else:
                     self._store(run, key, before, watch, outputs, cost)
             except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
@@ -275,12 +346,16 @@ class CellExecution:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
+    def _not_stored(self, why: str) -> None:
+        self.story.not_stored = why
+        self.status.not_stored(why)
+
     def _store(
         self, run: CellRun, key: CellKey, before: dict[str, Any], watch: CellWatch, outputs: list[capture.Output], cost_s: float
     ) -> None:
         namespace = self.shell.user_ns
         if key.unknown:
-            self.status.not_stored(key.unknown[0])
+            self._not_stored(key.unknown[0])
             return
         names = self.code.names
         touched = {
@@ -290,14 +365,17 @@ class CellExecution:
         unread = {n for n in (*names.bound, *stored_by(key)) if f"global {n}" not in key.components}
         alone = {n for n in unread if n in namespace and n not in touched}
         touched, alone = ({n for n in found if n in names.bound or not _HIDDEN.fullmatch(n)} for found in (touched, alone))
+        deleted, skipped = sorted(touched - namespace.keys()), sorted(touched & namespace.keys() & self.options.skip)
+        touched, alone = touched - self.options.skip, alone - self.options.skip - self.options.ignore
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
-            changed, problems = mutated(key, self.code.tree, self.code.names, namespace, before)
+            changed, problems = mutated(key, self.code.tree, self.code.names, namespace, before, self._terms)
+            self.story.changed = tuple(changed)
             world, unseen = watch.world()
             problems += unseen
             world = replace(world, names={name: name_digest(namespace, name) for name in sorted(alone)})
         except Exception as error:
-            self.status.not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
+            self._not_stored(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
             return
         try:
             patches = patches_for(changed, key.places)
@@ -308,11 +386,11 @@ class CellExecution:
         problems += key.sets
         problems += [f"it sets the context variable {variable.name}" for variable, _ in run.set_variables]
         if problems:
-            self.status.not_stored(problems[0])
+            self._not_stored(problems[0])
             return
         view = shares_memory(bound, key.places)
         if view:
-            self.status.not_stored(f"{view} shares its memory with another array")
+            self._not_stored(f"{view} shares its memory with another array")
             return
         values = {
             **bound,
@@ -328,7 +406,7 @@ class CellExecution:
             self.entries.store(
                 self.scope,
                 key.key,
-                Result(values, world, sorted(touched - bound.keys()), capture.encode(outputs), len(outputs), cost_s),
+                Result(values, world, deleted, capture.encode(outputs), len(outputs), cost_s, skipped),
                 name=self.options.name,
                 components=key.components,
                 versions=key.versions,
@@ -336,23 +414,53 @@ class CellExecution:
                 reference=links.reference,
                 copied=lambda cls: any(cls is value for value in bound.values()),
                 resolve=resolver(key.places, before),
+                notes=explain.encode(self._notes),
             )
         except OSError as error:
-            self.status.not_stored(f"the store can't be written ({error.strerror})")
+            self._not_stored(f"the store can't be written ({error.strerror})")
         except UnpatchableError as error:
-            self.status.not_stored(f"it binds {error}")
+            self._not_stored(f"it binds {error}")
         except DriftError as error:
-            self.status.not_stored(f"a {error} does not come back whole from its own pickle")
+            self._not_stored(f"a {error} does not come back whole from its own pickle")
         except Exception as error:
-            self.status.not_stored(self._unpicklable(values, links, error))
+            self._not_stored(self._unpicklable(values, links, error))
 
     def _unpicklable(self, values: dict[str, Any], links: Links, error: Exception) -> str:
         """Name the variable that is to blame."""
         for name, value in values.items():
             if not _is_picklable(value, links):
-                what = f"{name} ({type(value).__name__})" if name.isidentifier() else "the displayed value"
-                return f"{what} can't be pickled; its steps are kept: put what costs time or money into durable.run(...)"
+                named = name.isidentifier()
+                what = f"{name} ({type(value).__name__})" if named else "the displayed value"
+                kept = "its steps are kept: put what costs time or money into durable.run(...)"
+                return f"{what} can't be pickled; {kept}" + (f", or leave it out with --skip {name}" if named else "")
         return f"its variables can't be pickled together ({type(error).__name__}: {error})"
+
+
+def terms_of(shell: Any, options: Options) -> Terms:
+    """What the options say about the key; `--extra` is evaluated, now. UsageError where that fails."""
+    if not options.extra:
+        return Terms(options.ignore)
+    try:
+        value = eval(options.extra, shell.user_global_ns, shell.user_ns)  # noqa: S307  the user's own
+    except Exception as error:
+        raise UsageError(
+            f"%%durable --extra: {options.extra!r} raises {type(error).__name__}: {error}; nothing was run"
+        ) from None
+    return Terms(options.ignore, (value,))
+
+
+def ruled_out(options: Options, manifest: Manifest) -> str:
+    """Why the options don't let this entry count; '' where they do."""
+    age_s, ttl_s = time.time() - manifest.created_at, options.ttl_s
+    if ttl_s is not None and age_s >= ttl_s:
+        return f"its entry is {say_duration(age_s)} old, and --ttl says {say_duration(ttl_s)}"
+    missing = set(manifest.skipped) - options.skip
+    return f"its entry is without {', '.join(sorted(missing))}, which --skip left out" if missing else ""
+
+
+def source_of(shell: Any, body: str) -> tuple[ast.Module, Names]:
+    """What a cell's key is made of: its normal tree, and the names in it."""
+    return _normal(shell.transform_cell(body))
 
 
 def _is_picklable(value: Any, links: Links) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import keyword
 import shlex
 from dataclasses import dataclass
 
@@ -10,8 +12,17 @@ from IPython.core.error import UsageError
 from durable_nb._clock import parse_duration
 
 _FLAGS = {"--rerun": "rerun", "--time": "time", "--quiet": "quiet"}
-_VALUES = {"--max-wait": "max_wait_s"}
-_USAGE = "%%durable [NAME] [--rerun | --rerun=STEP] [--max-wait DURATION] [--time] [--quiet]"
+_VALUES = {
+    "--max-wait": "a duration, as in '--max-wait 10m'",
+    "--ttl": "a duration, as in '--ttl 7d'",
+    "--ignore": "names of variables, as in '--ignore client,log'",
+    "--skip": "names of variables, as in '--skip connection'",
+    "--extra": "an expression, as in '--extra \"model.version\"'",
+}
+_USAGE = (
+    "%%durable [NAME] [--rerun | --rerun=STEP] [--ttl DURATION] [--ignore NAMES] [--skip NAMES] [--extra EXPR] "
+    "[--max-wait DURATION] [--time] [--quiet]"
+)
 
 
 @dataclass(slots=True)
@@ -24,6 +35,10 @@ class Options:
     time: bool = False
     quiet: bool = False
     max_wait_s: float | None = None
+    ttl_s: float | None = None
+    ignore: frozenset[str] = frozenset()
+    skip: frozenset[str] = frozenset()
+    extra: str = ""
     capture: str | None = None
     """The line of a `%%capture` above."""
 
@@ -46,12 +61,14 @@ def parse(line: str, stack: list[str]) -> Options:
             setattr(options, _FLAGS[word], True)
         elif option in _VALUES:
             if not has_value:
-                if not words:
-                    raise UsageError(f"%%durable: {option} needs a duration, as in '{option} 10m'; nothing was run")
-                value = words.pop(0)
-            options.max_wait_s = _duration(option, value)
+                value = words.pop(0) if words and not words[0].startswith("--") else ""
+            if not value.strip():
+                raise UsageError(f"%%durable: {option} needs {_VALUES[option]}; nothing was run")
+            _set(options, option, value)
         elif word.startswith("-"):
-            raise UsageError(f"%%durable: unknown option {word!r}; nothing was run. Write {_USAGE}")
+            meant = difflib.get_close_matches(option, [*_FLAGS, *_VALUES], n=1)
+            said = f"unknown option {word!r}" + (f", did you mean {meant[0]!r}?" if meant else "")
+            raise UsageError(f"%%durable: {said}; nothing was run. Write {_USAGE}")
         elif options.name:
             raise UsageError(
                 f"%%durable: a second name {word!r} after {options.name!r}; nothing was run. Write {_USAGE}, and put a "
@@ -66,6 +83,38 @@ def parse(line: str, stack: list[str]) -> Options:
         else:
             options.capture = rest
     return options
+
+
+def _set(options: Options, option: str, value: str) -> None:
+    match option:
+        case "--max-wait":
+            options.max_wait_s = _duration(option, value)
+        case "--ttl":
+            options.ttl_s = _duration(option, value)
+        case "--ignore":
+            options.ignore |= _names(option, value)
+        case "--skip":
+            options.skip |= _names(option, value)
+        case _:
+            options.extra = _expression(value)
+
+
+def _names(option: str, value: str) -> frozenset[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise UsageError(f"%%durable {option}: {name!r} is no variable's name; nothing was run. It needs {_VALUES[option]}")
+    return frozenset(names)
+
+
+def _expression(value: str) -> str:
+    try:
+        compile(value, "--extra", "eval")
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"%%durable --extra: {value!r} is no expression ({error.args[0]}); nothing was run. Put it in double quotes"
+        ) from None
+    return value
 
 
 def _duration(option: str, value: str) -> float:
