@@ -38,8 +38,10 @@ def _parser() -> _Parser:
     parser = _Parser(prog="durable-nb", description="Durable functions for Jupyter.")
     parser.add_argument("--version", action="version", version=f"durable-nb {durable_nb.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for add in (_demo,):
-        add(commands)
+    from durable_nb._housekeeping.commands import add_to
+
+    _demo(commands)
+    add_to(commands)
     return parser
 
 

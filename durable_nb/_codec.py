@@ -115,6 +115,16 @@ class Seal:
             raise CorruptStoreError(f"the record {name!r} is damaged: its bytes are not what was signed")
         return body
 
+    def is_own(self, row: bytes) -> bool:
+        """Does the row say that this key signed it?"""
+        return row.startswith(self._prefix)
+
+    def sign_anew(self, name: str, row: bytes) -> bytes:
+        """A row that another key signed, signed with this one: whoever wrote it is trusted from here on."""
+        if row[: len(_MAGIC)] != _MAGIC or len(row) < _HEADER:
+            raise CorruptStoreError(f"the record {name!r} is damaged: it is no sealed row")
+        return self.close(name, row[_HEADER:])
+
 
 def load_key() -> bytes:
     """The user's signing key, made on first use: `DURABLE_NB_KEY_FILE`, or `durable_nb/signing.key` in Jupyter's data

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from durable_nb._journal.writer import Writer
 from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
+
+_JUST_NOW_S = 5.0
 
 
 class Store:
@@ -110,6 +113,22 @@ class Process:
             os.close(descriptor)
         self._path(process_id).unlink(missing_ok=True)  # ids are never used again
         return False
+
+    def others(self) -> list[str]:
+        """The live processes beside this one. What dead ones left is removed."""
+        return [path.stem for path in sorted(self._folder.glob("*.lock")) if path.stem != self.id and self._lives(path)]
+
+    def _lives(self, path: Path) -> bool:
+        try:
+            young = time.time() - path.stat().st_mtime < _JUST_NOW_S
+            if not young:
+                return self.is_alive(path.stem)
+            os.kill(int(path.stem.partition("-")[0]), 0)  # its owner may be about to lock it: asking would get in the way
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            return False
+        except PermissionError:
+            return True
+        return True
 
     def end(self) -> None:
         """Give the sign of life up."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
+from durable_nb._housekeeping.tables import count, say_size
 
 _STYLE = "color:var(--jp-ui-font-color2,#616161);font-size:var(--jp-ui-font-size1,13px)"
 
@@ -45,22 +46,22 @@ class StatusLine:
         if not self._live:
             return
         counts = (
-            ", ".join(_count(n, what) for n, what in ((variables, "variable"), (outputs, "output")) if n) or "nothing to show"
+            ", ".join(count(n, what) for n, what in ((variables, "variable"), (outputs, "output")) if n) or "nothing to show"
         )
         saved = f", saved {say_duration(saved_s)}" if saved_s > took_s else ""
-        self._display("restored", f"restored {counts}, {_bytes(size)} in {say_duration(took_s)}{saved}")
+        self._display("restored", f"restored {counts}, {say_size(size)} in {say_duration(took_s)}{saved}")
 
     def ended(self, status: Status, took_s: float, run: Snapshot) -> None:
         """The cell ran."""
         kept = sum(step.status is Status.COMPLETED for step in run.steps)
         restored = sum(step.restored for step in run.steps)
-        steps = f", {restored} of {_count(len(run.steps), 'step')} restored" if restored else ""
+        steps = f", {restored} of {count(len(run.steps), 'step')} restored" if restored else ""
         if status is Status.COMPLETED:
             text = f"ran in {say_duration(took_s)}{steps}"
         else:
             word = "failed" if status is Status.FAILED else "stopped"
             text = f"{word} after {say_duration(took_s)}" + (
-                f", {_count(kept, 'step')} kept: run the cell again to go on" if kept else ""
+                f", {count(kept, 'step')} kept: run the cell again to go on" if kept else ""
             )
         if self._live:
             self._display(status.value, text)
@@ -82,15 +83,3 @@ class StatusLine:
             self._handle = display(bundle, raw=True, metadata=metadata, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True, metadata=metadata)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from durable_nb._files import write_file
@@ -23,16 +27,48 @@ class Blobs:
     def put(self, data: bytes) -> str:
         digest = blob_digest(data)
         path = self._folder / digest
-        if not self._holds(digest):
-            try:
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                write_file(path, [data])
-            except OSError as error:
-                raise StoreError(
-                    f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
-                    "safe; free the disk, and go on from here"
-                ) from error
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            with self._locked(fcntl.LOCK_SH):
+                if self._holds(digest):
+                    os.utime(path)  # a row that names it is about to be written
+                else:
+                    write_file(path, [data])
+        except OSError as error:
+            raise StoreError(
+                f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
+                "safe; free the disk, and go on from here"
+            ) from error
         return digest
+
+    def drop(self, before: float, needed: Callable[[str], bool]) -> int:
+        """Remove files put before that time which nobody needs; the bytes that were freed.
+
+        While it looks and removes, nobody puts one: a value found to be there already must still be there afterwards.
+        """
+        freed = 0
+        for path in sorted(self._folder.glob("[!.]*")):
+            with contextlib.suppress(FileNotFoundError):  # another process is making room too
+                if path.stat().st_mtime >= before or needed(path.name):
+                    continue
+                with self._locked(fcntl.LOCK_EX):
+                    found = path.stat()
+                    if found.st_mtime < before:
+                        path.unlink()
+                        freed += found.st_size
+        return freed
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, how)
+            try:
+                yield
+            finally:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing wouldn't: a child forked meanwhile has it open too
+        finally:
+            os.close(descriptor)
 
     def _holds(self, digest: str) -> bool:
         try:

@@ -36,6 +36,8 @@ _HOLDS = "EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND value = ?)"
 _PUT = f"INSERT OR REPLACE INTO Cache({_COLUMNS}) VALUES ({_ROW})"
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
+_SIZES = "SELECT key, length(value) FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
+_BEYOND = chr(0x10FFFF)
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1"
 
 
@@ -92,6 +94,22 @@ class DiskJournal:
         with _told(self._folder, "read"):
             rows = self._sql(_SCAN, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchall()
         return [(key, value) for key, value in rows if isinstance(value, bytes)]
+
+    def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
+        """Keys that begin with `prefix`, in order, and the bytes of each row."""
+        beyond = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else _BEYOND
+        with _told(self._folder, "read"):
+            return [(key, size or 0) for key, size in self._sql(_SIZES, (prefix, beyond)).fetchall()]
+
+    def problems(self) -> list[str]:
+        """What SQLite's own check finds wrong with the database; empty where it is sound."""
+        with _told(self._folder, "read"):
+            found = [str(row[0]) for row in self._sql("PRAGMA integrity_check").fetchall()]
+        return [line for line in found if line != "ok"]
+
+    def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
+        """Remove large values that were put before that unix time and that no row needs; how many bytes that was."""
+        return self._blobs.drop(before, needed)
 
     def put_blob(self, data: bytes) -> str:
         return self._blobs.put(data)

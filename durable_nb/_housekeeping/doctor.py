@@ -1,0 +1,136 @@
+"""Is a store sound, and whose is it? What `durable-nb doctor` finds, and what `durable-nb trust` signs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from durable_nb._cellcache.entries import Entries
+from durable_nb._journal import Commit, Verdict
+from durable_nb._records import Outcome, unpack
+from durable_nb._store import Store
+from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
+
+_AT_ONCE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    where: str
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What was looked at, and what was found wrong."""
+
+    rows: int
+    values: int
+    entries: int
+    findings: tuple[Finding, ...]
+
+
+def examine(store: Store, *, verify: bool = False) -> Examined:
+    """Look at everything; nothing is changed. `verify` compares every byte of entries, however large."""
+    journal, seal = store.journal, store.seal
+    findings = [Finding("journal", problem, "restore the folder from a backup") for problem in journal.problems()]
+    if store.path.stat().st_mode & 0o077:
+        findings.append(Finding(str(store.path), "others may read it", f"chmod 700 {store.path}"))
+    foreign: Counter[str] = Counter()
+    blobs: dict[str, str] = {}
+    rows = journal.sizes()
+    for key, _ in rows:
+        row = journal.get(key)
+        try:
+            body = seal.open(key, row) if row is not None else None
+            if body is not None and key.startswith("step/"):
+                outcome = unpack(seal, key, row or b"", Outcome)
+                if outcome.blob:
+                    blobs[outcome.blob] = outcome.name
+        except UntrustedStoreError:
+            foreign[key.partition("/")[0]] += 1
+        except CorruptStoreError as error:
+            findings.append(Finding(key, str(error), _remedy_for(key)))
+    if foreign:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(foreign.items()))
+        findings.append(Finding("journal", f"rows signed with another key: {kinds}", f"durable-nb trust {store.path}"))
+    for digest, step in blobs.items():
+        try:
+            journal.get_blob(digest)
+        except StoreError as error:
+            findings.append(Finding(f"values/{digest}", f"step {step!r}: {error}", f"--rerun={step} executes the step anew"))
+    entries = Entries(store.cells, seal)
+    kept = list(entries.all())
+    for entry in kept:
+        name = str(entry.path.relative_to(store.path))
+        try:
+            if entry.manifest is None or verify:
+                entries.verify(entry.path)
+        except UntrustedStoreError:
+            findings.append(
+                Finding(name, "damaged, or signed with another key", f"durable-nb trust {store.path}, or delete it")
+            )
+        except CorruptStoreError as error:
+            findings.append(Finding(name, str(error), "nothing to do: the cell will run, and is stored anew"))
+    return Examined(len(rows), len(blobs), len(kept), tuple(findings))
+
+
+def _remedy_for(key: str) -> str:
+    if key.startswith("step/"):
+        return "run the cell once with --rerun, or restore the folder from a backup"
+    return "restore the folder from a backup"
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """What another key has signed."""
+
+    rows: tuple[str, ...]
+    entries: int
+
+
+def foreign(store: Store) -> Foreign:
+    """What `trust` would sign."""
+    rows = tuple(key for key, _ in store.journal.sizes() if not store.seal.is_own(store.journal.get(key) or b""))
+    return Foreign(rows, sum(entry.manifest is None for entry in Entries(store.cells, store.seal).all()))
+
+
+def trust(store: Store) -> tuple[int, int]:
+    """Sign anew what another key has signed: (rows, entries). From here on they are unpickled, which runs what they say.
+
+    StoreError while another process uses the store: it would lose its runs.
+    """
+    others = store.process.others()
+    if others:
+        pids = ", ".join(other.partition("-")[0] for other in others)
+        raise StoreError(f"the store {store.path} is in use (process {pids}); nothing was signed. Stop it first")
+    signed = 0
+    puts: list[tuple[tuple[str, bytes], tuple[str, bytes]]] = []
+    for key in foreign(store).rows:
+        row = store.journal.get(key)
+        if row is None:
+            continue
+        try:
+            puts.append(((key, row), (key, store.seal.sign_anew(key, row))))
+        except CorruptStoreError:
+            continue  # `doctor` tells of it
+    for start in range(0, len(puts), _AT_ONCE):
+        some = puts[start : start + _AT_ONCE]
+        verdict = store.writer.commit_and_wait(Commit(some[0][0], puts=tuple(put for _, put in some)))
+        signed += len(some) if verdict is Verdict.APPLIED else 0
+    entries = Entries(store.cells, store.seal)
+    done = 0
+    for entry in entries.all():
+        if entry.manifest is None:
+            times = entry.stored_at, entry.used_at
+            try:
+                entries.sign(entry.path)
+            except CorruptStoreError:
+                continue
+            os.utime(entry.path, (times[1], times[0]))
+            done += 1
+    return signed, done

@@ -1,0 +1,70 @@
+"""Forgetting a cell: its entries, the outcomes of its steps, and its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from durable_nb import _records as rec
+from durable_nb._cellcache.entries import Entries
+from durable_nb._engine import Engine
+from durable_nb._journal import Commit, Verdict
+from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
+from durable_nb.errors import DurableError
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """How much there was."""
+
+    entries: int
+    steps: int
+    runs: int
+
+
+def forget(engine: Engine, name: str) -> Forgotten:
+    """Forget all of the cell `name`. Its steps get idempotency keys of their own when they run again, as after `--rerun`.
+
+    DurableError while the cell runs, in any process; then nothing is forgotten.
+    """
+    store, scope = engine.store, rec.scope_of(name)
+    journal, counter = store.journal, rec.generation_key(scope)
+    while True:
+        begun = journal.get(counter)
+        for key, _ in journal.sizes(rec.open_prefix(scope)):
+            _take(engine, key.rpartition("/")[2], name)
+        steps = [key for key, _ in journal.sizes(f"step/{scope}/")]
+        rows = [key for prefix in ("try", "loose", "again", "open") for key, _ in journal.sizes(f"{prefix}/{scope}/")]
+        records = [unpack(store.seal, key, row, RunRecord) for key, row in journal.scan("run/")]
+        runs = [record.id for record in records if record.scope == scope]
+        for run_id in runs:
+            rows += [rec.run_key(run_id), rec.lease_key(run_id), rec.cancel_key(run_id)]
+            rows += [key for key, _ in journal.sizes(rec.timer_prefix(run_id))]
+        number = unpack(store.seal, counter, begun, Generation).number if begun else 0
+        put = counter, pack(store.seal, counter, Generation(number + 1))
+        deletes = (*steps, *rows)
+        verdict = store.writer.commit_and_wait(Commit((counter, begun), puts=(put,), deletes=deletes))
+        if verdict is Verdict.APPLIED:  # else it was begun in this very moment: look again
+            break
+    for run_id in runs:
+        engine.held.pop(run_id, None)
+    entries = 0
+    for entry in Entries(store.cells, store.seal).all(scope):
+        entry.path.unlink(missing_ok=True)
+        entries += 1
+    return Forgotten(entries, len(steps), len(runs))
+
+
+def _take(engine: Engine, run_id: str, name: str) -> None:
+    """Become the owner of an unfinished run that nobody executes, so that nobody begins to meanwhile."""
+    key = rec.lease_key(run_id)
+    row = engine.store.journal.get(key)
+    lease = unpack(engine.store.seal, key, row, Lease) if row else None
+    works = any(work.run_id == run_id and not work.task.done() for work in engine.works.values())
+    if not works and not engine.is_owned(run_id, lease):
+        mine = pack(engine.store.seal, key, Lease(lease.epoch + 1 if lease else 1, engine.store.process.id))
+        if engine.store.writer.commit_and_wait(Commit((key, row), puts=((key, mine),))) is Verdict.APPLIED:
+            return
+    owner = f" by process {lease.owner.partition('-')[0]}" if lease and lease.owner else ""
+    raise DurableError(
+        f"cell {name!r} is being run{owner}, so nothing of it was forgotten. Let it end, or interrupt it; then forget it"
+    )

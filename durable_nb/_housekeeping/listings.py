@@ -1,0 +1,99 @@
+"""The facts about a store as tables, for the notebook and the command line alike."""
+
+from __future__ import annotations
+
+from durable_nb._clock import say_duration
+from durable_nb._housekeeping import gc
+from durable_nb._housekeeping.inventory import CellFacts, Inventory, RunFacts
+from durable_nb._housekeeping.tables import Table, count, say_size, say_when
+
+
+def cells_table(title: str, cells: list[CellFacts], notes: list[str]) -> Table:
+    """One row for each cell."""
+    columns = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves")
+    rows = [
+        (
+            cell.name,
+            cell.status,
+            say_when(cell.last_run_at),
+            str(cell.steps),
+            str(cell.variables),
+            say_size(cell.size) if cell.entries else "",
+            say_seconds(cell.took_s),
+            say_seconds(cell.saves_s),
+        )
+        for cell in cells
+    ]
+    return Table(title, columns, rows, notes)
+
+
+def runs_table(title: str, runs: list[RunFacts]) -> Table:
+    """One row for each run."""
+    columns = ("run", "of", "status", "began", "took", "steps", "error")
+    rows = [
+        (
+            run.id,
+            run.name if run.kind != "cell" else f"cell {run.name}",
+            run.status,
+            say_when(run.started_at),
+            say_seconds(run.ended_at - run.started_at if run.ended_at else None),
+            "" if run.steps is None else str(run.steps),
+            run.error,
+        )
+        for run in runs
+    ]
+    return Table(title, columns, rows)
+
+
+def steps_table(run: RunFacts, inventory: Inventory) -> Table:
+    """A run and its steps."""
+    of = f"cell {run.name}" if run.kind == "cell" else run.name
+    columns = ("step", "kind", "status", "attempts", "began", "took", "error")
+    rows = [
+        (
+            step.name,
+            step.kind,
+            step.status.value,
+            str(step.attempts) if step.attempts else "",
+            say_when(step.started_at),
+            say_seconds(step.ended_at - step.started_at if step.ended_at and step.started_at else None),
+            step.error or "",
+        )
+        for step in inventory.steps_of(run).steps
+    ]
+    notes = [run.error] if run.error else []
+    return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes if rows else ["no steps recorded", *notes])
+
+
+def store_table(inventory: Inventory) -> Table:
+    """The store as a whole."""
+    facts = inventory.store()
+    rows = [("size", say_size(facts.size)), ("journal mode", facts.journal_mode)]
+    rows += [(f"{name}/", say_size(size)) for name, size in facts.parts.items()]
+    rows += [(f"{kind} records", str(n)) for kind, n in sorted(facts.rows.items())]
+    rows.append(("open in", count(facts.processes, "process", "processes")))
+    if facts.unreadable:
+        rows.append(("entries that can't be read", f"{facts.unreadable}: see 'durable-nb doctor'"))
+    return Table(f"store {facts.path}", ("what", "is"), rows)
+
+
+def gc_table(done: gc.Collected) -> Table:
+    """What was removed."""
+    by_cell = {cell: done.entries.count(cell) for cell in done.entries}
+    lines = [f"{count(n, 'entry', 'entries')} of {cell}" for cell, n in by_cell.items()]
+    if done.rows:
+        lines.append(count(done.rows, "record that nothing refers to", "records that nothing refers to"))
+    if done.values:
+        lines.append(f"{say_size(done.values)} of large values that no record names")
+    if done.drafts:
+        lines.append(count(done.drafts, "unfinished file"))
+    title = f"freed {say_size(done.freed)}; the store holds {say_size(done.size)}"
+    if done.max_size is not None and done.size > done.max_size:
+        over = "the newest entry of a cell in use, and steps, are never removed: '%durable forget NAME' does"
+        lines.append(f"that is more than {say_size(done.max_size)}: {over}")
+    return Table(title, notes=[f"  {line}" for line in lines])
+
+
+def say_seconds(seconds: float | None) -> str:
+    """A duration; '' for None."""
+    return "" if seconds is None else say_duration(seconds)

@@ -1,0 +1,82 @@
+"""Facts as a table: aligned text, html, or plain data."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+_NUMERIC = frozenset("0123456789")
+_LONGEST_CELL = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, rows of texts under columns, and lines that follow."""
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [self.title] if self.title else []
+        if self.rows:
+            rows = [[_cut(cell) for cell in row] for row in (self.columns, *self.rows)]
+            widths = [max(len(row[n]) for row in rows) for n in range(len(self.columns))]
+            right = [self._is_numeric(n) for n in range(len(self.columns))]
+            for row in rows:
+                cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+                lines.append(("  " + "  ".join(cells)).rstrip())
+        return "\n".join([*lines, *self.notes])
+
+    def html(self) -> str:
+        """For a notebook; all texts are escaped."""
+        parts = [f"<div><b>{html.escape(self.title)}</b></div>"] if self.title else []
+        if self.rows:
+            align = ["right" if self._is_numeric(n) else "left" for n in range(len(self.columns))]
+            head = "".join(_cell("th", c, a) for c, a in zip(self.columns, align, strict=True))
+            body = "".join(
+                "<tr>" + "".join(_cell("td", c, a) for c, a in zip(row, align, strict=True)) + "</tr>" for row in self.rows
+            )
+            parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        if self.notes:
+            parts.append(f'<div style="white-space:pre-wrap">{html.escape(chr(10).join(self.notes))}</div>')
+        return "".join(parts)
+
+    def _is_numeric(self, column: int) -> bool:
+        cells = [row[column] for row in self.rows if row[column]]
+        return bool(cells) and all(cell[0] in _NUMERIC and "-" not in cell for cell in cells)
+
+
+def _cell(tag: str, text: str, align: str) -> str:
+    return f'<{tag} style="text-align:{align}">{html.escape(text)}</{tag}>'
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
+
+
+def say_size(size: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def say_when(at: float | None) -> str:
+    """A moment: the time where it is today, else the day too; '' where there is none."""
+    if at is None:
+        return ""
+    then, today = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
+    return f"{then:%H:%M:%S}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"
+
+
+def count(n: int, what: str, many: str = "") -> str:
+    """'1 step', '2 steps'."""
+    return f"{n} {what if n == 1 else many or what + 's'}"
