@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from durable_nb._cellcache.world import seeds_noticed
 from durable_nb._current import use_engine
 from durable_nb._files import default_store
 from durable_nb._ipython.transform import DurableTransformer
+
+if TYPE_CHECKING:
+    from durable_nb._engine import Engine
+    from durable_nb._ipython.cell import Story
+    from durable_nb._workflows import Workflows
 
 
 class Session:
@@ -21,6 +27,10 @@ class Session:
         self._engine: Any = None
         self._found: Any = None
         self._set_variables: list[tuple[Any, Any]] = []
+        self.stories: dict[str, Story] = {}
+        """How the last execution of each named cell went, in the order in which they were executed first."""
+        self.rerun_next: set[str] = set()
+        """Cells that are to run anew at their next execution."""
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
@@ -28,17 +38,19 @@ class Session:
         """Register everything."""
         shell = self.shell
         shell.register_magic_function(self.magic, "cell", "durable")
+        shell.register_magic_function(self.line_magic, "line", "durable")
         shell.input_transformers_cleanup.append(self._transformer)
         shell.events.register("pre_execute", self._enter_cell)
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = self.run, self.wait
         self._noticing.enter_context(seeds_noticed())
-        use_engine(self._workflows)
+        use_engine(self.workflows)
 
     def unload(self) -> None:
         """Take everything back; the store is closed."""
         shell = self.shell
-        shell.magics_manager.magics["cell"].pop("durable", None)
+        for kind in ("cell", "line"):
+            shell.magics_manager.magics[kind].pop("durable", None)
         with contextlib.suppress(ValueError):
             shell.input_transformers_cleanup.remove(self._transformer)
         shell.events.unregister("pre_execute", self._enter_cell)
@@ -63,18 +75,43 @@ class Session:
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.
 
-        %%durable [NAME] [--rerun | --rerun=STEP] [--max-wait DURATION] [--time] [--quiet]
+        %%durable [NAME] [--rerun | --rerun=STEP] [--ttl DURATION] [--ignore NAMES] [--skip NAMES] [--extra EXPR]
+                  [--max-wait DURATION] [--time] [--quiet]
 
         Run again with nothing changed, by a new kernel too, the cell's variables and outputs are restored and no code of it
         runs. Interrupted, failed or killed, it goes on after the last completed step: await durable.run("name", function,
         ...), durable.call(...), durable.sleep(...) are its steps.
 
         --rerun      run the cell and all its steps anew; --rerun=STEP: only the steps of that name
+        --ttl        run the cell where its entry is older than this ("12h", "7d")
+        --ignore     variables, with commas between them, that don't count as inputs
+        --skip       variables that are not stored, and so not restored
+        --extra      an expression whose value counts as an input besides: --extra "model.version"
         --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to go on
         --time       print the time it took
         --quiet      no line above the output, no view
         """
         self.wait(line, f"# %%durable {line}\n{cell}", [])
+
+    def line_magic(self, line: str) -> None:
+        """Look at what durable cells have kept, and say what is to become of it.
+
+        %durable                   the cells and runs of this store
+        %durable plan              what Run All would run, and what that is known to take
+        %durable why NAME          why the cell ran, or would run: what changed since it was stored
+        %durable rerun NAME        run the cell and all its steps anew at its next execution
+        %durable forget NAME       forget its entries, steps and runs
+        %durable runs              the runs, newest first
+        %durable show RUN          a run's steps; RUN is an id, or the name of a cell or workflow
+        %durable resume [RUN]      go on with a workflow's run, or with all interrupted ones
+        %durable cancel RUN        stop a workflow's run
+        %durable gc [--max-size 2GB]   remove what nothing refers to, and the entries worth least above that size
+        %durable store             where the store is, and what lies in it
+        """
+        from durable_nb._ipython.magic import LineMagic
+
+        with _one_line_errors():
+            LineMagic(self)(line)
 
     def wait(self, line: str, body: str, stack: list[str]) -> None:
         """`run`, for synchronous code."""
@@ -89,34 +126,42 @@ class Session:
 
         options = parse(line, stack)
         with _one_line_errors():
-            engine = self._open()
+            engine = self.engine()
         request = self._request()
         live = bool(request.get("content", {}).get("allow_stdin"))
         cell_id = str(request.get("metadata", {}).get("cellId") or "")
         with _captured(self.shell, options.capture):
-            execution = cells.CellExecution(self.shell, engine, options, body, live=live, cell_id=cell_id)
+            asked = replace(options, rerun=True, rerun_step="") if options.name in self.rerun_next else options
+            execution = cells.CellExecution(self.shell, engine, asked, body, live=live, cell_id=cell_id)
+            execution.story.options = options
             try:
                 await execution.run()
                 self._set_variables = execution.set_variables
             except BaseException as error:
                 cells.show_users_lines(self.shell, error)
                 raise
+            finally:
+                if execution.begun:
+                    self.rerun_next.discard(options.name)
+                if options.name and (execution.begun or execution.story.restored):
+                    self.stories[options.name] = execution.story
 
-    def _open(self) -> Any:
+    def engine(self) -> Engine:
+        """The engine on this session's store, which is opened now if it wasn't."""
         if self._engine is None:
             from durable_nb._engine import Engine
             from durable_nb._store import Store
 
             self._engine = Engine(Store(self.path))
-        return self._engine
+        return cast("Engine", self._engine)
 
-    def _workflows(self) -> Any:
+    def workflows(self) -> Workflows:
         """The engine for workflows, on the same store."""
         from durable_nb._workflows import Workflows
 
         if self._found is None:
-            self._found = Workflows(self._open())
-        return self._found
+            self._found = Workflows(self.engine())
+        return cast("Workflows", self._found)
 
     def _request(self) -> dict[str, Any]:
         """The message that asked for this cell; empty where no kernel is."""
