@@ -108,7 +108,8 @@ class Seal:
         if row[: len(self._prefix)] != self._prefix:
             raise UntrustedStoreError(
                 f"the record {name!r} was signed with another key, so nothing of it was read. If the store is yours, set "
-                "DURABLE_NB_KEY_FILE to the key file it was written with; else use a store of your own (DURABLE_NB_DIR)"
+                "DURABLE_NB_KEY_FILE to the key file it was written with, or sign it anew with 'durable-nb trust'; else use a "
+                "store of your own (DURABLE_NB_DIR)"
             )
         body = row[_HEADER:]
         if not hmac.compare_digest(self.mac(name.encode(), body), row[len(self._prefix) : _HEADER]):

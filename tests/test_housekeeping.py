@@ -328,6 +328,30 @@ def test_an_entry_that_a_kernel_has_mapped_can_go(folder, capsys):
         assert "· running" in k.run(cell).told[0]
 
 
+def test_making_room_again_and_again_takes_nothing_from_a_kernel_that_works(folder):
+    """Large values of steps, the entry of the cell: all are written while another process makes room, and all are kept."""
+    key = {"DURABLE_NB_KEY_FILE": os.environ["DURABLE_NB_KEY_FILE"]}
+    cell = "%%durable busy\nsizes = []\nfor n in range(20):\n"
+    cell += "    sizes.append(len(await durable.run('big', bytes, 1_100_000 + n)))"
+    script = "import os, sys\nfrom durable_nb._cli import main\nprint('on', flush=True)\nsys.stdout = open(os.devnull, 'w')\n"
+    script += "while not main(['gc', '--max-size', '1KB']): pass"
+    collector = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=folder.parent, env={**os.environ, **key}
+    )
+    try:
+        assert collector.stdout.readline() == b"on\n"
+        with kernel(folder.parent, env=key) as k:
+            assert "ran in" in k.run(cell).told[-1]
+            assert "· restored" in k.run(cell).told[-1]
+            k.restart()
+            assert "20 of 20 steps restored" in k.run(cell + "\nn = 0").told[-1]
+            assert k.value("sizes == [1_100_000 + n for n in range(20)]")
+        assert collector.poll() is None
+    finally:
+        collector.kill()
+        collector.communicate()
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 
 _NUMERIC = frozenset("0123456789")
 _LONGEST_CELL = 80
+_AS_TEXT = "white-space:pre-wrap;font-family:var(--jp-code-font-family,monospace)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Table:
             )
             parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
         if self.notes:
-            parts.append(f'<div style="white-space:pre-wrap">{html.escape(chr(10).join(self.notes))}</div>')
+            parts.append(f'<div style="{_AS_TEXT}">{html.escape(chr(10).join(self.notes))}</div>')
         return "".join(parts)
 
     def _is_numeric(self, column: int) -> bool:
