@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from durable_nb._cellcache.entries import Entries
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Outcome, unpack
+from durable_nb._records import Outcome, RunRecord, unpack
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
 
@@ -41,7 +41,7 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
     if store.path.stat().st_mode & 0o077:
         findings.append(Finding(str(store.path), "others may read it", f"chmod 700 {store.path}"))
     foreign: Counter[str] = Counter()
-    blobs: dict[str, str] = {}
+    blobs: dict[str, tuple[str, str]] = {}
     rows = journal.sizes()
     for key, _ in rows:
         row = journal.get(key)
@@ -49,8 +49,12 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
             body = seal.open(key, row) if row is not None else None
             if body is not None and key.startswith("step/"):
                 outcome = unpack(seal, key, row or b"", Outcome)
-                if outcome.blob:
-                    blobs[outcome.blob] = outcome.name
+                named = f"step {outcome.name!r}", f"--rerun={outcome.name} executes the step anew"
+                blobs |= dict.fromkeys((outcome.blob, outcome.patches_blob), named)
+            if body is not None and key.startswith("run/"):
+                run = unpack(seal, key, row or b"", RunRecord)
+                named = f"run {run.id!r}", "start the workflow again, under another id"
+                blobs |= dict.fromkeys((run.arguments_blob, run.result_blob), named)
         except UntrustedStoreError:
             foreign[key.partition("/")[0]] += 1
         except CorruptStoreError as error:
@@ -58,11 +62,12 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
     if foreign:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(foreign.items()))
         findings.append(Finding("journal", f"rows signed with another key: {kinds}", f"durable-nb trust {store.path}"))
-    for digest, step in blobs.items():
+    blobs.pop("", None)
+    for digest, (whose, remedy) in blobs.items():
         try:
             journal.get_blob(digest)
         except StoreError as error:
-            findings.append(Finding(f"values/{digest}", f"step {step!r}: {error}", f"--rerun={step} executes the step anew"))
+            findings.append(Finding(f"values/{digest}", f"{whose}: {error}", remedy))
     entries = Entries(store.cells, seal)
     kept = list(entries.all())
     for entry in kept:
