@@ -58,7 +58,18 @@ class Store:
             self.process.end()
             raise
         self.writer = Writer(self.journal)
+        self._database = self._found()
         os.register_at_fork(after_in_child=self.writer.abandon)
+
+    def is_in_place(self) -> bool:
+        """Is the store still where it was opened? What goes on in a folder that was deleted is lost."""
+        return self._found() == self._database
+
+    def _found(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            found = (self.path / "journal" / "cache.db").stat()
+            return found.st_dev, found.st_ino
+        return None
 
     def close(self) -> None:
         """Write what was handed over, and let others take this process's runs."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,17 @@ class Kernel:
                 break
         shown.seconds = time.monotonic() - began
         return shown
+
+    def wait_for_text(self, message_id: str, text: str, timeout: float = 60) -> None:
+        """Wait until a running cell has displayed that; what it said until then is gone."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                message = self.client.get_iopub_msg(timeout=0.2)
+                mine = message["parent_header"].get("msg_id") == message_id
+                if mine and text in str(message["content"].get("data", {}).get("text/plain", "")):
+                    return
+        raise AssertionError(f"{text!r} was not displayed within {timeout} s")
 
     @staticmethod
     def _displayed(shown: Shown, kind: str, content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -693,3 +694,32 @@ def test_an_interrupt_while_a_cell_is_stored_loses_nothing_and_spares_the_kernel
         assert "restored" in k.run(NAPPING.format(n=0)).told[-1]
         assert k.value("x") == 0
     assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_a_store_deleted_under_a_living_kernel_is_made_anew(tmp_path):
+    """`rm -rf .durable_nb` is how one forgets all."""
+    cell = "%%durable a\nopen('ran', 'a').write('x\\n')\ny = await durable.run('s', lambda: 7)"
+    with kernel(tmp_path) as k:
+        assert k.run(cell).status == "ok"
+        shutil.rmtree(tmp_path / ".durable_nb")
+        shown = k.run(cell)
+        assert "deleted or replaced" in shown.stderr
+        assert (shown.status, shown.told[-1][:7]) == ("ok", "a · ran"), shown
+        k.kill()
+        assert "restored" in k.run(cell).told[-1]
+        assert k.value("y") == 7
+    assert (tmp_path / "ran").read_text() == "x\nx\n"
+
+
+def test_a_cell_interrupted_before_it_began_says_so(tmp_path):
+    """Here, while another kernel executes it."""
+    cell = "%%durable once\nimport time\nopen('ran', 'a').write('x\\n')\ntime.sleep(60)"
+    with kernel(tmp_path) as one, kernel(tmp_path) as two:
+        one.send(cell)
+        one.wait_until(tmp_path / "ran")
+        waiting = two.send(cell)
+        two.wait_for_text(waiting, "another kernel is running")
+        two.interrupt()
+        shown = two.wait(waiting)
+        assert shown.error == "KeyboardInterrupt: cell 'once' was interrupted before it began; nothing was run"
+        assert two.value("40 + 2") == 42

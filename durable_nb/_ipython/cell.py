@@ -135,6 +135,10 @@ class CellExecution:
         began = time.perf_counter()
         try:
             await self._restore_or_execute(began)
+        except asyncio.CancelledError:
+            if self.begun:
+                raise
+            raise KeyboardInterrupt(f"cell {self.label!r} was interrupted before it began; nothing was run") from None
         finally:
             if self.options.time:
                 print(f"Wall time: {say_duration(time.perf_counter() - began)}")  # noqa: T201  what %%time prints

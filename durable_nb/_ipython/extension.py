@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -147,7 +148,11 @@ class Session:
                     self.stories[options.name] = execution.story
 
     def engine(self) -> Engine:
-        """The engine on this session's store, which is opened now if it wasn't."""
+        """The engine on this session's store, which is opened now if it wasn't, or is no longer where it was."""
+        if self._engine is not None and not self._engine.store.is_in_place():
+            self._engine.store.close()
+            self._engine = self._found = None
+            sys.stderr.write(f"durable_nb: the store {self.path} was deleted or replaced; it is opened anew\n")
         if self._engine is None:
             from durable_nb._engine import Engine
             from durable_nb._store import Store
@@ -159,8 +164,9 @@ class Session:
         """The engine for workflows, on the same store."""
         from durable_nb._workflows import Workflows
 
+        engine = self.engine()
         if self._found is None:
-            self._found = Workflows(self.engine())
+            self._found = Workflows(engine)
         return cast("Workflows", self._found)
 
     def _request(self) -> dict[str, Any]:
