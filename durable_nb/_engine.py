@@ -118,8 +118,11 @@ class Engine:
     async def close_finished(self, asked: Asked) -> None:
         """Close a run that was killed between storing its cell's entry and saying that it was complete.
 
-        Left open, its timers would count for the next inputs.
+        Left open, its timers would count for the next inputs. There is hardly ever one, and a hit waits for this look: it is
+        made here, not on the writer's thread.
         """
+        if not self.store.journal.scan(rec.open_prefix(asked.scope)):
+            return
         found = await self.store.writer.call(lambda: self._unfinished(asked.scope))
         for run, lease in found.runs:
             if run.inputs == asked.inputs and not self.is_owned(run.id, lease):

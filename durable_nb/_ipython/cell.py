@@ -78,10 +78,10 @@ _OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
 class Code:
     """A cell's body, compiled: parts to execute in order, each with whether its value is displayed."""
 
-    parts: list[tuple[types.CodeType, bool]]
+    parts: Callable[[], list[tuple[types.CodeType, bool]]]
+    """Compiles it; a restored cell needs none of it."""
     tree: ast.Module
     names: Names
-    filename: str
 
 
 @dataclass(slots=True)
@@ -151,11 +151,13 @@ class CellExecution:
         for name in sorted(self.options.ignore - key.ignored):
             self.status.advise(f"--ignore {name}: neither the cell nor a helper of it reads that name")
         self.story.components = key.components
-        run, waited = None, False
+        run, waited, parts = None, False, None
         while run is None:
             options = self.options
             if not options.rerun and not options.rerun_step and await self._restored(key, began):
                 return
+            if parts is None:
+                parts = self.code.parts()  # what can't be compiled is told before anything is begun
             try:
                 run = await self.engine.begin(self._asked(key))
             except LookupError as error:
@@ -169,7 +171,7 @@ class CellExecution:
         self._notes, texts = self._noted(key)
         self.story.why = self._why(key, run, texts)
         self.status.show("running", self.story.why)
-        await self._execute(run, key, began)
+        await self._execute(run, key, began, parts or [])
 
     def _asked(self, key: CellKey) -> Asked:
         return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step)
@@ -282,7 +284,7 @@ class CellExecution:
                 nearest, fewest = manifest, found
         return nearest, fewest
 
-    async def _execute(self, run: CellRun, key: CellKey, began: float) -> None:
+    async def _execute(self, run: CellRun, key: CellKey, began: float, parts: list[tuple[types.CodeType, bool]]) -> None:
         stage = _Stage(self, run)
         run.stage = stage
         run.max_wait_s = (
@@ -292,7 +294,7 @@ class CellExecution:
         inputs = {name: before[name] for name in self.code.names.read if name in before}
         watch = self.watch = CellWatch(mentioned_paths(self.code.tree, inputs), self.engine.store.path, key.words)
         ended, error = Status.INTERRUPTED, ""
-        body = self._body()
+        body = self._body(parts)
         with _interruptible(run):
             try:
                 with self.recorder.recording(), watching(watch):
@@ -323,9 +325,9 @@ class CellExecution:
                 stage.close()
                 self.status.ended(ended, time.perf_counter() - began, run.snapshot())
 
-    async def _body(self) -> None:
+    async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
         namespace = self.shell.user_ns
-        for code, shown in self.code.parts:
+        for code, shown in parts:
             value = eval(code, self.shell.user_global_ns, namespace)  # noqa: S307  the user's own cell
             if code.co_flags & inspect.CO_COROUTINE:
                 value = await value
@@ -553,16 +555,25 @@ def _interruptible(run: CellRun) -> Iterator[None]:
 def compile_body(shell: Any, body: str) -> Code:
     """A cell's body as IPython would compile it, with top-level await; tracebacks show the user's lines."""
     source = shell.transform_cell(body)
-    number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
-    filename = shell.compile.cache(source, number, raw_code=body)
-    tree = shell.transform_ast(shell.compile.ast_parse(source, filename=filename))
-    quiet = bool(DisplayHook.semicolon_at_end_of_expression(body))  # type: ignore[no-untyped-call]
-    parts: list[tuple[types.CodeType, bool]] = []
-    with shell.compile.extra_flags(ast.PyCF_ALLOW_TOP_LEVEL_AWAIT):
-        for node, shown in _parts(tree, shell.ast_node_interactivity, quiet=quiet):
-            parts.append((shell.compile(node, filename, "eval" if isinstance(node, ast.Expression) else "exec"), shown))
-    clean = _normal(source)
-    return Code(parts, clean[0], clean[1], filename)
+
+    def parts() -> list[tuple[types.CodeType, bool]]:
+        number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
+        filename = shell.compile.cache(source, number, raw_code=body)
+        tree = shell.transform_ast(shell.compile.ast_parse(source, filename=filename))
+        quiet = bool(DisplayHook.semicolon_at_end_of_expression(body))  # type: ignore[no-untyped-call]
+        found = []
+        with shell.compile.extra_flags(ast.PyCF_ALLOW_TOP_LEVEL_AWAIT):
+            for node, shown in _parts(tree, shell.ast_node_interactivity, quiet=quiet):
+                mode = "eval" if isinstance(node, ast.Expression) else "exec"
+                found.append((shell.compile(node, filename, mode), shown))
+        return found
+
+    try:
+        tree, names = _normal(source)
+    except SyntaxError:
+        parts()  # raises it with the user's lines
+        raise
+    return Code(parts, tree, names)
 
 
 @lru_cache(maxsize=256)
