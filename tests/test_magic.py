@@ -298,7 +298,7 @@ def test_runs_of_workflows_are_shown_resumed_and_cancelled(tmp_path):
         assert "is not defined here" in tell(k, "%durable resume")
         k.run(code)
         assert tell(k, "%durable resume order-42") == "order-42 · goes on (order)"
-        k.run("run = durable.get_run('order-42')")
+        k.run("import asyncio\nrun = durable.get_run('order-42')\nwhile run.status != 'sleeping': await asyncio.sleep(0.01)")
         steps = tell(k, "%durable show order")
         assert re.search(r"charge +run +completed", steps), steps
         assert "is being cancelled" in tell(k, "%durable cancel order-42")
