@@ -60,6 +60,10 @@ class Run(Protocol):
         """Return when the time has come. The deadline is on disk before the wait begins."""
         ...
 
+    def child_id(self, workflow: str, arguments: Callable[[], str]) -> str:
+        """The id of the run of that workflow that is started here: the same in every execution. `arguments`: their digest."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
@@ -86,7 +90,10 @@ class Engine(Protocol):
         labels: tuple[str, ...],
         on_conflict: str,
     ) -> str:
-        """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns."""
+        """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns.
+
+        `on_conflict`: "attach", "fail", "restart", or "keep", which attaches whatever the arguments are now.
+        """
         ...
 
     def resume(self, run_id: str, *, take_over: bool) -> None:

@@ -285,6 +285,10 @@ class Run:
         """Which record a sleep has, fixed now."""
         raise NotImplementedError
 
+    def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:
+        """Which of the runs started in this one it is that is started now, as an identity."""
+        raise NotImplementedError
+
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
         """The timer that counts, of the recorded one and the one that the code asks for now."""
         raise NotImplementedError
@@ -424,7 +428,7 @@ class Run:
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
         self._check_open(request.name)
-        branch = _branch_name()
+        branch = branch_name()
         try:
             key, found = self._place(request, branch)
         except NonDeterminismError as error:
@@ -723,7 +727,7 @@ class Run:
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
         __tracebackhide__ = True
         self._check_open(request.name)
-        branch = _branch_name()
+        branch = branch_name()
         try:
             key = self._timer_key(request, branch)
         except NonDeterminismError as error:
@@ -763,6 +767,13 @@ class Run:
             await engine.clock.sleep(min(left.seconds, RECHECK_S))
         now, restored = engine.clock.now().wall_s, recorded is not None and not waited
         self._tell(replace(fact, status=Status.COMPLETED, started_at=since.wall_s, ended_at=now, restored=restored))
+
+    def child_id(self, workflow: str, arguments: Callable[[], str]) -> str:
+        self._check_open(workflow)
+        branch, now = branch_name(), self._now_s()
+        key = self._child_key(workflow, branch, arguments)
+        self._tell(Step(workflow, self._paths.take(branch, workflow), "start", Status.COMPLETED, 1, now, now))
+        return digest_of("start", self.engine.store.id, self.record.scope, str(self.record.generation), key)
 
     async def _pause(self, asked: Request, retry: Retry) -> None:
         """A part of the wait for a retry."""
@@ -889,7 +900,7 @@ class CellRun(Run):
         super().__init__(engine, record, held, resumed=resumed)
         self.what = f"cell {record.name!r}"
         self._occurrences = Occurrences({})
-        self._timer_counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._again: dict[str, int] = {}
         self._checked: set[str] = set()
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
@@ -1000,9 +1011,15 @@ class CellRun(Run):
         return outcome.branch if outcome is not None else ""
 
     def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
-        n = self._timer_counts.get(request.name, 0)
-        self._timer_counts[request.name] = n + 1
+        n = self._counts.get(request.name, 0)
+        self._counts[request.name] = n + 1
         return rec.timer_key(self.id, request.name, n)
+
+    def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:  # noqa: ARG002
+        identity = digest_of("start", workflow, arguments())
+        n = self._counts.get(identity, 0)
+        self._counts[identity] = n + 1
+        return f"{identity}/{n}"
 
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
         return asked  # an edited duration counts from the first asking
@@ -1122,7 +1139,8 @@ def cancelled(run_id: str, reason: str) -> RunCancelled:
     return RunCancelled(f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else ""))
 
 
-def _branch_name() -> str:
+def branch_name() -> str:
+    """The task of the run that asks."""
     branch = current_branch.get()
     return branch.name if branch else ""
 

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from durable_nb._current import engine, workflow_functions
+from durable_nb import _fingerprint
+from durable_nb._current import current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._verbs import check_name
 
@@ -33,7 +34,9 @@ class Workflow(Generic[_P, _T]):
         """Begin a run and return at once. It is on disk before its first line is executed.
 
         id           a name of yours makes the start idempotent: started again with the same arguments, it is the same run.
-                     If that one is interrupted and nobody executes it, it goes on; a failed one stays failed
+                     If that one is interrupted and nobody executes it, it goes on; a failed one stays failed. Without a name
+                     it is a run of its own; in a durable cell or a workflow its id is the same in every execution, so that
+                     going on after a crash doesn't start it again
         labels       texts that `durable.runs(label=...)` finds it by
         on_conflict  what happens where the id is known: "attach" to its run, "fail" with RunConflictError, or "restart" it
 
@@ -49,6 +52,10 @@ class Workflow(Generic[_P, _T]):
                 f"on_conflict={on_conflict!r}: write one of {', '.join(map(repr, _ON_CONFLICT))}; nothing was started"
             )
         texts = (labels,) if isinstance(labels, str) else tuple(labels)
+        parent = current_run.get()
+        if id is None and parent is not None and current_body.get() is None:
+            child = parent.child_id(self.name, lambda: _digest_of(args, kwargs))
+            return Run(engine().start(self.name, args, kwargs, run_id=child, labels=texts, on_conflict="keep"))
         return Run(engine().start(self.name, args, kwargs, run_id=id, labels=texts, on_conflict=on_conflict))
 
 
@@ -78,6 +85,13 @@ def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
         return Workflow(function, called)
 
     return wrap if fn is None else wrap(fn)
+
+
+def _digest_of(args: Any, kwargs: Any) -> str:
+    try:
+        return _fingerprint.hash_value((args, kwargs))
+    except _fingerprint.Unhashable:  # starts that differ in such arguments only are told apart by their order
+        return ""
 
 
 def _home(function: Any) -> tuple[str, str]:

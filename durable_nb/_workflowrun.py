@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from durable_nb import _codec
@@ -171,6 +172,9 @@ class WorkflowRun(Run):
     def _timer_key(self, request: SleepRequest, branch: str) -> str:
         __tracebackhide__ = True
         return rec.timer_key(self.id, self._digest_of(branch), self._take(_SLEEP, request.name, branch))
+
+    def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:  # noqa: ARG002
+        return f"{self._digest_of(branch)}/{self._take('start', workflow, branch)}"
 
     def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:
         return recorded or asked

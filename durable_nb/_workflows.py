@@ -72,8 +72,8 @@ class Workflows:
             found = self._seen(new)  # another process started it in this very moment
         if found is not None:
             record, lease = found
-            if (record.kind, record.name, record.inputs) != ("workflow", workflow, inputs):
-                same = (record.kind, record.name) == ("workflow", workflow)
+            same = (record.kind, record.name) == ("workflow", workflow)
+            if not same or (record.inputs != inputs and on_conflict != "keep"):
                 what = "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}"
                 raise RunConflictError(
                     f"the run id {run_id!r} is used already, by {what}; nothing was started. Use another id, or "

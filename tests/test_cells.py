@@ -723,3 +723,20 @@ def test_a_cell_interrupted_before_it_began_says_so(tmp_path):
         shown = two.wait(waiting)
         assert shown.error == "KeyboardInterrupt: cell 'once' was interrupted before it began; nothing was run"
         assert two.value("40 + 2") == 42
+
+
+def test_a_run_started_by_a_cell_is_started_once_however_often_the_cell_goes_on(tmp_path):
+    define = "@durable.workflow\nasync def order(n):\n    open('ran', 'a').write('x\\n')\n    return n + 1"
+    cell = "%%durable a\nrun = order.start({n})\ny = await run\nopen('begun', 'a').write('x\\n')\n{then}"
+    with kernel(tmp_path) as k:
+        k.run(define)
+        k.send(cell.format(n=1, then="await durable.sleep('long', '1h')"))
+        k.wait_until(tmp_path / "begun")
+        k.kill()
+        k.run(define)
+        shown = k.run(cell.format(n=1, then=""))
+        assert shown.status == "ok", shown.error
+        assert k.value("y") == 2
+        assert k.run(cell.format(n=2, then="")).status == "ok"
+        assert k.value("y") == 3
+    assert (tmp_path / "ran").read_text() == "x\nx\n"

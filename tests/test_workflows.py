@@ -208,6 +208,40 @@ def test_without_an_id_each_start_is_a_run_of_its_own():
     asyncio.run(main())
 
 
+def test_a_run_started_by_a_workflow_is_started_once_however_often_that_goes_on(store):
+    """Also without an id; two that are equal are two, and edited arguments are no reason to start it again."""
+
+    async def child(what):
+        return await durable.run("a", work, what)
+
+    def parent(last):
+        async def body():
+            inner = _current.workflow_functions["child"]
+            start = durable.workflow(name="child")(inner).start
+            runs = [start("x"), start("x"), start(last)]
+            values = [await run for run in runs]
+            await durable.run("held", held, "held")
+            return values
+
+        return body
+
+    async def main():
+        define(child, "child")
+        order = define(parent("y"))
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("held begun").wait()
+            process.kill()
+        order = define(parent("z"))
+        gate("held").set()
+        async with runtime(store):
+            assert await order.start(id="42") == ["x done", "x done", "y done"]
+            assert len(durable.runs(workflow="child")) == 3
+        assert done == ["x", "x", "y", "held"]
+
+    asyncio.run(main())
+
+
 def test_a_used_id_with_other_arguments_or_for_another_workflow_is_a_conflict(store):
     async def one(what, *, n=0):
         return await durable.run("a", work, what)
