@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from kernels import Kernel, kernel
+from twins import twins
 
 pytestmark = pytest.mark.kernel
 
@@ -425,3 +428,133 @@ def test_a_hit_executes_none_of_the_users_code(home):
         assert home.value("more[2] is tools[0], own(), late(), type(own) is Own, tools[0].note, alias is tools[1]") == (
             True, 5, 2, True, [4], True,
         )  # fmt: skip
+
+
+# -- side doors, in sessions without a kernel ----------------------------------------------------------------------------
+
+LIBRARY = "L = []\nvalue = 1\ndef put(v):\n    global value\n    value = v\ndef f(x):\n    return x + 1\n"
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory):
+    with twins(tmp_path_factory.mktemp("sessions")) as started:
+        yield started
+
+
+@pytest.fixture
+def executed(sessions, tmp_path):
+    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
+    (tmp_path / "library.py").write_text(LIBRARY)
+
+    plainly = functools.cache(lambda *cells: sessions.run(cells, tmp_path))
+
+    def run(before, body, after=""):
+        plain = plainly(before, f"# plain\n{body}", after)
+        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
+        assert durable["state"] == plain["state"]
+        assert durable["shown"] == plain["shown"]
+        return durable["told"][-1]
+
+    return run
+
+
+RESTORED = {
+    "a counter counts on": ("import collections\nc = collections.Counter('aab')", "c.update('b')", "top = c.most_common(1)"),
+    "an ordered dict is reordered": ("import collections\no = collections.OrderedDict(a=1, b=2)", "o.move_to_end('a')", "l = list(o)"),
+    "labels are to be unique": ("import pandas as pd\nd = pd.DataFrame({'a': [1]})", "d.flags.allows_duplicate_labels = False", "l = d.flags.allows_duplicate_labels"),
+    "an array is made read-only": ("import numpy as np\na = np.arange(3)", "a.flags.writeable = False", ""),
+    "a read-only array without a buffer": ("import numpy as np", "b = np.broadcast_to(np.arange(3), (2, 3))\nd = np.diagonal(np.eye(3))", ""),
+    "a generator that spawned": ("import numpy as np\nr = np.random.default_rng(0)", "k = r.spawn(1)[0].random()", "l = r.spawn(1)[0].random()"),
+    "a Random": ("import random\nr = random.Random(3)", "x = r.random()", "y = r.random()"),
+    "a simple namespace": ("import types\nn = types.SimpleNamespace(a=1)", "n.b = [n]", ""),
+    "a property that was cached": ("import functools\nclass A:\n    @functools.cached_property\n    def v(self): return [1]\na = A()", "y = a.v", "same = a.v is y"),
+    "views of a dict": ("d = {'a': 1}", "import types\nk = d.keys(), d.items(), types.MappingProxyType(d)", "d['b'] = 2\nl = [list(v) for v in k]"),
+    "classes with slots": ("", "import dataclasses\n@dataclasses.dataclass(slots=True, frozen=True)\nclass S:\n    x: int = 1\ns = S(4)\nclass T:\n    __slots__ = ('y',)", "h = hasattr(s, '__dict__'), hasattr(T(), '__dict__')"),
+    "a class of a function": ("def make():\n    class Local: pass\n    return Local", "C = make()\nc = C()", "n = repr(type(c))"),
+    "a cached function": ("", "import functools\n@functools.lru_cache(maxsize=7)\ndef f(x): return [x]", "l = f(1) is f(1), f.cache_parameters()['maxsize'], f.__name__"),
+    "the cause of an error": ("", "try:\n    try: 1 / 0\n    except ZeroDivisionError as e: raise ValueError('v') from e\nexcept ValueError as e2: keep = e2", "l = type(keep.__cause__).__name__"),
+    "an underscore": ("", "for _ in range(3): pass\n'shown'", "l = _"),
+    "a list changed in a loop": ("a = [1]", "for _turn in range(2):\n    a += [1]", ""),
+    "a helper that rebinds its module's global": ("import library", "library.put(5)", "l = library.value"),
+    "a repr that counts": ("", "class R:\n    n = 0\n    def __repr__(self):\n        R.n += 1\n        return f'R{R.n}'\nR()", "l = R.n"),
+    "the first import of matplotlib": ("", "import matplotlib; matplotlib.use('agg')\nimport matplotlib.pyplot as plt\nx = 1", ""),
+    "a temporary folder": ("", "import tempfile\nwith tempfile.TemporaryDirectory() as t:\n    open(t + '/x', 'w').write('1')\n    y = open(t + '/x').read()\ndel t", ""),
+    "a class whose instances went before": ("class P: pass\nold = P()", "class P: pass\nnew = P()", "l = isinstance(old, P), isinstance(new, P)"),
+}  # fmt: skip
+"""Before, body, after."""
+
+
+@pytest.mark.parametrize(("before", "body", "after"), RESTORED.values(), ids=RESTORED.keys())
+def test_a_hit_leaves_what_the_cell_would_have_left(executed, before, body, after):
+    """In another process, with nothing of the first one left."""
+    assert not executed(before, body, after).startswith("not stored")
+    assert executed(before, body, after) == "restored"
+
+
+DIFFERENT = {
+    "a print option": ("import numpy as np\nnp.set_printoptions(precision={})", "t = str(np.array([1.23456]))", "2", "4"),
+    "an option of pandas": ("import pandas as pd\npd.set_option('display.precision', {})", "t = str(pd.Series([1.23456]))", "2", "4"),
+    "a setting of matplotlib": ("import matplotlib as m\nm.rcParams['font.size'] = {}", "t = m.rcParams['font.size']", "9", "12"),
+    "the decimal context": ("import decimal\ndecimal.getcontext().prec = {}", "t = decimal.Decimal(1) / 3", "5", "9"),
+    "what an instance keeps out of its pickle": ("class A:\n    def __init__(self, c): self.c = c\n    def __getstate__(self): return {{}}\na = A({})", "y = a.c", "1", "2"),
+    "what a reduction lies about": ("class A:\n    def __init__(self, c): self.c = c\n    def __reduce__(self): return int, (5,)\na = A({})", "y = a.c", "1", "2"),
+    "what a singleton holds": ("class A:\n    def __init__(self, c): self.c = c\n    def __reduce__(self): return 'a'\na = A({})", "y = a.c", "1", "2"),
+    "a module imported by its name": ("open('other.py', 'w').write('def f(): return {}')", "import importlib\ny = importlib.import_module('other').f()", "1", "222"),
+}  # fmt: skip
+"""Before with a gap, body, two fillings."""
+
+
+@pytest.mark.parametrize(("before", "body", "one", "two"), DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_what_differs_in_an_odd_way_is_another_input(executed, before, body, one, two):
+    """And both results stay known."""
+    said = [executed(before.format(value), body) for value in (one, two, one, two)]
+    assert [line == "restored" for line in said] == [False, False, True, True]
+
+
+REFUSED = {
+    "__main__": ("k = 1", "import __main__\ny = __main__.k", "it looks names up by __main__"),
+    "the module of the notebook": ("import sys\nk = 1", "y = sys.modules['__main__'].k", "it looks names up by __main__"),
+    "a frame": ("import inspect\nk = 1", "y = inspect.currentframe().f_globals['k']", "it looks names up by f_globals"),
+    "a function's globals": ("k = 1\ndef f(): pass", "y = f.__globals__['k']", "it looks names up by __globals__"),
+    "a method that evaluates": ("k = 1\nclass A:\n    def f(self): return eval('k')\na = A()", "y = a.f()", "helper A.f may look names up"),
+    "the names there are": ("k = 1", "%who", "it looks names up by %who"),
+    "an attribute of a module": ("import string", "string.mine = 1", "it sets string.mine"),
+    "an attribute that a helper sets": ("import string\ndef f(): string.mine = 1", "f()", "helper f sets string.mine"),
+    "the environment": ("import os", "os.environ['DURABLE_NB_TEST'] = '1'", "it changes os.environ"),
+    "pandas' options": ("import pandas as pd", "pd.set_option('display.max_rows', 5)", "it changes pandas' options"),
+    "numpy's errors": ("import numpy as np", "np.seterr(divide='ignore')\nx = 1", "it sets the context variable"),
+    "decimals": ("import decimal", "decimal.getcontext().prec = 5", "it changes the decimal context"),
+    "a context variable": ("import contextvars\nv = contextvars.ContextVar('v')", "t = v.set(1)\ndel t", "it sets the context variable v"),
+    "loggers": ("import logging", "logging.getLogger().setLevel(10)", "it changes loggers"),
+    "what a cached function remembers": ("", "import functools\n@functools.lru_cache\ndef f(x): return [x]\na = f(1)", "f (_lru_cache_wrapper) can't be pickled"),
+    "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a A does not come back whole"),
+    "a reduction that lies": ("class A:\n    def __reduce__(self): return int, (5,)", "a = A()", "a A does not come back whole"),
+    "an error that can't be made again": ("class E(Exception):\n    def __init__(self, a, b): super().__init__(a)", "e = E(1, 2)", "a E does not come back whole"),
+    "a memoryview": ("", "m = memoryview(bytearray(b'abc'))", "m (memoryview) can't be pickled"),
+    "an array in a frame": ("import numpy as np, pandas as pd", "a = np.arange(4.0)\nd = pd.DataFrame({'a': a}, copy=False)", "a shares its memory"),
+}  # fmt: skip
+"""Before, body, why it is not stored."""
+
+
+@pytest.mark.parametrize(("before", "body", "why"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_cell_of_which_not_all_can_be_restored_runs_each_time_and_says_why(executed, before, body, why):
+    """One line; what it leaves is right each time."""
+    for _ in range(2):
+        assert executed(before, body).startswith(f"not stored: {why}")
+
+
+def test_a_folder_made_or_removed_must_be_as_the_cell_left_it(sessions, tmp_path):
+    """Else the cell runs again."""
+    cells = [
+        "import os, shutil",
+        "%%durable folders\nos.makedirs('new/deep', exist_ok=True)\nshutil.rmtree('old', ignore_errors=True)",
+    ]
+    (tmp_path / "old").mkdir()
+    told = [sessions.run(cells, tmp_path)["told"][-1] for _ in range(2)]
+    (tmp_path / "old").mkdir()
+    told.append(sessions.run(cells, tmp_path)["told"][-1])
+    (tmp_path / "new" / "deep").rmdir()
+    told.append(sessions.run(cells, tmp_path)["told"][-1])
+    assert told == ["running: first run", "restored", "running: old is new", "running: new/deep is gone"]
+    assert (tmp_path / "new" / "deep").is_dir()
+    assert not (tmp_path / "old").exists()
