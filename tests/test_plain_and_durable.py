@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from kernels import kernel
 from twins import twins
 
 BEFORE = """
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, warnings
+warnings.simplefilter("ignore")
 class P:
     def __init__(self, v): self.v = v
 def touch(o, add=0):
@@ -132,3 +137,36 @@ def test_a_hit_leaves_what_plain_execution_leaves(sessions, tmp_path_factory, no
             refused = sum(line.startswith("not stored") for line in found["told"])
             assert not [line for line in found["told"] if line.startswith("warning")]
     assert found["told"].count("restored") == len(notebook) - refused, found["told"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), tests]))
+    with kernel(tmp_path_factory.mktemp("kernel"), env={"PYTHONPATH": path}) as started:
+        yield started
+
+
+def in_kernel(k, cells):
+    """What the cells leave and show in a kernel that was just started; and what each was said to have done."""
+    k.restart()
+    shown = [k.run(cell) for cell in cells]
+    state = k.value("__import__('twins').Picture(globals()).lines()")
+    looks = [([re.sub("0x[0-9a-f]+", "", line) for line in s.order], s.displays, s.error) for s in shown]
+    return (state, looks), [s.told[-1] for s in shown if s.told]
+
+
+@pytest.mark.kernel
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
+@given(notebook=notebooks())
+def test_so_it_is_in_real_kernels(home, notebook):
+    """Restarted in between, with the streams and displays of ipykernel."""
+    number = next(numbers)
+    plain, _ = in_kernel(home, [BEFORE, *notebook])
+    durable = [BEFORE, *(f"%%durable n{number}c{i}\n{cell}" for i, cell in enumerate(notebook))]
+    first, said = in_kernel(home, durable)
+    again, said_again = in_kernel(home, durable)
+    assert first == plain
+    assert again == plain
+    stored = sum("not stored" not in line for line in said)
+    assert sum("· restored" in line for line in said_again) == stored, (said, said_again)
