@@ -365,6 +365,16 @@ def test_an_entry_of_another_signing_key_is_refused_and_not_unpickled(tmp_path):
     assert list(mine.manifests("cell")) == []
 
 
+@pytest.mark.parametrize("change", [{"FORMAT": 9}, {"Manifest": int}], ids=["a newer format", "a manifest of another shape"])
+def test_an_entry_of_another_version_is_an_error_and_no_hit(entries, monkeypatch, change):
+    keep(entries, {"x": 1})
+    for name, value in change.items():
+        monkeypatch.setattr(f"durable_nb._cellcache.entries.{name}", value)
+    with pytest.raises(CorruptStoreError, match="another version of durable-nb"):
+        list(entries.of_key("cell", "key"))
+    assert list(entries.manifests("cell")) == []
+
+
 def test_a_damaged_entry_hides_no_other_from_the_listing(entries):
     for key in ("one", "two", "three"):
         keep(entries, {"x": 1}, key=key)

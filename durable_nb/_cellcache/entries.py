@@ -36,7 +36,7 @@ from durable_nb._fingerprint import Fingerprinter
 from durable_nb._pickling import Pickler, Reference, Unpickler
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".cell"
 
 MAPPED_BYTES = 1 << 20
@@ -314,7 +314,9 @@ class Entries:
         try:
             manifest = msgspec.msgpack.decode(packed, type=Manifest)
         except msgspec.MsgspecError as error:
-            raise CorruptStoreError(f"its file can't be read: {error}") from error
+            raise CorruptStoreError("another version of durable-nb wrote it") from error
+        if manifest.format != FORMAT:
+            raise CorruptStoreError("another version of durable-nb wrote it")
         start = _HEAD.size + packed_size
         data = start + manifest.pickle_size + manifest.outputs_size
         buffers = sum(_aligned(b.size) for b in manifest.buffers)

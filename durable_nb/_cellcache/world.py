@@ -385,7 +385,14 @@ def _unusual_in_numpy(numpy: Any) -> dict[str, Any]:
 
 
 def _unusual_in_pandas(config: Any) -> dict[str, Any]:
-    return {key: now for key, option in config._registered_options.items() if (now := config.get_option(key)) != option.defval}
+    found = {}
+    for key, option in config._registered_options.items():
+        now = config._global_config  # get_option() asks each time whether the option is deprecated
+        for part in key.split("."):
+            now = now[part]
+        if now != option.defval:
+            found[key] = now
+    return found
 
 
 def _unusual_in_matplotlib(matplotlib: Any) -> dict[str, Any]:
