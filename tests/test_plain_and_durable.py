@@ -122,7 +122,7 @@ def sessions(tmp_path_factory):
 numbers = itertools.count()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(notebooks())
 def test_a_hit_leaves_what_plain_execution_leaves(sessions, tmp_path_factory, notebook):
     """Variables, what shares what, types, dtypes, order, outputs; and what was stored is not run again."""
@@ -157,7 +157,7 @@ def in_kernel(k, cells):
 
 
 @pytest.mark.kernel
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
 @given(notebook=notebooks())
 def test_so_it_is_in_real_kernels(home, notebook):
     """Restarted in between, with the streams and displays of ipykernel."""
