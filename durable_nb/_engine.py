@@ -11,6 +11,7 @@ import contextlib
 import functools
 import random
 import secrets
+from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
-from durable_nb._run import CellRun, Held, Run, Work
+from durable_nb._run import CellRun, Changed, Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
 from durable_nb.errors import StoreError, UntrustedStoreError
@@ -63,6 +64,8 @@ class Engine:
         """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
+        self.changed: defaultdict[str, list[Changed]] = defaultdict(list)
+        """By scope: steps of unfinished runs that have changed live objects of this kernel, in order."""
         store.writer.expected = self.works.__len__
         self.watching: asyncio.Task[None] | None = None
 

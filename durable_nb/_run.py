@@ -14,7 +14,7 @@ import logging
 import platform
 import time
 import types
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
@@ -169,10 +169,48 @@ class Request:
         self.globals = {label: object_of(label) for label in changing if label.startswith("global ")}
         """What the step may read beside its arguments, as it was when it was asked for."""
 
+    def given(self, after: dict[str, str]) -> set[str]:
+        """The arguments, and the object whose method is called, as far as they are something else now."""
+        parts = self.components.items()
+        return {label for label, was in parts if label.startswith(("arg ", "call")) and after.get(label) != was}
+
+    def objects_of(self, label: str) -> list[Any]:
+        """What may change of that component."""
+        return _of(self.objects, label)
+
     def shares_objects_with(self, other: Request) -> bool:
         """Could both bodies change the same object?"""
         mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
         return not mine.isdisjoint(theirs)
+
+
+class Changed:
+    """A step, of a run that is not finished, that has changed live objects which it was given.
+
+    Executed again in this kernel the code gives it the same objects, which would make it another step: so it is known by how
+    it left them.
+    """
+
+    def __init__(self, asked: Request, key: StepKey, given: set[str], after: dict[str, str]) -> None:
+        self.key = key
+        self.rest = _without(asked.request, asked.components, given)
+        self.objects = {label: asked.objects_of(label) for label in given}
+        self.left_as = {label: after.get(label, "") for label in given}
+
+    def is_asked_again(self, asked: StepRequest, found: Fingerprint, later: list[Changed]) -> bool:
+        """Is this the same step, given the same objects, which only the steps after it have changed since?"""
+        if _without(asked, found.components, set(self.objects)) != self.rest:
+            return False
+        places = found.places()
+        for label, objects in self.objects.items():
+            if not _same(_of(places, label), objects):
+                return False
+            left_as = self.left_as[label]
+            for other in later:
+                left_as = next((other.left_as[name] for name, seen in other.objects.items() if _same(seen, objects)), left_as)
+            if found.components.get(label) != left_as:
+                return False
+        return True
 
 
 class Run:
@@ -264,6 +302,10 @@ class Run:
     def _work_on(self, asked: Request) -> Work | None:
         """An attempt at this step that is being made now, by this execution or by one that was interrupted."""
         return self.engine.works.get(asked.key.outcome)
+
+    def _is_changed_already(self, asked: Request) -> bool:  # noqa: ARG002
+        """Is what the step was given still as its recorded execution has left it?"""
+        return False
 
     def _settle(
         self,
@@ -401,6 +443,7 @@ class Run:
                 deletes.append(rec.open_prefix(self.record.scope) + self.id)
             running = self._is_worked_on()
             if status is Status.COMPLETED:
+                self.engine.changed.pop(self.record.scope, None)
                 deletes.append(rec.lease_key(self.id))
             elif not running:
                 puts.append(self.engine.pack(rec.lease_key(self.id), Lease(self._held.epoch, "")))
@@ -626,8 +669,9 @@ class Run:
     async def _record(self, asked: Request, outcome: Outcome, value: Any) -> Ended:
         after = self._inputs_now(asked)
         key, more, lost = self._settle(asked, after)
-        given = {label for label in asked.components if _is_given(label) and after.get(label) != asked.components[label]}
+        given = asked.given(after)
         patches, blob = b"", ""
+        changed = Changed(asked, key, given, after) if given else None
         if given and (packed := _patched(asked, given, value)) is not None:
             (patches, blob), given = await self._kept(packed), set()
         if given:
@@ -651,6 +695,8 @@ class Run:
             return Ended()
         self._learn_attempts(asked.key, None)
         self._learn(key, row[1])
+        if changed is not None:
+            self.engine.changed[self.record.scope].append(changed)
         return Ended(outcome, value)
 
     def _inputs_now(self, asked: Request) -> dict[str, str]:
@@ -858,10 +904,12 @@ class Run:
             raise self._unreadable(asked, error) from error
         if show and (outcome.shown or outcome.seen):
             self.stage.show_again(outcome.shown, outcome.seen)
-        if show and outcome.changes:
-            self.unrepeated.append((asked.request.name, ", ".join(outcome.changes)))
+        if self._is_changed_already(asked):
+            self.unrepeated.append((asked.request.name, "what it was given was changed by it already"))
+        elif show and outcome.changes:
+            self.unrepeated.append((asked.request.name, f"{', '.join(outcome.changes)} not, which it changes"))
         value = _codec.decode(outcome.form, data)
-        if show and _has_patches(outcome):
+        if show and _has_patches(outcome) and not self._is_changed_already(asked):
             return await self._patch(asked, outcome, value)
         return value
 
@@ -875,13 +923,16 @@ class Run:
             raise self._unreadable(asked, error) from error
         try:
             places = asked.objects or asked.request.fingerprint().places()
-            return _patches.apply(packed, places, value)
+            result = _patches.apply(packed, places, value)
         except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
             self.stage.notice(
                 f"step {asked.request.name!r} of {self.what} changed its arguments when it ran; restored, it can't: they are "
                 "others now"
             )
             return value
+        after = self._inputs_now(asked)
+        self.engine.changed[self.record.scope].append(Changed(asked, asked.key, asked.given(after), after))
+        return result
 
     def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
         kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
@@ -904,6 +955,8 @@ class CellRun(Run):
         self._again: dict[str, int] = {}
         self._checked: set[str] = set()
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
+        self._changed = list(engine.changed[record.scope]) if resumed else []
+        self._taken: set[Changed] = set()
         self._earlier = [work for work in engine.works.values() if work.run_id == record.id]
         """Attempts that an execution began which was interrupted."""
 
@@ -936,6 +989,9 @@ class CellRun(Run):
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
         found = request.fingerprint()
+        again = self._asked_again(request, found)
+        if again is not None:
+            return again.key, found
         loose = self._loose.get((request.kind, request.name), ())
         identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
         for identity in identities:
@@ -946,6 +1002,22 @@ class CellRun(Run):
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
+
+    def _asked_again(self, request: StepRequest, found: Fingerprint) -> Changed | None:
+        """The step, of those that this run has executed in this kernel, that has left what is given to it now as it is."""
+        if found.lasting:
+            return None
+        for n, step in enumerate(self._changed):
+            if step not in self._taken and step.is_asked_again(request, found, self._changed[n + 1 :]):
+                self._taken.add(step)
+                number = int(step.key.outcome.rpartition("/")[2])
+                if number in self._occurrences.rivals(step.key.identity):
+                    self._occurrences.leave_out(step.key.identity, number)
+                return step
+        return None
+
+    def _is_changed_already(self, asked: Request) -> bool:
+        return any(asked.key is step.key for step in self._taken)
 
     def _identity(self, request: StepRequest, found: Fingerprint, left_out: tuple[str, ...] = ()) -> str:
         """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
@@ -1065,9 +1137,18 @@ async def _raises(error: BaseException) -> Any:
     raise error
 
 
-def _is_given(label: str) -> bool:
-    """Is this component an argument, or the object whose method is called?"""
-    return label.startswith(("arg ", "call"))
+def _of(places: Mapping[tuple[str, int], Any], label: str) -> list[Any]:
+    return [obj for (component, _), obj in places.items() if component == label]
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Are these the same argument? Its outermost object tells: more may have been put into it since."""
+    return bool(one) and bool(other) and one[0] is other[0]
+
+
+def _without(request: StepRequest, components: dict[str, str], labels: set[str]) -> tuple[str, str, dict[str, str]]:
+    kept = {label: digest for label, digest in components.items() if label not in labels and label != "aliases"}
+    return request.kind, request.name, kept
 
 
 def _said(label: str) -> str:

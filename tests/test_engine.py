@@ -1469,6 +1469,62 @@ def test_a_restored_step_changes_its_arguments_as_its_body_did(path, new, ask):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("new", "ask"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_gone_on_with_in_the_same_kernel_a_conversation_asks_nothing_again_and_says_nothing_twice(path, new, ask):
+    """The cell failed and was mended; what it talked about was made in an earlier cell and is as the failure left it."""
+    history, expected = new(), new()
+
+    def conversation(questions, then=lambda: None):
+        async def body():
+            for question in questions:
+                await durable.run("ask", *ask(history), question)
+            then()
+
+        return body
+
+    def fail():
+        raise RuntimeError("later")
+
+    async def main():
+        for question in QUESTIONS:
+            fn, *given = ask(expected)
+            fn(*given, question)
+        world.done.clear()
+        async with kernel(path) as engine:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="later"):
+                    await cell(engine, conversation(QUESTIONS[:2], fail))
+            run = await begun(engine)
+            await finished(run, conversation(QUESTIONS))
+            assert [name for name, _ in run.unrepeated] == ["ask", "ask"]
+            assert plain(history) == plain(expected)
+            assert world.done == QUESTIONS
+            await cell(engine, conversation(QUESTIONS[:1]))  # a new run, with what is there now
+        assert world.done == [*QUESTIONS, "one"]
+
+    asyncio.run(main())
+
+
+def test_an_object_that_somebody_else_changed_meanwhile_is_another_input(path):
+    history = []
+
+    async def body():
+        await durable.run("ask", ask_list, history, "a")
+        raise RuntimeError("later")
+
+    async def main():
+        async with kernel(path) as engine:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="later"):
+                    await cell(engine, body)
+            history.append("mine")
+            with pytest.raises(RuntimeError, match="later"):
+                await cell(engine, body)
+        assert history == ["a", "mine", "a"]
+
+    asyncio.run(main())
+
+
 def test_what_a_step_returns_is_the_argument_that_it_was(path):
     async def body():
         history = []
@@ -1525,7 +1581,7 @@ def test_of_parallel_steps_that_change_one_object_nobody_knows_whose_change_is_w
         async with kernel(path) as engine:
             run = await begun(engine)
             await finished(run, body)
-            assert run.unrepeated == [("ask", "history"), ("ask", "history")]
+            assert run.unrepeated == 2 * [("ask", "history not, which it changes")]
         assert sorted(world.done) == ["a", "b"]
 
     asyncio.run(main())
@@ -1548,7 +1604,7 @@ def test_what_cannot_be_put_back_is_told(path):
             async with kernel(path) as engine:
                 run = await begun(engine)
                 await finished(run, body)
-                assert run.unrepeated == n * [("spoil", "odd")]
+                assert run.unrepeated == n * [("spoil", "odd not, which it changes")]
         assert world.done == ["spoil"]
 
     asyncio.run(main())

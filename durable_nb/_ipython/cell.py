@@ -308,7 +308,7 @@ class CellExecution:
                 ended = Status.COMPLETED
                 if run.unrepeated:
                     step, names = run.unrepeated[0]
-                    self._not_stored(f"step {step!r} was restored, and {names} not, which it changes")
+                    self._not_stored(f"step {step!r} was restored, and {names}")
                 else:
                     self._store(run, key, before, watch, outputs, cost)
             except (asyncio.CancelledError, KeyboardInterrupt, RunSuspended):
