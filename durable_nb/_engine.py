@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from durable_nb import _records as rec
+from durable_nb._cellrun import CellRun
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
-from durable_nb._run import CellRun, Changed, Held, Run, Work
+from durable_nb._request import Changed
+from durable_nb._run import Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
 from durable_nb.errors import StoreError, UntrustedStoreError

@@ -8,13 +8,10 @@ another step failed or the user interrupted a thread that can't be stopped, the 
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
-import platform
 import time
-import types
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
@@ -22,16 +19,17 @@ from datetime import datetime
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _fingerprint, _patches
+from durable_nb import _codec, _patches
 from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
-from durable_nb._fingerprint import Unhashable, globals_stored, object_of
+from durable_nb._fingerprint import Unhashable
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Again, Attempts, Lease, Loose, Outcome, Provenance, RunRecord, StepKey, Timer, unpack
-from durable_nb._replay import CutOff, Occurrences, Perform, Recall, Retry, Wait, decide, decide_sleep
+from durable_nb._records import Attempts, Lease, Outcome, RunRecord, StepKey, Timer, unpack
+from durable_nb._replay import CutOff, Perform, Recall, Retry, Wait, decide, decide_sleep
+from durable_nb._request import Changed, Request, packed_changes, provenance_of, said
 from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
@@ -109,6 +107,15 @@ class Held:
         return rec.lease_key(self.run_id), self.row
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended: recorded, failed for good, or neither (look at the records again)."""
+
+    outcome: Outcome | None = None
+    value: Any = None
+    error: BaseException | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """An attempt that is being made."""
@@ -148,69 +155,6 @@ class Work:
     def cancel(self) -> None:
         if not self.in_thread:
             self.task.cancel()
-
-
-class Request:
-    """A step of this execution: what was asked, which record it is, and how it stands."""
-
-    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
-        self.key, self.request, self.branch = key, request, branch
-        self.found = found
-        """What its outcome depends on; None where that can't be told, or needn't."""
-        self.fact = Step(request.name, path, request.kind, Status.PENDING)
-        self.began: rec.Turn = (0, 0)
-        """When the last attempt began."""
-        self.components = found.components if found is not None else {}
-        self.objects = found.places() if found is not None and not found.lasting else {}
-        """What its body may change in place."""
-        self.shared = False
-        """Other bodies that were at work meanwhile may have changed the same objects."""
-        changing = self.components if found is not None and not found.lasting else ()
-        self.globals = {label: object_of(label) for label in changing if label.startswith("global ")}
-        """What the step may read beside its arguments, as it was when it was asked for."""
-
-    def given(self, after: dict[str, str]) -> set[str]:
-        """The arguments, and the object whose method is called, as far as they are something else now."""
-        parts = self.components.items()
-        return {label for label, was in parts if label.startswith(("arg ", "call")) and after.get(label) != was}
-
-    def objects_of(self, label: str) -> list[Any]:
-        """What may change of that component."""
-        return _of(self.objects, label)
-
-    def shares_objects_with(self, other: Request) -> bool:
-        """Could both bodies change the same object?"""
-        mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
-        return not mine.isdisjoint(theirs)
-
-
-class Changed:
-    """A step, of a run that is not finished, that has changed live objects which it was given.
-
-    Executed again in this kernel the code gives it the same objects, which would make it another step: so it is known by how
-    it left them.
-    """
-
-    def __init__(self, asked: Request, key: StepKey, given: set[str], after: dict[str, str]) -> None:
-        self.key = key
-        self.rest = _without(asked.request, asked.components, given)
-        self.objects = {label: asked.objects_of(label) for label in given}
-        self.left_as = {label: after.get(label, "") for label in given}
-
-    def is_asked_again(self, asked: StepRequest, found: Fingerprint, later: list[Changed]) -> bool:
-        """Is this the same step, given the same objects, which only the steps after it have changed since?"""
-        if _without(asked, found.components, set(self.objects)) != self.rest:
-            return False
-        places = found.places()
-        for label, objects in self.objects.items():
-            if not _same(_of(places, label), objects):
-                return False
-            left_as = self.left_as[label]
-            for other in later:
-                left_as = next((other.left_as[name] for name, seen in other.objects.items() if _same(seen, objects)), left_as)
-            if found.components.get(label) != left_as:
-                return False
-        return True
 
 
 class Run:
@@ -672,12 +616,12 @@ class Run:
         given = asked.given(after)
         patches, blob = b"", ""
         changed = Changed(asked, key, given, after) if given else None
-        if given and (packed := _patched(asked, given, value)) is not None:
+        if given and (packed := packed_changes(asked, given, value)) is not None:
             (patches, blob), given = await self._kept(packed), set()
         if given:
-            names = ", ".join(sorted(map(_said, given)))
+            names = ", ".join(sorted(map(said, given)))
             self.stage.advise(f"step {asked.request.name!r} changes {names}: restoring the step won't")
-        changes = tuple(sorted(map(_said, lost | given)))
+        changes = tuple(sorted(map(said, lost | given)))
         outcome = replace(outcome, changes=changes, patches=patches, patches_blob=blob)
         row = self.engine.pack(key.outcome, outcome)
         stale = (asked.key.attempts,) if asked.key.attempts in self._attempts else ()
@@ -942,178 +886,8 @@ class Run:
         )
 
 
-class CellRun(Run):
-    """One execution of a durable cell. Its steps are identified by content: editing the cell is normal."""
-
-    again = "run the cell again"
-
-    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
-        super().__init__(engine, record, held, resumed=resumed)
-        self.what = f"cell {record.name!r}"
-        self._occurrences = Occurrences({})
-        self._counts: dict[str, int] = {}
-        self._again: dict[str, int] = {}
-        self._checked: set[str] = set()
-        self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
-        self._changed = list(engine.changed[record.scope]) if resumed else []
-        self._taken: set[Changed] = set()
-        self._earlier = [work for work in engine.works.values() if work.run_id == record.id]
-        """Attempts that an execution began which was interrupted."""
-
-    def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
-        recorded: dict[str, set[int]] = {}
-        for key in (*self._outcomes, *self._attempts):
-            identity, number = key.rsplit("/", 2)[1:]
-            recorded.setdefault(identity, set()).add(int(number))
-        self._occurrences = Occurrences(recorded)
-        for key, row in loose.items():
-            known = unpack(self.engine.store.seal, key, row, Loose)
-            self._loose[known.kind, known.name] = known.left_out
-        for key, row in again.items():
-            asked = unpack(self.engine.store.seal, key, row, Again)
-            self._again[asked.name] = asked.number
-
-    async def forget_step(self, name: str) -> None:
-        """Execute the steps of that name anew, under identities and idempotency keys of their own."""
-        seal = self.engine.store.seal
-        names = {unpack(seal, key, row, Outcome).name for key, row in self._outcomes.items()}
-        names |= {unpack(seal, key, row, Attempts).name for key, row in self._attempts.items()}
-        if name not in names:
-            await self.finish(Status.INTERRUPTED)
-            known = f"; it has {', '.join(map(repr, sorted(names)))}" if names else ""
-            raise LookupError(f"{self.what} has recorded no step {name!r}{known}")
-        self._again[name] = self._again.get(name, 0) + 1
-        key = rec.again_prefix(self.record.scope, self.record.generation) + digest_of(name)
-        marked = self.engine.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
-        await self._commit(Commit(self._held.guard, puts=(self.engine.pack(key, Again(name, self._again[name])), marked)))
-
-    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
-        found = request.fingerprint()
-        again = self._asked_again(request, found)
-        if again is not None:
-            return again.key, found
-        loose = self._loose.get((request.kind, request.name), ())
-        identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
-        for identity in identities:
-            for n in tuple(self._occurrences.rivals(identity)):
-                if not self._still_holds(self._key(identity, n), request.ttl_s):
-                    self._occurrences.leave_out(identity, n)
-        identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
-        rivals = self._occurrences.rivals(identity)
-        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
-        return self._key(identity, self._occurrences.take(identity, branches, branch)), found
-
-    def _asked_again(self, request: StepRequest, found: Fingerprint) -> Changed | None:
-        """The step, of those that this run has executed in this kernel, that has left what is given to it now as it is."""
-        if found.lasting:
-            return None
-        for n, step in enumerate(self._changed):
-            if step not in self._taken and step.is_asked_again(request, found, self._changed[n + 1 :]):
-                self._taken.add(step)
-                number = int(step.key.outcome.rpartition("/")[2])
-                if number in self._occurrences.rivals(step.key.identity):
-                    self._occurrences.leave_out(step.key.identity, number)
-                return step
-        return None
-
-    def _is_changed_already(self, asked: Request) -> bool:
-        return any(asked.key is step.key for step in self._taken)
-
-    def _identity(self, request: StepRequest, found: Fingerprint, left_out: tuple[str, ...] = ()) -> str:
-        """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
-        again = self._again.get(request.name)
-        parts = (request.kind, request.name) if again is None else (request.kind, request.name, f"again {again}")
-        if not left_out:
-            return digest_of(*parts, found.digest)
-        kept = {label: digest for label, digest in found.components.items() if label not in left_out}
-        return digest_of(*parts, _fingerprint.digest_of(kept), *left_out)
-
-    def _work_on(self, asked: Request) -> Work | None:
-        found = super()._work_on(asked)
-        if found is not None:
-            return found
-        for work in self._earlier:  # its body may have changed a global already that is part of the key
-            if work.task.done() or work in self._works or _fixed(work.asked) != _fixed(asked):
-                continue
-            if _changed(work.asked, asked.components) == _changed_by_itself(work.asked, asked.components):
-                return work
-        return None
-
-    def _settle(self, asked: Request, after: dict[str, str]) -> tuple[StepKey, tuple[tuple[str, bytes], ...], set[str]]:
-        """Globals that the body changes itself are no input to compare: a list that it appends to, a counter that it raises.
-
-        Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
-        """
-        own = _changed_by_itself(asked, after)
-        place = asked.request.kind, asked.request.name
-        known = self._loose.get(place, ())
-        if not own or asked.found is None:
-            return asked.key, (), own
-        labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
-        identity = self._identity(asked.request, asked.found, labels)
-        if identity == asked.key.identity:
-            return asked.key, (), own
-        key = self._key(identity, self._occurrences.take(identity))
-        if known and known[-1] == labels:
-            return key, (), own
-        self._loose[place] = (*known, labels)
-        names = ", ".join(sorted(label.partition(" ")[2] for label in own))
-        self.stage.advise(f"step {place[1]!r} changes {names}: restoring the step won't, and {names} is not compared")
-        loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*place)
-        row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
-        return key, (row,), own
-
-    def _still_holds(self, key: StepKey, ttl_s: float | None) -> bool:
-        """Not where a file that the step read has changed since, nor where it is as old as `ttl_s`."""
-        if key.outcome in self._checked:
-            return True
-        self._checked.add(key.outcome)
-        try:
-            outcome = self._recorded(key.outcome)
-        except StoreError:
-            return True  # whoever asks for it is told
-        if outcome is None:
-            return True
-        if ttl_s is not None and self._now_s() - outcome.ended_at >= ttl_s:
-            return False
-        return not outcome.seen or self.stage.holds(outcome.seen)
-
-    def _branch_of(self, key: StepKey) -> str:
-        outcome = self._recorded(key.outcome)
-        return outcome.branch if outcome is not None else ""
-
-    def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
-        n = self._counts.get(request.name, 0)
-        self._counts[request.name] = n + 1
-        return rec.timer_key(self.id, request.name, n)
-
-    def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:  # noqa: ARG002
-        identity = digest_of("start", workflow, arguments())
-        n = self._counts.get(identity, 0)
-        self._counts[identity] = n + 1
-        return f"{identity}/{n}"
-
-    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
-        return asked  # an edited duration counts from the first asking
-
-    async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:  # noqa: ARG002
-        """A failed step isn't kept: the next execution tries anew."""
-        if asked.key.attempts in self._attempts:
-            await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
-            self._learn_attempts(asked.key, None)
-        return Ended(error=error)
-
-    def _try_again(self, step: str) -> str:
-        return f"run the cell once with --rerun={step}"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How an attempt ended: recorded, failed for good, or neither (look at the records again)."""
-
-    outcome: Outcome | None = None
-    value: Any = None
-    error: BaseException | None = None
+def _has_patches(outcome: Outcome) -> bool:
+    return bool(outcome.patches or outcome.patches_blob)
 
 
 _FINAL = (Status.COMPLETED, Status.FAILED)
@@ -1135,79 +909,6 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
 async def _raises(error: BaseException) -> Any:
     """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
     raise error
-
-
-def _of(places: Mapping[tuple[str, int], Any], label: str) -> list[Any]:
-    return [obj for (component, _), obj in places.items() if component == label]
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    """Are these the same argument? Its outermost object tells: more may have been put into it since."""
-    return bool(one) and bool(other) and one[0] is other[0]
-
-
-def _without(request: StepRequest, components: dict[str, str], labels: set[str]) -> tuple[str, str, dict[str, str]]:
-    kept = {label: digest for label, digest in components.items() if label not in labels and label != "aliases"}
-    return request.kind, request.name, kept
-
-
-def _said(label: str) -> str:
-    return label.partition(" ")[2] or "the object it belongs to"
-
-
-def _has_patches(outcome: Outcome) -> bool:
-    return bool(outcome.patches or outcome.patches_blob)
-
-
-def _patched(asked: Request, given: set[str], value: Any) -> bytes | None:
-    """The arguments that the body has changed, to be changed again when the step is restored; None where that can't be."""
-    if asked.shared:  # whose change is whose can't be told
-        return None
-    try:
-        changed = [(place, obj) for place, obj in asked.objects.items() if place[0] in given]
-        patches = [(place, _patches.content_of(obj)) for place, obj in changed]
-        return _patches.pack(patches, value, asked.objects) if {place[0] for place, _ in changed} == given else None
-    except Exception:  # whatever is odd about an argument, the outcome itself is recorded
-        return None
-
-
-def _fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
-    """What no body can change: the step's kind and name, its code and its arguments."""
-    parts = {k: v for k, v in asked.components.items() if k != "aliases" and not k.startswith("global ")}
-    return asked.request.kind, asked.request.name, parts
-
-
-def _changed(asked: Request, now: dict[str, str]) -> set[str]:
-    """The globals that are not what they were when the step was asked for."""
-    return {label for label in asked.globals if now.get(label) != asked.components[label]}
-
-
-def _changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
-    """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
-    stored = {name for code in _codes(asked.components, asked.request.body) for name in globals_stored(code)}
-    return {
-        label
-        for label in _changed(asked, now)
-        if object_of(label) is asked.globals[label] or label.rpartition(".")[2].split()[-1] in stored
-    }
-
-
-def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
-    """The code that a step executes, as far as it can be found by name."""
-    while isinstance(body, functools.partial):
-        body = body.func
-    functions = [body, *(object_of(label) for label in components if label.startswith("function "))]
-    return [code for fn in functions if isinstance(code := getattr(fn, "__code__", None), types.CodeType)]
-
-
-_PYTHON = platform.python_version()
-
-
-def provenance_of(found: Fingerprint | None) -> Provenance:
-    """What a step's outcome depends on, as its record keeps it."""
-    if found is None:
-        return Provenance(_fingerprint.FORMAT, {}, {}, _PYTHON)
-    return Provenance(_fingerprint.FORMAT, found.components, found.versions, _PYTHON, found.digest)
 
 
 def digest_of(*parts: str) -> str:

@@ -19,7 +19,8 @@ from durable_nb._facts import Status
 from durable_nb._fingerprint import Unhashable
 from durable_nb._records import Attempts, Outcome, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Places
-from durable_nb._run import Ended, Held, Request, Run, digest_of, say
+from durable_nb._request import Request
+from durable_nb._run import Ended, Held, Run, digest_of, say
 from durable_nb.errors import NonDeterminismError, RunCancelled, StoreError
 
 if TYPE_CHECKING:

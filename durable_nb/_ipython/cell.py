@@ -52,6 +52,7 @@ from durable_nb._cellcache.world import (
     watching,
     watching_step,
 )
+from durable_nb._cellrun import CellRun
 from durable_nb._clock import say_duration
 from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
@@ -61,7 +62,7 @@ from durable_nb._ipython.options import Options
 from durable_nb._ipython.status import StatusLine
 from durable_nb._patches import UnpatchableError, fits, put
 from durable_nb._pickling import Pickler
-from durable_nb._run import CellRun, Stage
+from durable_nb._run import Stage
 from durable_nb.errors import CorruptStoreError, RunSuspended, StoreError, UntrustedStoreError
 
 HEADLESS_SLEEP_S = 600.0

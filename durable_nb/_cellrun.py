@@ -1,0 +1,187 @@
+"""One execution of a durable cell. Its steps are identified by content: editing the cell is normal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from durable_nb import _fingerprint
+from durable_nb import _records as rec
+from durable_nb._current import SleepRequest, StepRequest
+from durable_nb._facts import Status
+from durable_nb._journal import Commit
+from durable_nb._records import Again, Attempts, Loose, Outcome, RunRecord, StepKey, Timer, unpack
+from durable_nb._replay import Occurrences
+from durable_nb._request import Changed, Request, changed, changed_by_itself, fixed
+from durable_nb._run import Ended, Held, Run, Work, digest_of
+from durable_nb.errors import StoreError
+
+if TYPE_CHECKING:
+    from durable_nb._engine import Engine
+    from durable_nb._fingerprint import Fingerprint
+
+
+class CellRun(Run):
+    """What verbs ask, in a durable cell."""
+
+    again = "run the cell again"
+
+    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
+        super().__init__(engine, record, held, resumed=resumed)
+        self.what = f"cell {record.name!r}"
+        self._occurrences = Occurrences({})
+        self._counts: dict[str, int] = {}
+        self._again: dict[str, int] = {}
+        self._checked: set[str] = set()
+        self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
+        self._changed = list(engine.changed[record.scope]) if resumed else []
+        self._taken: set[Changed] = set()
+        self._earlier = [work for work in engine.works.values() if work.run_id == record.id]
+        """Attempts that an execution began which was interrupted."""
+
+    def _loaded(self, loose: dict[str, bytes], again: dict[str, bytes]) -> None:
+        recorded: dict[str, set[int]] = {}
+        for key in (*self._outcomes, *self._attempts):
+            identity, number = key.rsplit("/", 2)[1:]
+            recorded.setdefault(identity, set()).add(int(number))
+        self._occurrences = Occurrences(recorded)
+        for key, row in loose.items():
+            known = unpack(self.engine.store.seal, key, row, Loose)
+            self._loose[known.kind, known.name] = known.left_out
+        for key, row in again.items():
+            asked = unpack(self.engine.store.seal, key, row, Again)
+            self._again[asked.name] = asked.number
+
+    async def forget_step(self, name: str) -> None:
+        """Execute the steps of that name anew, under identities and idempotency keys of their own."""
+        seal = self.engine.store.seal
+        names = {unpack(seal, key, row, Outcome).name for key, row in self._outcomes.items()}
+        names |= {unpack(seal, key, row, Attempts).name for key, row in self._attempts.items()}
+        if name not in names:
+            await self.finish(Status.INTERRUPTED)
+            known = f"; it has {', '.join(map(repr, sorted(names)))}" if names else ""
+            raise LookupError(f"{self.what} has recorded no step {name!r}{known}")
+        self._again[name] = self._again.get(name, 0) + 1
+        key = rec.again_prefix(self.record.scope, self.record.generation) + digest_of(name)
+        marked = self.engine.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
+        await self._commit(Commit(self._held.guard, puts=(self.engine.pack(key, Again(name, self._again[name])), marked)))
+
+    def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
+        found = request.fingerprint()
+        again = self._asked_again(request, found)
+        if again is not None:
+            return again.key, found
+        loose = self._loose.get((request.kind, request.name), ())
+        identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
+        for identity in identities:
+            for n in tuple(self._occurrences.rivals(identity)):
+                if not self._still_holds(self._key(identity, n), request.ttl_s):
+                    self._occurrences.leave_out(identity, n)
+        identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
+        rivals = self._occurrences.rivals(identity)
+        branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
+        return self._key(identity, self._occurrences.take(identity, branches, branch)), found
+
+    def _asked_again(self, request: StepRequest, found: Fingerprint) -> Changed | None:
+        """The step, of those that this run has executed in this kernel, that has left what is given to it now as it is."""
+        if found.lasting:
+            return None
+        for n, step in enumerate(self._changed):
+            if step not in self._taken and step.is_asked_again(request, found, self._changed[n + 1 :]):
+                self._taken.add(step)
+                number = int(step.key.outcome.rpartition("/")[2])
+                if number in self._occurrences.rivals(step.key.identity):
+                    self._occurrences.leave_out(step.key.identity, number)
+                return step
+        return None
+
+    def _is_changed_already(self, asked: Request) -> bool:
+        return any(asked.key is step.key for step in self._taken)
+
+    def _identity(self, request: StepRequest, found: Fingerprint, left_out: tuple[str, ...] = ()) -> str:
+        """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
+        again = self._again.get(request.name)
+        parts = (request.kind, request.name) if again is None else (request.kind, request.name, f"again {again}")
+        if not left_out:
+            return digest_of(*parts, found.digest)
+        kept = {label: digest for label, digest in found.components.items() if label not in left_out}
+        return digest_of(*parts, _fingerprint.digest_of(kept), *left_out)
+
+    def _work_on(self, asked: Request) -> Work | None:
+        found = super()._work_on(asked)
+        if found is not None:
+            return found
+        for work in self._earlier:  # its body may have changed a global already that is part of the key
+            if work.task.done() or work in self._works or fixed(work.asked) != fixed(asked):
+                continue
+            if changed(work.asked, asked.components) == changed_by_itself(work.asked, asked.components):
+                return work
+        return None
+
+    def _settle(self, asked: Request, after: dict[str, str]) -> tuple[StepKey, tuple[tuple[str, bytes], ...], set[str]]:
+        """Globals that the body changes itself are no input to compare: a list that it appends to, a counter that it raises.
+
+        Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
+        """
+        own = changed_by_itself(asked, after)
+        place = asked.request.kind, asked.request.name
+        known = self._loose.get(place, ())
+        if not own or asked.found is None:
+            return asked.key, (), own
+        labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
+        identity = self._identity(asked.request, asked.found, labels)
+        if identity == asked.key.identity:
+            return asked.key, (), own
+        key = self._key(identity, self._occurrences.take(identity))
+        if known and known[-1] == labels:
+            return key, (), own
+        self._loose[place] = (*known, labels)
+        names = ", ".join(sorted(label.partition(" ")[2] for label in own))
+        self.stage.advise(f"step {place[1]!r} changes {names}: restoring the step won't, and {names} is not compared")
+        loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*place)
+        row = self.engine.pack(loose_key, Loose(*place, self._loose[place]))
+        return key, (row,), own
+
+    def _still_holds(self, key: StepKey, ttl_s: float | None) -> bool:
+        """Not where a file that the step read has changed since, nor where it is as old as `ttl_s`."""
+        if key.outcome in self._checked:
+            return True
+        self._checked.add(key.outcome)
+        try:
+            outcome = self._recorded(key.outcome)
+        except StoreError:
+            return True  # whoever asks for it is told
+        if outcome is None:
+            return True
+        if ttl_s is not None and self._now_s() - outcome.ended_at >= ttl_s:
+            return False
+        return not outcome.seen or self.stage.holds(outcome.seen)
+
+    def _branch_of(self, key: StepKey) -> str:
+        outcome = self._recorded(key.outcome)
+        return outcome.branch if outcome is not None else ""
+
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
+        n = self._counts.get(request.name, 0)
+        self._counts[request.name] = n + 1
+        return rec.timer_key(self.id, request.name, n)
+
+    def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:  # noqa: ARG002
+        identity = digest_of("start", workflow, arguments())
+        n = self._counts.get(identity, 0)
+        self._counts[identity] = n + 1
+        return f"{identity}/{n}"
+
+    def _timer(self, recorded: Timer | None, asked: Timer) -> Timer:  # noqa: ARG002
+        return asked  # an edited duration counts from the first asking
+
+    async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:  # noqa: ARG002
+        """A failed step isn't kept: the next execution tries anew."""
+        if asked.key.attempts in self._attempts:
+            await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
+            self._learn_attempts(asked.key, None)
+        return Ended(error=error)
+
+    def _try_again(self, step: str) -> str:
+        return f"run the cell once with --rerun={step}"

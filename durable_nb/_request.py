@@ -1,0 +1,155 @@
+"""A step that was asked for: what its outcome depends on, and what of that its body has changed.
+
+A body may append to a list that it was given, or raise a counter. What it changed of its arguments is recorded with its outcome
+and made again when that is restored; a global that it changes itself is no part of its identity.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import types
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from durable_nb import _fingerprint, _patches
+from durable_nb import _records as rec
+from durable_nb._current import StepRequest
+from durable_nb._facts import Status, Step
+from durable_nb._fingerprint import globals_stored, object_of
+from durable_nb._records import Provenance, StepKey
+
+if TYPE_CHECKING:
+    from durable_nb._fingerprint import Fingerprint
+
+
+class Request:
+    """A step of this execution: what was asked, which record it is, and how it stands."""
+
+    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
+        self.key, self.request, self.branch = key, request, branch
+        self.found = found
+        """What its outcome depends on; None where that can't be told, or needn't."""
+        self.fact = Step(request.name, path, request.kind, Status.PENDING)
+        self.began: rec.Turn = (0, 0)
+        """When the last attempt began."""
+        self.components = found.components if found is not None else {}
+        self.objects = found.places() if found is not None and not found.lasting else {}
+        """What its body may change in place."""
+        self.shared = False
+        """Other bodies that were at work meanwhile may have changed the same objects."""
+        changing = self.components if found is not None and not found.lasting else ()
+        self.globals = {label: object_of(label) for label in changing if label.startswith("global ")}
+        """What the step may read beside its arguments, as it was when it was asked for."""
+
+    def given(self, after: dict[str, str]) -> set[str]:
+        """The arguments, and the object whose method is called, as far as they are something else now."""
+        parts = self.components.items()
+        return {label for label, was in parts if label.startswith(("arg ", "call")) and after.get(label) != was}
+
+    def objects_of(self, label: str) -> list[Any]:
+        """What may change of that component."""
+        return _of(self.objects, label)
+
+    def shares_objects_with(self, other: Request) -> bool:
+        """Could both bodies change the same object?"""
+        mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
+        return not mine.isdisjoint(theirs)
+
+
+class Changed:
+    """A step, of a run that is not finished, that has changed live objects which it was given.
+
+    Executed again in this kernel the code gives it the same objects, which would make it another step: so it is known by how
+    it left them.
+    """
+
+    def __init__(self, asked: Request, key: StepKey, given: set[str], after: dict[str, str]) -> None:
+        self.key = key
+        self.rest = _without(asked.request, asked.components, given)
+        self.objects = {label: asked.objects_of(label) for label in given}
+        self.left_as = {label: after.get(label, "") for label in given}
+
+    def is_asked_again(self, asked: StepRequest, found: Fingerprint, later: list[Changed]) -> bool:
+        """Is this the same step, given the same objects, which only the steps after it have changed since?"""
+        if _without(asked, found.components, set(self.objects)) != self.rest:
+            return False
+        places = found.places()
+        for label, objects in self.objects.items():
+            if not _same(_of(places, label), objects):
+                return False
+            left_as = self.left_as[label]
+            for other in later:
+                left_as = next((other.left_as[name] for name, seen in other.objects.items() if _same(seen, objects)), left_as)
+            if found.components.get(label) != left_as:
+                return False
+        return True
+
+
+def _of(places: Mapping[tuple[str, int], Any], label: str) -> list[Any]:
+    return [obj for (component, _), obj in places.items() if component == label]
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Are these the same argument? Its outermost object tells: more may have been put into it since."""
+    return bool(one) and bool(other) and one[0] is other[0]
+
+
+def _without(request: StepRequest, components: dict[str, str], labels: set[str]) -> tuple[str, str, dict[str, str]]:
+    kept = {label: digest for label, digest in components.items() if label not in labels and label != "aliases"}
+    return request.kind, request.name, kept
+
+
+def said(label: str) -> str:
+    return label.partition(" ")[2] or "the object it belongs to"
+
+
+def packed_changes(asked: Request, given: set[str], value: Any) -> bytes | None:
+    """The arguments that the body has changed, to be changed again when the step is restored; None where that can't be."""
+    if asked.shared:  # whose change is whose can't be told
+        return None
+    try:
+        changed = [(place, obj) for place, obj in asked.objects.items() if place[0] in given]
+        patches = [(place, _patches.content_of(obj)) for place, obj in changed]
+        return _patches.pack(patches, value, asked.objects) if {place[0] for place, _ in changed} == given else None
+    except Exception:  # whatever is odd about an argument, the outcome itself is recorded
+        return None
+
+
+def fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
+    """What no body can change: the step's kind and name, its code and its arguments."""
+    parts = {k: v for k, v in asked.components.items() if k != "aliases" and not k.startswith("global ")}
+    return asked.request.kind, asked.request.name, parts
+
+
+def changed(asked: Request, now: dict[str, str]) -> set[str]:
+    """The globals that are not what they were when the step was asked for."""
+    return {label for label in asked.globals if now.get(label) != asked.components[label]}
+
+
+def changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
+    """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
+    stored = {name for code in _codes(asked.components, asked.request.body) for name in globals_stored(code)}
+    return {
+        label
+        for label in changed(asked, now)
+        if object_of(label) is asked.globals[label] or label.rpartition(".")[2].split()[-1] in stored
+    }
+
+
+def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
+    """The code that a step executes, as far as it can be found by name."""
+    while isinstance(body, functools.partial):
+        body = body.func
+    functions = [body, *(object_of(label) for label in components if label.startswith("function "))]
+    return [code for fn in functions if isinstance(code := getattr(fn, "__code__", None), types.CodeType)]
+
+
+_PYTHON = platform.python_version()
+
+
+def provenance_of(found: Fingerprint | None) -> Provenance:
+    """What a step's outcome depends on, as its record keeps it."""
+    if found is None:
+        return Provenance(_fingerprint.FORMAT, {}, {}, _PYTHON)
+    return Provenance(_fingerprint.FORMAT, found.components, found.versions, _PYTHON, found.digest)
