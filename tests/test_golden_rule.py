@@ -558,3 +558,17 @@ def test_a_folder_made_or_removed_must_be_as_the_cell_left_it(sessions, tmp_path
     assert told == ["running: first run", "restored", "running: old is new", "running: new/deep is gone"]
     assert (tmp_path / "new" / "deep").is_dir()
     assert not (tmp_path / "old").exists()
+
+
+def test_in_another_working_directory_a_cell_is_another_one(home, tmp_path):
+    """In the one that the kernel was started in it hits, wherever that folder is by now."""
+    cell = "%%durable where\nimport os\nhere = os.path.basename(os.getcwd())"
+    home.restart()
+    assert home.run(cell).status == "ok"
+    home.run("import os, tempfile\nbefore = os.getcwd()\nos.chdir(tempfile.mkdtemp())")
+    shown = home.run(cell)
+    assert "the working directory changed" in shown.told[0]
+    assert home.value("here == os.path.basename(os.getcwd())")
+    home.run("os.chdir(before)")
+    assert "restored" in home.run(cell).told[-1]
+    assert home.value("here == os.path.basename(before)")

@@ -343,7 +343,6 @@ def _process_state() -> dict[str, Any]:
     loggers = {name: log for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)}
     return {
         "sys.path": list(sys.path),
-        "the working directory": os.getcwd(),
         "the recursion limit": sys.getrecursionlimit(),
         "os.environ": dict(os.environ),
         "the filters of warnings": list(warnings.filters),
@@ -409,11 +408,21 @@ def _unusual_in_decimal(decimal: Any) -> tuple[Any, ...]:
     return () if now == usual else now
 
 
+_STARTED_IN = os.getcwd()
+
+
+def _elsewhere(_os: Any) -> str:
+    """The working directory, where it isn't that of the beginning: a folder that was moved as a whole is no other one."""
+    now = os.getcwd()
+    return "" if now == _STARTED_IN else now
+
+
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "numpy's options": ("numpy", _unusual_in_numpy),
     "pandas' options": ("pandas._config.config", _unusual_in_pandas),
     "matplotlib's rcParams": ("matplotlib", _unusual_in_matplotlib),
     "the decimal context": ("decimal", _unusual_in_decimal),
+    "the working directory": ("os", _elsewhere),
 }
 
 
