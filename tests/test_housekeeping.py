@@ -297,7 +297,7 @@ def test_a_used_entry_is_kept_before_an_unused_one(folder, capsys):
     """Being listed is no use; being restored from is."""
     first, second = entries_of(folder, "fit")
     for path in (first, second):
-        age(path, 20 * DAY)
+        age(path, 200 * DAY)  # what running them took is hardly the same
     key = {"DURABLE_NB_KEY_FILE": os.environ["DURABLE_NB_KEY_FILE"]}
     with kernel(folder.parent, env=key) as k:
         assert k.run("n = 2_000_001").status == "ok"

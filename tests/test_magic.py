@@ -480,3 +480,14 @@ def test_a_package_of_another_version_is_told_when_a_cell_is_restored(shared):
     shown = k.run(cell)
     k.run("m.version = real\nc._version.cache_clear()")
     assert re.search(r"restored .*stored with another version: numpy \S+ → 0.0.1; --rerun runs it anew", shown.told[-1])
+
+
+def test_why_tells_what_differs_now_before_the_cell_is_executed_again(tmp_path):
+    with kernel(tmp_path) as k:
+        k.run("rate = 2\ndef clean(v):\n    return v * rate")
+        k.run("%%durable prepare\ntidy = clean(3)")
+        k.run("rate = 3\ndef clean(v):\n    return v + rate")
+        told = tell(k, "%durable why prepare")
+        assert "executed again now, it would run: helper clean changed, rate changed" in told
+        assert "+    return v + rate" in told
+        assert "2 → 3" in told

@@ -12,6 +12,7 @@ from typing import Any
 
 from IPython.core.error import UsageError
 
+from durable_nb._cellcache import explain
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.keys import CellKey, changes, key_from, key_of
 from durable_nb._cellcache.names import Names
@@ -53,6 +54,20 @@ def forecasts(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun:
         if what != HIT:
             unsure.update(dict.fromkeys(_made(names, story), name))
     return found
+
+
+def differences(shell: Any, entries: Entries, story: Story) -> tuple[Manifest | None, list[explain.Difference]]:
+    """The entry that is most like the cell as things are now, and what differs from it."""
+    tree, names = cells.source_of(shell, story.source)
+    key = key_of(story.options.name, tree, names, shell.user_ns, cells.terms_of(shell, story.options))
+    scope = scope_of(story.options.name)
+    manifests = entries.manifests(scope, limit=1000)
+    nearest = min(manifests, key=lambda m: len(changes(m.components, key.components)), default=None)
+    if nearest is None:
+        return None, []
+    now, texts = explain.notes_of(key, tree, shell.user_ns, entries.mark)
+    found = explain.differences(nearest.components, explain.decode(entries.notes(scope, nearest)), key.components, now, texts)
+    return nearest, [*found, *(explain.Difference(what) for what in nearest.world.changes(shell.user_ns))]
 
 
 def _made(names: Names, story: Story) -> set[str]:

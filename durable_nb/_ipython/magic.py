@@ -22,7 +22,7 @@ from durable_nb._housekeeping.forget import forget
 from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, nearest
 from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, say_seconds, steps_table, store_table
 from durable_nb._housekeeping.tables import Table, count, say_when
-from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, Forecast, forecasts
+from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, Forecast, differences, forecasts
 from durable_nb._records import scope_of
 from durable_nb.errors import DurableError
 
@@ -103,11 +103,23 @@ class LineMagic:
         if story is not None:
             found = forecasts(self._session.shell, entries, self._stories, self._session.rerun_next)
             now = next(forecast for forecast in found if forecast.name == name)
-            return Table("", notes=_told(story, now))
+            return Table("", notes=[*_told(story, now), *self._differences_now(story, now)])
         if newest is None:
             return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel"])
         notes = explain.decode(entries.notes(scope_of(name), newest))
         return Table("", notes=_entry_tree(name, newest, notes, newest.world.changes(self._session.shell.user_ns)))
+
+    def _differences_now(self, story: Story, now: Forecast) -> list[str]:
+        """Where the cell would run now, what differs from what is stored."""
+        if now.what != RUN:
+            return []
+        try:
+            nearest, found = differences(self._session.shell, Inventory(self._engine).entries, story)
+        except UsageError:  # --extra can't be evaluated now, as `now` says
+            return []
+        if nearest is None or not found:
+            return []
+        return [f"compared with the entry of {say_when(nearest.created_at)}:", *_branches([(d.what, d.details) for d in found])]
 
     def runs(self, _: list[str]) -> Table:
         runs = Inventory(self._engine).runs()
