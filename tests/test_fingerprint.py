@@ -39,6 +39,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from durable_nb import _fingerprint as fp
+from durable_nb._fingerprint import _code
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 counter = itertools.count()
@@ -1259,3 +1260,16 @@ def test_an_installed_function_that_was_replaced_in_its_module_is_compared(monke
     after = fp.of_call(space["f"], (1,))
     assert after.digest != before.digest
     assert after == fp.of_call(unasked["f"], (1,))
+
+
+@pytest.mark.parametrize("args", [(), (1,), (1, "two"), (1, 2.5, None), (b"x", True, 1, 2, 3)])
+def test_a_known_functions_identity_is_the_one_that_walking_it_gives(args, monkeypatch):
+    def fn(a=0, /, b=0, *rest):
+        return a, b, rest, len(str(a))
+
+    walked = _code.of_call(fn, args)
+    quick = _code.of_call(fn, args)
+    monkeypatch.setattr(_code, "_of_known", lambda *_: None)
+    for other in (quick, _code.of_call(fn, args)):
+        assert other == walked
+        assert _code.digest_of(other.components) == other.digest
