@@ -83,6 +83,10 @@ class CellRun(Run):
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
 
+    def _renewed(self, asked: Request) -> Request:
+        key, found = self._place(asked.request, asked.branch)
+        return Request(key, asked.request, found, asked.branch, asked.fact.path)
+
     def _asked_again(self, request: StepRequest, found: Fingerprint) -> Changed | None:
         """The step, of those that this run has executed in this kernel, that has left what is given to it now as it is."""
         if found.lasting:

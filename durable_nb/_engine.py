@@ -144,7 +144,7 @@ class Engine:
         for key, _ in journal.scan(rec.open_prefix(scope)):
             with contextlib.suppress(ignored):
                 found = self.read_run(key.rsplit("/", 1)[1])
-                if found is not None and found[1] is not None:
+                if found is not None and found[1] is not None and not self._was_cancelled(*found):
                     runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
         try:
@@ -153,6 +153,10 @@ class Engine:
             used = [int(key.split("/")[2]) for key, _ in journal.scan(f"step/{scope}/")]
             generation = max(used, default=0)
         return _Unfinished(generation, row, runs)
+
+    def _was_cancelled(self, run: RunRecord, lease: Lease | None) -> bool:
+        """Was it cancelled while nobody executed it, or its executor killed before hearing of it?"""
+        return self.store.journal.get(rec.cancel_key(run.id)) is not None and not self.is_owned(run.id, lease)
 
     async def _claim(
         self, asked: Asked, found: _Unfinished, adopted: tuple[RunRecord, Lease] | None, new: str

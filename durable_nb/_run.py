@@ -191,6 +191,8 @@ class Run:
         self._main: asyncio.Task[Any] | None = None
         self._works: set[Work] = set()
         """Attempts being made that this execution began or waits for."""
+        self._waiting: set[Request] = set()
+        """Steps that have been asked for and are not awaited yet; their arguments may change until then."""
         self._stopped: BaseException | None = None
         self._ended = self._step_failed = False
 
@@ -422,11 +424,16 @@ class Run:
             return _raises(error)
         asked = Request(key, request, found, branch, self._paths.take(branch, request.name))
         self._tell(asked.fact)
+        if asked.objects:
+            self._waiting.add(asked)
         return self._step(asked)
 
     async def _step(self, asked: Request) -> Any:
         engine = self.engine
         performed = False
+        self._waiting.discard(asked)
+        if asked.outdated:
+            asked = self._renewed(asked)
         while True:
             work = self._work_on(asked)
             if work is None:
@@ -616,6 +623,8 @@ class Run:
         given = asked.given(after)
         patches, blob = b"", ""
         changed = Changed(asked, key, given, after) if given else None
+        if given:
+            self._changed_for_others(asked)
         if given and (packed := packed_changes(asked, given, value)) is not None:
             (patches, blob), given = await self._kept(packed), set()
         if given:
@@ -642,6 +651,16 @@ class Run:
         if changed is not None:
             self.engine.changed[self.record.scope].append(changed)
         return Ended(outcome, value)
+
+    def _changed_for_others(self, asked: Request) -> None:
+        """A step has changed its arguments: those that were asked for with the same objects get others than they asked with."""
+        for other in self._waiting:
+            if asked.shares_objects_with(other):
+                other.outdated = True
+
+    def _renewed(self, asked: Request) -> Request:
+        """The request, where its arguments are not what they were when it was made."""
+        return asked
 
     def _inputs_now(self, asked: Request) -> dict[str, str]:
         """The components of a step's inputs after its body has run."""
@@ -703,7 +722,7 @@ class Run:
             return
         if lease != self._held.row:
             self._give_way()
-        elif cancel is not None:
+        elif cancel is not None and self._stopped is None:  # once: its code may be tidying up by now
             self.stop(cancelled(self.id, cancel.reason))
 
     def _give_way(self) -> asyncio.CancelledError:
@@ -867,6 +886,7 @@ class Run:
             raise self._unreadable(asked, error) from error
         try:
             places = asked.objects or asked.request.fingerprint().places()
+            self._changed_for_others(asked)
             result = _patches.apply(packed, places, value)
         except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
             self.stage.notice(
@@ -929,7 +949,8 @@ def branch_name() -> str:
 
 def say(error: BaseException) -> str:
     """`TypeName: message`."""
-    return rec.plain(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    text = _codec.text_of(error)
+    return rec.plain(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def _ended_fact(asked: Request, outcome: Outcome, *, restored: bool) -> Step:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import types
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -14,6 +16,8 @@ from durable_nb._clock import parse_duration, parse_when
 from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
 from durable_nb._records import plain
 from durable_nb._retry import Backoff, RetryOn, RetryPolicy
+
+_READ_ONCE = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType, asyncio.Future)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -106,6 +110,13 @@ class Step(Generic[_P, _T]):
         __tracebackhide__ = True
         name = check_name(verb, name)
         current = run_for(verb)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, _READ_ONCE):
+                raise TypeError(
+                    f"step {name!r} was given a {type(value).__name__}, which can be read only once and can't be compared with "
+                    "what it was given before; nothing was run. Pass what it gives: list(...) of a generator, the awaited "
+                    "result of a coroutine or task"
+                )
         return current.step(
             StepRequest(
                 kind="run",

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 import durable_nb as durable
 from durable_nb import _records as rec
 from durable_nb._clock import Instant
-from durable_nb._engine import Asked, Engine
+from durable_nb._engine import WATCH_S, Asked, Engine
 from durable_nb._facts import Status
 from durable_nb._run import Stage
 from durable_nb._store import Store
+from durable_nb._workflows import Workflows
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
@@ -1856,3 +1857,89 @@ def test_killed_again_and_again_the_cell_still_ends_well(tmp_path_factory, shape
 @pytest.fixture(autouse=True)
 def _nothing_told():
     told.clear()
+
+
+def test_a_step_asked_for_before_another_changed_its_arguments_is_of_the_changed_ones(path):
+    """Executed again with another first step, the second one makes of its arguments what plain execution would."""
+
+    def first(items):
+        items.append(1)
+
+    def edited_first(items):
+        items.append(10)
+
+    def second(items):
+        world.do(list(items))
+        items.append(2)
+        return sum(items)
+
+    def body(fn):
+        async def cell_code():
+            items = []
+            a, b = durable.run("a", fn, items), durable.run("b", second, items)
+            await a
+            return await b, items
+
+        return cell_code
+
+    async def main():
+        async with kernel(path) as engine:
+            for inputs, fn, expected in [("1", first, [1, 2]), ("2", first, [1, 2]), ("3", edited_first, [10, 2])]:
+                assert await cell(engine, body(fn), inputs=inputs) == (sum(expected), expected)
+        assert world.done == [[1], [10]]
+
+    asyncio.run(main())
+
+
+def test_a_generator_or_coroutine_as_an_argument_is_refused_before_anything_runs(path):
+    """Two of them can't be told apart, and an attempt that failed has used it up."""
+
+    async def main():
+        async def answer():
+            return 1
+
+        coroutine = answer()
+        async with kernel(path) as engine:
+            for value, kind in [((x for x in [1]), "generator"), (coroutine, "coroutine"), (asyncio.Future(), "Future")]:
+
+                async def body(value=value):
+                    return await durable.run("a", work, value)
+
+                with pytest.raises(TypeError, match=f"'a' was given a {kind}.*nothing was run"):
+                    await cell(engine, body)
+        coroutine.close()
+        assert world.done == []
+
+    asyncio.run(main())
+
+
+def test_a_cells_run_that_was_cancelled_while_it_was_interrupted_is_over(path):
+    """The next execution begins a new one, which nobody has cancelled: with the steps that are kept, and timers of its own."""
+
+    async def main():
+        async def interrupted():
+            await durable.run("a", work, "a")
+            await durable.sleep("wait", "1h")
+
+        async def again():
+            await durable.run("a", work, "a")
+            await asyncio.sleep(2.5 * WATCH_S)
+            await durable.sleep("wait", "1h")
+            return "end"
+
+        async with kernel(path) as engine:
+            engine.clock.holding = True
+            run = await begun(engine)
+            task = asyncio.ensure_future(finished(run, interrupted))
+            await engine.clock.asleep.wait()
+            task.cancel()
+            await asyncio.wait({task})
+            Workflows(engine).cancel(run.id, "no more")
+            engine.clock.holding = False
+            engine.clock.advance(1800)
+            assert await cell(engine, again) == "end"
+            assert sum(engine.clock.slept) == 3600
+            assert Workflows(engine).snapshot(run.id).status == "cancelled"
+        assert world.done == ["a"]
+
+    asyncio.run(main())
