@@ -68,15 +68,35 @@ def encode_error(error: BaseException) -> tuple[str, bytes, BaseException]:
     try:
         data = _pickling.dumps(error)
         same = _pickling.loads(data)
-        if type(same) is type(error) and same.args == error.args and str(same) == str(error):
+        if _is_alike(same, error):
             return PICKLE, data, error
     except Exception:  # noqa: S110  whatever is wrong with it, the stand-in below says what is left of it
         pass
     trace = "".join(traceback.format_exception(error))
-    stand_in = StepFailed(type(error).__qualname__, str(error), trace)
+    stand_in = StepFailed(type(error).__qualname__, text_of(error), trace)
     for note in getattr(error, "__notes__", ()):
         stand_in.add_note(note)
     return PICKLE, _pickling.dumps(stand_in), stand_in
+
+
+def _is_alike(same: Any, original: Any) -> bool:
+    """Has pickle kept what an exception says? Those that it holds, in a group for instance, are equal to no copy of theirs."""
+    if type(same) is not type(original):
+        return False
+    if isinstance(original, BaseException):
+        return str(same) == str(original) and _is_alike(same.args, original.args)
+    if type(original) in (list, tuple):
+        return len(same) == len(original) and all(map(_is_alike, same, original))
+    equality: Any = type(original).__eq__
+    return equality is object.__eq__ or bool(same == original)
+
+
+def text_of(error: BaseException) -> str:
+    """What the exception says, whatever its `__str__` does."""
+    try:
+        return str(error)
+    except Exception as failed:
+        return f"<its __str__ raised {type(failed).__name__}>"
 
 
 class Seal:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 
@@ -262,7 +262,12 @@ def again_prefix(scope: str, generation: int) -> str:
 
 def timer_prefix(run_id: str) -> str:
     """Keys of all timers of a run."""
-    return f"timer/{run_id}/"
+    return f"timer/{quote(run_id, safe='')}/"
+
+
+def run_of_timer(key: str) -> str:
+    """The run that a timer belongs to."""
+    return unquote(key.split("/", 2)[1])
 
 
 def timer_key(run_id: str, name: str, n: int) -> str:

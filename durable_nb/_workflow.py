@@ -10,6 +10,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from durable_nb import _fingerprint
 from durable_nb._current import current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._records import plain
 from durable_nb._verbs import check_name
 
 _P = ParamSpec("_P")
@@ -46,7 +47,7 @@ class Workflow(Generic[_P, _T]):
         __tracebackhide__ = True
         inspect.signature(self.fn).bind(*args, **kwargs)  # a TypeError now, not in the run
         if id is not None:
-            check_name("start", id)
+            id = check_name("start", id)  # noqa: A001
         if on_conflict not in _ON_CONFLICT:
             raise ValueError(
                 f"on_conflict={on_conflict!r}: write one of {', '.join(map(repr, _ON_CONFLICT))}; nothing was started"
@@ -149,6 +150,7 @@ class Run:
 
 def get_run(run_id: str) -> Run:
     """The run of that id; RunNotFoundError where there is none."""
+    run_id = plain(run_id)
     engine().snapshot(run_id)
     return Run(run_id)
 

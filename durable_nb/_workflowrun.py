@@ -225,7 +225,7 @@ class WorkflowRun(Run):
         except BaseException as raised:
             error = self._broken or raised
             form, data, shown = _codec.encode_error(error)
-            await self.finish(self.ends_as(error), f"{type(error).__name__}: {error}", result=(form, data))
+            await self.finish(self.ends_as(error), say(error), result=(form, data))
             if not isinstance(shown, Exception):  # SystemExit: out of a task, it would end the loop; the record has it
                 return None
             raise shown from None

@@ -18,7 +18,7 @@ from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._branches import current_branch
 from durable_nb._clock import remaining_s
-from durable_nb._current import current_run, use_engine, workflow_functions
+from durable_nb._current import current_body, current_run, use_engine, workflow_functions
 from durable_nb._engine import Engine, new_id
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable, hash_value
@@ -136,6 +136,7 @@ class Workflows:
         context = copy_context()
         context.run(current_run.set, None)
         context.run(current_branch.set, None)
+        context.run(current_body.set, None)
         task = loop.create_task(work, context=context, name=f"durable_nb run {run_id}")
         self._tasks[run_id] = task
         self._engine.changing.add(run_id)

@@ -64,9 +64,13 @@ def call(
     try:
         request = httpx.Request(method, url, headers=headers, params=params, json=json, content=content, data=data)
     except (httpx.InvalidURL, TypeError, ValueError) as error:
-        raise ValueError(f"durable.call({name!r}, {url!r}): {error}; nothing was sent") from error
+        raise ValueError(
+            f"durable.call({name!r}, {_said(url)!r}): {error}; nothing was sent"
+        ) from None  # its cause may hold a header's value
     if request.url.scheme not in ("http", "https") or not request.url.host:
-        raise ValueError(f"durable.call({name!r}, {url!r}): the URL needs http:// or https:// and a host; nothing was sent")
+        raise ValueError(
+            f"durable.call({name!r}, {_said(url)!r}): the URL needs http:// or https:// and a host; nothing was sent"
+        )
     described = _describe(request, vary)
 
     async def body() -> dict[str, Any]:
@@ -74,7 +78,16 @@ def call(
         if request.method != "GET" and key is not None:
             request.headers.setdefault("Idempotency-Key", key.idempotency_key)
         async with httpx.AsyncClient(timeout=limit, verify=_ssl_context()) as client:
-            response = await client.send(request)
+            try:
+                response = await client.send(request)
+            except httpx.LocalProtocolError:  # its text has the header's value
+                raise ValueError(
+                    f"durable.call({name!r}, ...): the request can't be sent as HTTP: a header holds a line break or another "
+                    "control character"
+                ) from None
+            except httpx.RequestError as error:  # what a workflow's run records of it has its request as well
+                error.request = redact(request)
+                raise
         recorded = _record(response)
         if response.status_code >= 400:
             raise _RefusedError(_restore(recorded, request))
@@ -140,6 +153,12 @@ def _without_secrets(url: httpx.URL, stand_in: Callable[[str], str]) -> httpx.UR
         if _SECRET_PARAMETER.search(parameter):
             url = url.copy_merge_params({parameter: [stand_in(value) for value in url.params.get_list(parameter)]})
     return url
+
+
+def _said(url: str) -> str:
+    """An URL as messages quote it, even one that can't be parsed: without the credentials it holds."""
+    url = re.sub(r"//[^/?#]*@", f"//{REDACTED}@", url)
+    return re.sub(rf"([?&][^=&#]*(?:{_SECRET_PARAMETER.pattern})[^=&#]*=)[^&#]*", rf"\1{REDACTED}", url, flags=re.IGNORECASE)
 
 
 def _record(response: httpx.Response) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -85,9 +86,14 @@ class FakeClock:
         self._boot_s = 3.0
 
     def _pass(self, seconds: float) -> None:
-        self.wall_s += seconds
-        self._boot_s += seconds
+        self.wall_s = _later(self.wall_s, seconds)
+        self._boot_s = _later(self._boot_s, seconds)
         self._passed_s += seconds
+
+
+def _later(time_s: float, seconds: float) -> float:
+    """A rest of a wait that is too short for a float to tell still passes: else it would be waited for forever."""
+    return max(time_s + seconds, math.nextafter(time_s, math.inf)) if seconds > 0 else time_s + seconds
 
 
 class Crashed(StoreError):  # noqa: N818  it says what happened

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
@@ -222,10 +223,10 @@ def test_gc_removes_what_a_rerun_left_and_nothing_that_counts(folder):
 
 def test_gc_leaves_the_rows_of_a_run_whose_id_has_slashes(folder):
     with engine_on(folder) as engine:
-        before = [key for key, _ in engine.store.journal.sizes() if "shop/late" in key]
+        before = [key for key, _ in engine.store.journal.sizes() if "shop/late" in unquote(key)]
         assert {key.partition("/")[0] for key in before} >= {"run", "lease", "timer", "open"}
         gc.collect(engine)
-        assert [key for key, _ in engine.store.journal.sizes() if "shop/late" in key] == before
+        assert [key for key, _ in engine.store.journal.sizes() if "shop/late" in unquote(key)] == before
 
 
 def test_gc_removes_rows_of_runs_that_are_gone(folder):
@@ -233,7 +234,7 @@ def test_gc_removes_rows_of_runs_that_are_gone(folder):
         gc.collect(engine)
         engine.store.writer.commit_and_wait(Commit(deletes=("run/shop/late",)))
         assert gc.collect(engine).rows >= 3
-        assert not [key for key, _ in engine.store.journal.sizes() if "shop/late" in key]
+        assert not [key for key, _ in engine.store.journal.sizes() if "shop/late" in unquote(key)]
 
 
 def test_a_value_that_a_row_names_stays_even_where_the_row_cannot_be_read(folder):

@@ -12,6 +12,7 @@ import itertools
 import math
 import pickle
 import re
+import socket
 import sys
 import threading
 import types
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,6 +32,7 @@ from hypothesis import strategies as st
 import durable_nb as durable
 from durable_nb import _current, testing
 from durable_nb import _records as rec
+from durable_nb._engine import WATCH_S
 from durable_nb._replay import Ending, How, to_clear
 from durable_nb.errors import (
     DurableError,
@@ -1069,6 +1073,59 @@ def test_the_loser_of_a_race_that_the_code_cancels_is_no_change_of_the_code(stor
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "error", [ExceptionGroup("two", [KeyError("k"), OSError(2, "x")]), URLError(OSError(1, "no"))], ids=repr
+)
+def test_an_exception_that_holds_exceptions_is_itself_live_and_replayed(store, error):
+    """A group for instance, as TaskGroup raises it: `except*` works, in the run and in who waits for it."""
+    seen = []
+
+    async def fails():
+        raise error
+
+    async def body():
+        try:
+            await durable.run("a", durable.step(fails, retries=0))
+        except type(error) as caught:
+            seen.append(repr(caught))
+        await durable.run("b", work, "b")
+        raise error
+
+    async def main():
+        await stopped_after(store, body, 2)
+        async with runtime(store):
+            run = durable.get_run("42").resume()
+            assert (await outcome(run))[:2] == (await outcome(run))[:2] == ("raised", type(error))
+        assert seen == [repr(error)] * 2
+
+    asyncio.run(main())
+
+
+def test_an_exception_whose_str_raises_fails_its_run(store):
+    class MuteError(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    async def body(in_step):
+        if in_step:
+            await durable.run("a", durable.step(fails, retries=0))
+        await fails()
+
+    async def fails():
+        raise MuteError("x")
+
+    async def main():
+        order = define(body)
+        async with runtime(store):
+            for in_step in (True, False):
+                run = order.start(in_step)
+                with pytest.raises(StepFailed, match="MuteError"):
+                    await run
+                assert run.status == "failed"
+
+    asyncio.run(main())
+
+
 def test_an_exception_that_cannot_be_pickled_is_stepfailed_live_and_replayed(store):
     seen = []
 
@@ -1554,6 +1611,32 @@ def test_cancelled_from_another_process_a_run_unwinds_where_it_is_executed(store
     asyncio.run(main())
 
 
+def test_cancelled_from_another_process_a_run_is_left_to_tidy_up(store):
+    """It hears of the cancellation once, however long its code takes to unwind."""
+
+    async def body():
+        try:
+            await durable.run("a", work, "a")
+            done.append("waits")
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(2.5 * WATCH_S)
+            done.append("tidy")
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            waiting = asyncio.ensure_future(outcome(order.start(id="42")))
+            await until(lambda: "waits" in done)
+            second.use()
+            durable.get_run("42").cancel()
+            assert (await waiting)[1] is RunCancelled
+        assert done == ["a", "waits", "tidy"]
+
+    asyncio.run(main())
+
+
 def test_a_run_whose_owner_dies_before_it_hears_of_a_cancellation_is_cancelled_all_the_same(store):
     """Nothing goes on with it but an explicit resume."""
 
@@ -1903,6 +1986,92 @@ def test_arguments_that_cannot_be_read_any_more_leave_the_run_interrupted():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ids", [("a/b", "a"), ("a%2Fb", "a/b"), ("naïve 日本/…", "naïve 日本"), ("\ud800", "\\ud801")])
+def test_the_id_of_a_run_may_be_any_text_and_runs_keep_apart(store, ids):
+    async def body(what):
+        await durable.sleep("wait", "1h")
+        return await durable.run("a", work, what)
+
+    async def other(what):
+        return await durable.run("b", work, what)
+
+    async def main():
+        orders = define(body), define(other, "other")
+        async with runtime(store):
+            runs = [order.start(run_id, id=run_id) for order, run_id in zip(orders, ids, strict=True)]
+            assert [await run for run in runs] == [f"{run_id} done" for run_id in ids]
+            assert [len(durable.get_run(run_id).steps) for run_id in ids] == [2, 1]
+            await define(other, "other").start(ids[1], id=ids[1], on_conflict="restart")
+            assert [len(durable.get_run(run_id).steps) for run_id in ids] == [2, 1]
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_started_in_a_steps_body_has_steps_of_its_own(store):
+    async def inner(what):
+        return await durable.run("a", work, what)
+
+    async def main():
+        inner_order = define(inner, "inner")
+
+        async def starts():
+            return await inner_order.start("a", id="child")
+
+        async def body():
+            return await durable.run("start", starts)
+
+        async with runtime(store):
+            assert await define(body).start(id="42") == "a done"
+            assert [step.name for step in durable.get_run("child").steps] == ["a"]
+
+    asyncio.run(main())
+
+
+def test_the_credentials_of_a_request_that_failed_are_nowhere(tmp_path, caplog):
+    """Not in the recorded exception, its cause, a message or a notice; it is raised as what it is, live and replayed."""
+    secret = "hunter2"
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        there = f"127.0.0.1:{nobody.getsockname()[1]}/x?api_key={secret}"
+
+    async def body(case):
+        bearer = {"Authorization": f"Bearer {secret}"}
+        if case == "refused":
+            return await durable.call("c", f"http://me:{secret}@{there}", headers=bearer, retries=1)
+        if case == "scheme":
+            return await durable.call("c", f"ftp://me:{secret}@{there}")
+        header = {"text": f"{secret}…", "line": f"{secret}\n{secret}"}[case]
+        return await durable.call("c", url, headers={"Authorization": header})
+
+    async def answers(reader, writer):
+        await reader.read(1)
+        writer.close()
+
+    async def main():
+        nonlocal url
+        async with await asyncio.start_server(answers, "127.0.0.1", 0) as server, runtime(tmp_path / "store"):
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            order = define(body)
+            for case, error in {
+                "refused": httpx.ConnectError,
+                "scheme": ValueError,
+                "text": ValueError,
+                "line": ValueError,
+            }.items():
+                for _ in range(2):
+                    run = order.start(case, id=case)
+                    with pytest.raises(error) as raised:
+                        await run
+                    assert secret not in f"{raised.value!r} {getattr(raised.value, '__notes__', '')} {run.steps}"
+                if case == "refused":
+                    assert raised.value.request.headers["Authorization"] == "[redacted]"
+
+    url = ""
+    asyncio.run(main())
+    assert secret not in caplog.text
+    assert not [file for file in (tmp_path / "store").rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+
+
 def test_two_workflows_of_one_name_are_refused_and_defining_one_again_is_not():
     def first():
         async def buy():
@@ -2184,6 +2353,17 @@ def test_of_several_sleeps_the_earliest_ends_first_and_none_takes_time():
 
         await asyncio.gather(*(sleeper(s) for s in (7, 5, 600, 5, 0)))
         assert ends == [(0, 0), (5, 5), (5, 5), (7, 7), (600, 600)]
+
+    asyncio.run(main())
+
+
+def test_what_is_left_of_a_wait_passes_however_short_it_is():
+    async def main():
+        clock = FakeClock(0)
+        before = clock.now()
+        await clock.sleep(1e-20)
+        assert clock.now().boot_s > before.boot_s
+        assert clock.now().wall_s > before.wall_s
 
     asyncio.run(main())
 

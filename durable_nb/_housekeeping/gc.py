@@ -183,7 +183,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
 def _run_in(key: str) -> str:
     """The id of the run that a row belongs to; ids may have slashes in them."""
     kind, _, rest = key.partition("/")
-    return rest.rsplit("/", 2)[0] if kind == "timer" else rest.partition("/")[2] if kind == "open" else rest
+    return rec.run_of_timer(key) if kind == "timer" else rest.partition("/")[2] if kind == "open" else rest
 
 
 def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:
