@@ -171,11 +171,12 @@ def test_no_text_of_a_cell_or_its_inputs_is_in_the_store_for_the_sake_of_explain
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 NOTEBOOK = {
-    "setup": "import threading\nx, factor, lock = 1, 2, threading.Lock()",
+    "setup": "import random, threading\nx, factor, lock = 1, 2, threading.Lock()\nrandom.seed(3)",
     "load": "%%durable load\nrows = [1, 2, 3] * factor",
     "count": "%%durable count\nx += len(rows)",
     "grow": "%%durable grow\nrows.append(x)",
     "apart": "%%durable apart\nz = factor + 1",
+    "draw": "%%durable draw\nsample = random.sample(range(100), 3)",
     "opaque": "%%durable opaque\nz2 = lock.locked()",
     "old": "%%durable old --ttl 0\nz3 = 1",
 }
@@ -188,8 +189,8 @@ def plan_of(k) -> dict[str, str]:
 
 @pytest.mark.parametrize("edit", ["nothing", "factor", "apart", "equal"])
 def test_what_plan_says_is_what_run_all_then_does(tmp_path, edit):
-    """Cells that change their own inputs are weighed as they stood, and a cell that reads what one before it makes depends
-    on that: where it comes out the same, it is restored."""
+    """Cells that change their own inputs, or draw from a global generator, are weighed as these stood then. A cell that reads
+    what one before it makes depends on that: where it comes out the same, it is restored."""
     source = dict(NOTEBOOK)
     with kernel(tmp_path) as k:
         for cell in source.values():
@@ -223,7 +224,7 @@ def test_what_plan_says_is_what_run_all_then_does(tmp_path, edit):
         "apart": {"load": "hit", "count": "hit", "grow": "hit", "apart": "run"},
         "equal": {"load": "run", "count": "depends", "grow": "depends", "apart": "hit"},
     }[edit]
-    assert planned == {**expected, "opaque": "run", "old": "run"}
+    assert planned == {**expected, "draw": "hit", "opaque": "run", "old": "run"}
 
 
 def test_plan_in_a_new_kernel_compares_the_files_that_cells_read(tmp_path):

@@ -101,6 +101,8 @@ class Story:
     """The entry it was restored from; or the one most like the cell before it ran."""
     differences: tuple[explain.Difference, ...] = ()
     """From that one."""
+    kept: Manifest | None = None
+    """The entry that holds how it went: restored from, or stored now."""
     opaque: tuple[str, ...] = ()
     components: dict[str, str] = field(default_factory=dict)
     """Of its key, before it ran."""
@@ -203,7 +205,8 @@ class CellExecution:
         await self.engine.close_finished(self._asked(key))
         manifest = found[0].manifest
         self.entries.used(found[0])
-        self.story.restored, self.story.nearest, self.story.opaque = True, manifest, key.opaque
+        self.story.restored, self.story.opaque = True, key.opaque
+        self.story.nearest = self.story.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
         if others:
             text = f"stored with another version: {', '.join(others)}; --rerun runs it anew"
@@ -408,7 +411,7 @@ class CellExecution:
         imported = imported_by(self.code.tree, bound)
         links = Links(key.places, {n: before[n] for n in names.read if n in before}, imported)
         try:
-            self.entries.store(
+            self.story.kept = self.entries.store(
                 self.scope,
                 key.key,
                 Result(values, world, deleted, capture.encode(outputs), len(outputs), cost_s, skipped),

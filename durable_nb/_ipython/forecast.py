@@ -1,13 +1,14 @@
 """What Run All would do: for each durable cell that this kernel has executed, a hit, a run, or that it depends.
 
 A cell is weighed with the values that the notebook holds now, but for names that the cell itself or a later one binds or
-changes: those stood otherwise when it ran, and Run All will make them anew; they count as at its last execution.
+changes: those stood otherwise when it ran, and Run All will make them anew; they count as at its last execution. So do the
+global random generators that it moves, which Run All will seed anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -16,6 +17,7 @@ from durable_nb._cellcache import explain
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.keys import CellKey, changes, key_from, key_of
 from durable_nb._cellcache.names import Names
+from durable_nb._cellcache.world import World
 from durable_nb._ipython import cell as cells
 from durable_nb._ipython.cell import Story
 from durable_nb._records import scope_of
@@ -96,7 +98,8 @@ def _of_one(
     reason = ""
     for manifest in manifests:
         if manifest.key == whole:
-            said = cells.ruled_out(options, manifest) or ", ".join(manifest.world.changes(shell.user_ns)[:3])
+            world = _world_to_compare(manifest, story, clobbered)
+            said = cells.ruled_out(options, manifest) or ", ".join(world.changes(shell.user_ns)[:3])
             if not said:
                 return manifest, HIT, ""
             reason = reason or said
@@ -107,6 +110,16 @@ def _of_one(
     if likest is None:
         return None, RUN, "nothing is stored of it"
     return likest, RUN, ", ".join(changes(likest.components, now)[:3])
+
+
+def _world_to_compare(manifest: Manifest, story: Story, clobbered: set[str]) -> World:
+    """The entry's world without what was as at the last execution then, and will be so again."""
+    world, then = manifest.world, story.kept.world if story.kept else World()
+    return replace(
+        world,
+        generators={name: state for name, state in world.generators.items() if then.generators.get(name) != state},
+        names={name: digest for name, digest in world.names.items() if name not in clobbered or then.names.get(name) != digest},
+    )
 
 
 def _as_it_would_be(key: CellKey, story: Story, clobbered: set[str]) -> dict[str, str]:
