@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterable
@@ -11,6 +12,21 @@ from pathlib import Path
 def default_store() -> Path:
     """`DURABLE_NB_DIR`, else `.durable_nb` in the working directory."""
     return Path(os.environ.get("DURABLE_NB_DIR") or ".durable_nb").absolute()
+
+
+def is_locked(path: Path) -> bool:
+    """Does a process hold an exclusive `flock` on this file?"""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once don't mistake each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o400) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from durable_nb._codec import Seal, load_key
-from durable_nb._files import write_new
+from durable_nb._files import is_locked, write_new
 from durable_nb._journal.disk import DiskJournal
 from durable_nb._journal.writer import Writer
 from durable_nb.errors import CorruptStoreError, StoreError
@@ -112,16 +112,8 @@ class Process:
             return self._descriptor is not None
         if not process_id:
             return False
-        try:
-            descriptor = os.open(self._path(process_id), os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once don't mistake each other
-        except BlockingIOError:
+        if is_locked(self._path(process_id)):
             return True
-        finally:
-            os.close(descriptor)
         self._path(process_id).unlink(missing_ok=True)  # ids are never used again
         return False
 

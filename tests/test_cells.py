@@ -740,3 +740,23 @@ def test_a_run_started_by_a_cell_is_started_once_however_often_the_cell_goes_on(
         assert k.run(cell.format(n=2, then="")).status == "ok"
         assert k.value("y") == 3
     assert (tmp_path / "ran").read_text() == "x\nx\n"
+
+
+def test_loading_says_what_waits_to_be_gone_on_with(tmp_path):
+    """Not what a living kernel executes, nor what has ended."""
+    workflow = "@durable.workflow\nasync def order():\n    await durable.sleep('long', '1h')\nrun = order.start(id='order-42')"
+    with kernel(tmp_path) as one:
+        one.run("%%durable done\nx = 1")
+        one.run("%%durable failed\n1/0")
+        one.run(workflow + "\nimport asyncio\nwhile run.status != 'sleeping': await asyncio.sleep(0.01)")
+        one.send("%%durable night\nopen('began', 'w').write('x\\n')\nawait durable.sleep('long', '1h')")
+        one.wait_until(tmp_path / "began")
+        with kernel(tmp_path, load=False) as two:
+            place = f"durable_nb: this notebook's store is {tmp_path / '.durable_nb'}\n"
+            assert two.run(LOAD).stdout == place
+            one.kill()
+            two.restart()
+            assert two.run(LOAD).stdout == (
+                place + "durable_nb: run cell 'night' again to go on from where it stopped\n"
+                "durable_nb: durable.resume() goes on with 'order-42'\n"
+            )

@@ -210,7 +210,22 @@ def load(shell: Any) -> None:
     session = Session(shell)
     session.load()
     shell._durable_session = session
-    print(f"durable_nb: this notebook's store is {session.path}")  # noqa: T201  the one line that loading says
+    print(f"durable_nb: this notebook's store is {session.path}{_waiting(session.path)}")  # noqa: T201  what loading says
+
+
+def _waiting(store: Path) -> str:
+    """What there is to be gone on with, and how; a line each for cells and for runs of workflows."""
+    from durable_nb._glance import waiting
+
+    runs = waiting(store)
+    cells = [f"cell {run.name!r}" for run in runs if run.kind == "cell"]
+    others = [repr(run.id) for run in runs if run.kind != "cell"]
+    said = f"\ndurable_nb: run {_listed(cells)} again to go on from where it stopped" if cells else ""
+    return said + (f"\ndurable_nb: durable.resume() goes on with {_listed(others)}" if others else "")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def unload(shell: Any) -> None:
