@@ -83,6 +83,9 @@ class CellRun(Run):
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
 
+    def _note(self, step: Changed) -> None:
+        self.engine.changed[self.record.scope].append(step)
+
     def _renewed(self, asked: Request) -> Request:
         key, found = self._place(asked.request, asked.branch)
         return Request(key, asked.request, found, asked.branch, asked.fact.path)

@@ -103,6 +103,7 @@ def _without(request: StepRequest, components: dict[str, str], labels: set[str])
 
 
 def said(label: str) -> str:
+    """A changed input as messages call it."""
     return label.partition(" ")[2] or "the object it belongs to"
 
 

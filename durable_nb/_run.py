@@ -649,8 +649,11 @@ class Run:
         self._learn_attempts(asked.key, None)
         self._learn(key, row[1])
         if changed is not None:
-            self.engine.changed[self.record.scope].append(changed)
+            self._note(changed)
         return Ended(outcome, value)
+
+    def _note(self, step: Changed) -> None:
+        """A step has changed live objects, and may be asked for again with them."""
 
     def _changed_for_others(self, asked: Request) -> None:
         """A step has changed its arguments: those that were asked for with the same objects get others than they asked with."""
@@ -895,7 +898,7 @@ class Run:
             )
             return value
         after = self._inputs_now(asked)
-        self.engine.changed[self.record.scope].append(Changed(asked, asked.key, asked.given(after), after))
+        self._note(Changed(asked, asked.key, asked.given(after), after))
         return result
 
     def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
