@@ -336,9 +336,19 @@ class Run:
             for work in set(self._works):
                 work.cancel()
 
-    def is_running(self, task: asyncio.Task[Any] | None) -> bool:
-        """Is `task` one of this run's own, which may be left by a KeyboardInterrupt without harm?"""
-        return task is not None and (task is self._main or any(task is work.task for work in self._works))
+    def may_be_left(self, task: asyncio.Task[Any] | None, frame: types.FrameType | None) -> bool:
+        """Is the user's code executing there, in a task of this run's own? It may be left by a KeyboardInterrupt; out of the
+        engine's code one would leave the task, and end the kernel process."""  # fmt: skip
+        if task is None or not (task is self._main or any(task is work.task for work in self._works)):
+            return False
+        innermost = frame
+        while frame is not None:
+            if frame.f_code in (Run._call_body.__code__, _caught.__code__):
+                return frame is not innermost
+            if frame.f_code is Run._step.__code__:
+                return False
+            frame = frame.f_back
+        return False
 
     def abandon(self) -> None:
         """Its execution never began: whoever asks next may have the run."""

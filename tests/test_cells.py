@@ -696,6 +696,37 @@ def test_an_interrupt_while_a_cell_is_stored_loses_nothing_and_spares_the_kernel
     assert (tmp_path / "ran").read_text() == "x"
 
 
+def test_an_interrupt_in_the_engines_own_code_keeps_the_step_and_spares_the_kernel(tmp_path):
+    """It comes while what the body returned is made into bytes: the cell stops, and the step is not run again."""
+    with kernel(tmp_path) as k:
+        pid = k.pid
+        k.run(
+            "import asyncio, os, signal\nclass Seven:\n    def __reduce__(self):\n"
+            "        os.kill(os.getpid(), signal.SIGINT)\n        return int, (7,)\n"
+            "def seven():\n    open('ran', 'a').write('x')\n    return Seven()"
+        )
+        shown = k.run("%%durable a\nx = await durable.run('s', seven)\nawait asyncio.sleep(60)")
+        assert shown.error == "KeyboardInterrupt: cell 'a' was interrupted"
+        assert k.run("%%durable a\nx = await durable.run('s', seven)").status == "ok"
+        assert (k.value("x"), k.pid) == (7, pid)
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_an_interrupt_that_the_kernels_own_handler_gets_says_so_too(tmp_path):
+    """It comes between the beginning of the run and that of the cell's code."""
+    with kernel(tmp_path) as k:
+        k.run(
+            "import os, signal\nfrom durable_nb._ipython import cell\nbefore = cell.CellExecution._why\n"
+            "def why(self, *args):\n    os.kill(os.getpid(), signal.SIGINT)\n    return before(self, *args)\n"
+            "cell.CellExecution._why = why"
+        )
+        shown = k.run("%%durable a\nx = await durable.run('s', lambda: 7)")
+        assert shown.error == "KeyboardInterrupt: cell 'a' was interrupted"
+        k.run("cell.CellExecution._why = before")
+        assert k.run("%%durable a\nx = await durable.run('s', lambda: 7)").status == "ok"
+        assert k.value("x") == 7
+
+
 def test_a_store_deleted_under_a_living_kernel_is_made_anew(tmp_path):
     """`rm -rf .durable_nb` is how one forgets all."""
     cell = "%%durable a\nopen('ran', 'a').write('x\\n')\ny = await durable.run('s', lambda: 7)"

@@ -139,9 +139,12 @@ class CellExecution:
         try:
             await self._restore_or_execute(began)
         except asyncio.CancelledError:
-            if self.begun:
+            if not self.begun:
+                raise KeyboardInterrupt(f"cell {self.label!r} was interrupted before it began; nothing was run") from None
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # the cell's own
                 raise
-            raise KeyboardInterrupt(f"cell {self.label!r} was interrupted before it began; nothing was run") from None
+            raise KeyboardInterrupt(f"cell {self.label!r} was interrupted") from None  # by the kernel's handler
         finally:
             if self.options.time:
                 print(f"Wall time: {say_duration(time.perf_counter() - began)}")  # noqa: T201  what %%time prints
@@ -535,16 +538,16 @@ def _interruptible(run: CellRun) -> Iterator[None]:
     """Make an interrupt stop the cell at once.
 
     The kernel's own handler doesn't wake a loop that idles in an await. And a KeyboardInterrupt may be raised only where
-    one of the run's own tasks is executing: out of any other it would end the kernel.
+    one of the run's own tasks executes the user's code: out of anything else it would end the kernel.
     """
     if threading.current_thread() is not threading.main_thread():  # a subshell: it gets no signals
         yield
         return
     loop = asyncio.get_running_loop()
 
-    def on_interrupt(_signum: int, _frame: Any) -> None:
+    def on_interrupt(_signum: int, frame: types.FrameType | None) -> None:
         run.interrupt()
-        if run.is_running(asyncio.current_task(loop) if asyncio._get_running_loop() is loop else None):
+        if run.may_be_left(asyncio.current_task(loop) if asyncio._get_running_loop() is loop else None, frame):
             raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
