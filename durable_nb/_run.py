@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import time
+import types
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
