@@ -148,7 +148,8 @@ class CrashingJournal:
         return self.inner.get_blob(digest)
 
     def close(self) -> None:
-        """Nothing: who made the inner journal closes it."""
+        """Release what the calling thread holds of the inner journal."""
+        self.inner.close()
 
     def _is_reached(self, matches: bool) -> bool:
         if not matches or not self._left:
