@@ -105,6 +105,8 @@ def parse_when(value: object) -> datetime:
         if isinstance(value, str):
             value = datetime.fromisoformat(value)
         if isinstance(value, datetime):
+            if value.tzinfo is None:  # astimezone puts an hour that the clocks skip in spring before the gap
+                value = datetime.fromtimestamp(value.timestamp(), UTC)
             return value.astimezone()
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)

@@ -556,6 +556,9 @@ class Run:
             await asyncio.wait({body}, timeout=limit)
         except asyncio.CancelledError:
             body.cancel()
+            await asyncio.wait({body})
+            if not body.cancelled():  # it went on to its end all the same: that is paid for
+                return body.result()
             raise
         if body.done():
             return body.result()
@@ -564,6 +567,8 @@ class Run:
         if not work.in_thread:
             body.cancel()
             await asyncio.wait({body})
+            if not body.cancelled() and body.exception() is None:  # as with asyncio.timeout
+                return body.result()
             raise late
         # A thread can't be stopped: no other attempt may begin while it lives.
         self._tell(replace(self._facts[asked.fact.path], error=say(late)))

@@ -40,6 +40,8 @@ def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coro
     if not callable(fn):
         raise TypeError(f"durable.run({name!r}, {fn!r}): give the function itself and its arguments, as in "
                         "durable.run('charge', charge, cart), not the result of calling it")  # fmt: skip
+    if isinstance(fn, functools.partial) and isinstance(fn.func, Step):  # a method that is a step, of an object
+        args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
     step_fn = fn if isinstance(fn, Step) else Step(fn)
     return step_fn._ask("run", name, args, kwargs)
 
@@ -199,6 +201,8 @@ def step(
     def wrap(function: Any) -> Step[Any, Any]:
         if isinstance(function, Step):
             function = function.fn
+        elif isinstance(function, functools.partial) and isinstance(function.func, Step):
+            function = functools.partial(function.func.fn, *function.args, **function.keywords)
         if not callable(function):
             raise TypeError(f"durable.step({function!r}): give a function")
         made = Step(function, name, policy, thread, limit, at_most_once, lifetime)

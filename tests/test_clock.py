@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
@@ -191,3 +192,15 @@ def test_durations_are_said_shortly(seconds, said):
 @pytest.mark.parametrize(("seconds", "said"), [(0.9996, "1.0 s"), (59.97, "1 min"), (59.6 * 60, "59 min 36 s")])
 def test_rounding_never_gives_sixty_seconds_or_a_thousand_milliseconds(seconds, said):
     assert say_duration(seconds) == said
+
+
+def test_an_hour_that_the_clocks_skip_is_not_before_the_one_that_they_show(monkeypatch):
+    """02:30 on the morning when 02:00 becomes 03:00: the moment that would have been 02:30, an hour and a half after 01:00."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert parse_when("2027-03-28T02:30") == datetime(2027, 3, 28, 1, 30, tzinfo=UTC)
+        assert parse_when("2027-03-28T01:00") == datetime(2027, 3, 28, 0, 0, tzinfo=UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -1943,3 +1943,57 @@ def test_a_cells_run_that_was_cancelled_while_it_was_interrupted_is_over(path):
         assert world.done == ["a"]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["interrupt", "timeout"])
+def test_a_body_that_ends_its_work_when_it_is_cancelled_is_recorded(path, end):
+    """Under a timeout too: no twin is begun while it tidies up, and what it returns counts."""
+
+    async def stubborn():
+        world.do("begun")
+        world.start("stubborn").set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.05)
+            world.do("paid")
+            return "receipt"
+
+    async def body():
+        limit = 0.01 if end == "timeout" else 60
+        return await durable.run("a", durable.step(stubborn, timeout=limit))
+
+    async def main():
+        async with kernel(path) as engine:
+            if end == "interrupt":
+                task = asyncio.ensure_future(cell(engine, body))
+                await world.start("stubborn").wait()
+                task.cancel()
+                await asyncio.wait({task})
+            assert await cell(engine, body) == "receipt"
+        assert world.done == ["begun", "paid"]
+
+    asyncio.run(main())
+
+
+def test_a_method_that_is_a_step_is_given_to_run_as_it_is(path):
+    class Shop:
+        @durable.step(retries=1, backoff=0)
+        def charge(self, cart):
+            world.do(cart)
+            if world.done.count(cart) < 2:
+                raise ConnectionError("down")
+            return f"{cart} charged"
+
+    async def body():
+        shop = Shop()
+        named = await durable.run("charge", shop.charge, "a")
+        world.do("b")
+        return named, await durable.run("again", durable.step(shop.charge, retries=0), cart="b")
+
+    async def main():
+        async with kernel(path) as engine:
+            assert await cell(engine, body) == ("a charged", "b charged")
+        assert world.done == ["a", "a", "b", "b"]
+
+    asyncio.run(main())
