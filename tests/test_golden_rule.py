@@ -531,7 +531,7 @@ REFUSED = {
     "a reduction that lies": ("class A:\n    def __reduce__(self): return int, (5,)", "a = A()", "a A does not come back whole"),
     "an error that can't be made again": ("class E(Exception):\n    def __init__(self, a, b): super().__init__(a)", "e = E(1, 2)", "a E does not come back whole"),
     "a memoryview": ("", "m = memoryview(bytearray(b'abc'))", "m (memoryview) can't be pickled"),
-    "an array in a frame": ("import numpy as np, pandas as pd", "a = np.arange(4.0)\nd = pd.DataFrame({'a': a}, copy=False)", "a shares its memory"),
+    "an array in a frame": ("import numpy as np, pandas as pd", "a = np.arange(4.0)\nd = pd.DataFrame({'a': a}, copy=False)", "a shares its memory with another array or frame; .copy() gives it its own"),
 }  # fmt: skip
 """Before, body, why it is not stored."""
 

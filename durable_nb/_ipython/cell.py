@@ -401,7 +401,7 @@ class CellExecution:
             return
         view = shares_memory(bound, key.places)
         if view:
-            self._not_stored(f"{view} shares its memory with another array")
+            self._not_stored(f"{view} shares its memory with another array or frame; .copy() gives it its own")
             return
         values = {
             **bound,
