@@ -339,6 +339,13 @@ def test_time_may_stand_above(shared, above):
         assert shown.result == "3"
 
 
+@pytest.mark.parametrize(("below", "remedy"), [("%%time", "put it above %%durable"), ("%%bash", "give it a cell of its own")])
+def test_a_cell_magic_below_is_told_where_to_stand(shared, below, remedy):
+    shown = shared.run(f"%%durable stacked\n\n{below}\necho = 1")
+    assert (shown.status, shown.told) == ("error", [])
+    assert f"%%durable: {below} can't stand below it, so nothing was run; {remedy}\n" in shown.stderr
+
+
 def test_capture_may_stand_above(shared):
     """The output goes into the variable, whether the cell runs or is restored."""
     for _ in range(2):

@@ -123,9 +123,10 @@ class Session:
     async def run(self, line: str, body: str, stack: list[str]) -> None:
         """Execute one durable cell; the transformer's code awaits this."""
         from durable_nb._ipython import cell as cells
-        from durable_nb._ipython.options import parse
+        from durable_nb._ipython.options import parse, refuse_magic_below
 
         options = parse(line, stack)
+        refuse_magic_below(body)
         with _one_line_errors():
             engine = self.engine()
         request = self._request()

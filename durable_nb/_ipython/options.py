@@ -43,6 +43,15 @@ class Options:
     """The line of a `%%capture` above."""
 
 
+def refuse_magic_below(body: str) -> None:
+    """UsageError if the first line of code below `%%durable` is a cell magic, which IPython would take for a line magic."""
+    first = next((text for text in body.splitlines() if text.strip() and not text.startswith("#")), "")
+    if first.startswith("%%") and not body.startswith("%%"):
+        magic = first.split()[0]
+        where = "put it above %%durable" if magic in ("%%time", "%%capture") else "give it a cell of its own"
+        raise UsageError(f"%%durable: {magic} can't stand below it, so nothing was run; {where}")
+
+
 def parse(line: str, stack: list[str]) -> Options:
     """The options of a cell whose magics above `%%durable` are `stack`. UsageError says what to type."""
     try:
