@@ -36,8 +36,6 @@ class Request:
         self.components = found.components if found is not None else {}
         self.objects = found.places() if found is not None and not found.lasting else {}
         """What its body may change in place."""
-        self.outdated = False
-        """Another step has changed its arguments since."""
         self.shared = False
         """Other bodies that were at work meanwhile may have changed the same objects."""
         changing = self.components if found is not None and not found.lasting else ()

@@ -192,8 +192,6 @@ class Run:
         self._main: asyncio.Task[Any] | None = None
         self._works: set[Work] = set()
         """Attempts being made that this execution began or waits for."""
-        self._waiting: set[Request] = set()
-        """Steps that have been asked for and are not awaited yet; their arguments may change until then."""
         self._stopped: BaseException | None = None
         self._ended = self._step_failed = False
 
@@ -435,15 +433,12 @@ class Run:
             return _raises(error)
         asked = Request(key, request, found, branch, self._paths.take(branch, request.name))
         self._tell(asked.fact)
-        if asked.objects:
-            self._waiting.add(asked)
         return self._step(asked)
 
     async def _step(self, asked: Request) -> Any:
         engine = self.engine
         performed = False
-        self._waiting.discard(asked)
-        if asked.outdated:
+        if asked.objects:
             asked = self._renewed(asked)
         while True:
             work = self._work_on(asked)
@@ -639,8 +634,6 @@ class Run:
         given = asked.given(after)
         patches, blob = b"", ""
         changed = Changed(asked, key, given, after) if given else None
-        if given:
-            self._changed_for_others(asked)
         if given and (packed := packed_changes(asked, given, value)) is not None:
             (patches, blob), given = await self._kept(packed), set()
         if given:
@@ -671,14 +664,8 @@ class Run:
     def _note(self, step: Changed) -> None:
         """A step has changed live objects, and may be asked for again with them."""
 
-    def _changed_for_others(self, asked: Request) -> None:
-        """A step has changed its arguments: those that were asked for with the same objects get others than they asked with."""
-        for other in self._waiting:
-            if asked.shares_objects_with(other):
-                other.outdated = True
-
     def _renewed(self, asked: Request) -> Request:
-        """The request, where its arguments are not what they were when it was made."""
+        """The request as its body would begin with it now: its arguments may have changed since it was called."""
         return asked
 
     def _inputs_now(self, asked: Request) -> dict[str, str]:
@@ -905,7 +892,6 @@ class Run:
             raise self._unreadable(asked, error) from error
         try:
             places = asked.objects or asked.request.fingerprint().places()
-            self._changed_for_others(asked)
             result = _patches.apply(packed, places, value)
         except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
             self.stage.notice(

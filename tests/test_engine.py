@@ -1506,6 +1506,23 @@ def test_gone_on_with_in_the_same_kernel_a_conversation_asks_nothing_again_and_s
     asyncio.run(main())
 
 
+def test_what_the_code_changes_between_the_call_and_the_await_is_what_the_step_gets(path):
+    async def main():
+        async with kernel(path) as engine:
+            for x, wanted in ((2, ["a"]), (2, ["a"]), (5, ["a", "a"])):
+
+                async def body(x=x):
+                    history = [1]
+                    step = durable.run("ask", ask_list, history, "a")
+                    history.append(x)
+                    return list(await step), history
+
+                assert await cell(engine, body) == ([1, x, "a"], [1, x, "a"])
+                assert world.done == wanted
+
+    asyncio.run(main())
+
+
 def test_an_object_that_somebody_else_changed_meanwhile_is_another_input(path):
     history = []
 

@@ -301,7 +301,7 @@ class Picture:
     def _class(self, cls, path: str) -> list:
         if cls.__module__ != "__main__":
             return [f"{cls.__module__}.{cls.__qualname__}"]
-        skipped = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__slotnames__"}
+        skipped = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__slotnames__", "__firstlineno__"}
         members = [
             (name, value)
             for name, value in sorted(vars(cls).items())
