@@ -15,7 +15,7 @@ from durable_nb._records import Again, Attempts, Loose, Outcome, RunRecord, Step
 from durable_nb._replay import Occurrences
 from durable_nb._request import Changed, Request, changed, changed_by_itself, fixed
 from durable_nb._run import Ended, Held, Run, Work, digest_of
-from durable_nb.errors import StoreError
+from durable_nb.errors import StepTimeout, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._engine import Engine
@@ -82,6 +82,13 @@ class CellRun(Run):
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
+
+    def _patience_s(self, asked: Request) -> float | None:
+        return asked.request.timeout_s
+
+    def _is_late(self, work: Work, late: StepTimeout) -> None:
+        work.overdue = True
+        work.tell(Ended(error=late))
 
     def _note(self, step: Changed) -> None:
         self.engine.changed[self.record.scope].append(step)

@@ -126,6 +126,8 @@ class Work:
     asked: Request
     in_thread: bool
     """Nothing can stop it: it ends by itself, and is recorded then."""
+    overdue: bool = False
+    """Nobody waits for it any more."""
     followers: list[asyncio.Future[Ended]] = field(default_factory=list)
 
     def follow(self) -> asyncio.Future[Ended]:
@@ -358,7 +360,7 @@ class Run:
         return any(work.run_id == self.id and not work.task.done() for work in self.engine.works.values())
 
     def _busy(self) -> set[asyncio.Task[Ended]]:
-        return {work.task for work in self._works if not work.task.done()}
+        return {work.task for work in self._works if not (work.task.done() or work.overdue)}
 
     async def _drain(self) -> None:
         """Let bodies that have begun end. Stopped ones get a moment to unwind; threads go on alone."""
@@ -399,6 +401,7 @@ class Run:
             running = self._is_worked_on()
             if status is Status.COMPLETED:
                 self.engine.changed.pop(self.record.scope, None)
+            if status is Status.COMPLETED and not running:
                 deletes.append(rec.lease_key(self.id))
             elif not running:
                 puts.append(self.engine.pack(rec.lease_key(self.id), Lease(self._held.epoch, "")))
@@ -442,6 +445,7 @@ class Run:
             asked = self._renewed(asked)
         while True:
             work = self._work_on(asked)
+            patience_s = self._patience_s(asked) if work is not None else None
             if work is None:
                 recorded = self._outcome(asked)
                 failures = self._failures(asked) if recorded is None else None
@@ -460,7 +464,7 @@ class Run:
                     case Perform(attempt):
                         work = self._begin(asked, attempt, failures)
             performed = True
-            ended = await self._follow(work)
+            ended = await self._follow(work, patience_s)
             if ended.error is not None:
                 self._step_failed = True
                 fact = self._facts[asked.fact.path]
@@ -494,13 +498,26 @@ class Run:
         work.task.add_done_callback(lambda _: self._work_ended(asked.key.outcome, work))
         return work
 
-    async def _follow(self, work: Work) -> Ended:
+    def _patience_s(self, asked: Request) -> float | None:  # noqa: ARG002
+        """How long to wait for a thread that an earlier execution began."""
+        return None
+
+    def _is_late(self, work: Work, late: StepTimeout) -> None:
+        """A thread takes longer than its step's timeout. It can't be stopped, and no other attempt may begin while it lives."""
+
+    async def _follow(self, work: Work, patience_s: float | None) -> Ended:
         """Wait for an attempt. Cancelled by the cell's own code, it is stopped; but after a step has failed, work that its
         siblings have begun is finished, since it is paid for."""  # fmt: skip
         if not work.task.done():
             self._works.add(work)  # it may have been begun by an earlier execution of the cell
         try:
-            return await work.follow()
+            follower = work.follow()
+            if patience_s is not None and work.in_thread:
+                await asyncio.wait({follower}, timeout=patience_s)
+                if not follower.done():
+                    work.overdue = True
+                    return Ended(error=self._late(work.asked, patience_s))
+            return await follower
         except asyncio.CancelledError:
             if not self._step_failed and self._stopped is None:
                 work.cancel()
@@ -558,17 +575,22 @@ class Run:
         if body.done():
             return body.result()
         work = self.engine.works[asked.key.outcome]
-        late = StepTimeout(f"step {asked.request.name!r} of {self.what} took longer than its timeout of {say_duration(limit)}")
+        late = self._late(asked, limit)
         if not work.in_thread:
             body.cancel()
             await asyncio.wait({body})
             if not body.cancelled() and body.exception() is None:  # as with asyncio.timeout
                 return body.result()
             raise late
-        # A thread can't be stopped: no other attempt may begin while it lives.
         self._tell(replace(self._facts[asked.fact.path], error=say(late)))
+        self._is_late(work, late)
         await asyncio.wait({body})
         return body.result()
+
+    def _late(self, asked: Request, limit_s: float) -> StepTimeout:
+        took = f"step {asked.request.name!r} of {self.what} took longer than its timeout of {say_duration(limit_s)}"
+        thread = "; its thread can't be stopped and goes on: what it returns is recorded, run the cell again then"
+        return StepTimeout(took + (thread if asked.request.thread else ""))
 
     async def _call_body(self, asked: Request) -> Any:
         if asked.request.thread:

@@ -36,6 +36,7 @@ from durable_nb.errors import (
     NotInRunError,
     RetryAfter,
     RunSuspended,
+    StepTimeout,
     StoreError,
     UnserializableError,
     UntrustedStoreError,
@@ -2012,5 +2013,35 @@ def test_a_method_that_is_a_step_is_given_to_run_as_it_is(path):
         async with kernel(path) as engine:
             assert await cell(engine, body) == ("a charged", "b charged")
         assert world.done == ["a", "a", "b", "b"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("then", ["fails", "goes on"])
+def test_a_timeout_ends_the_wait_for_a_thread_whose_result_is_recorded_when_it_ends(path, then):
+    """The cell gets StepTimeout; run again it waits for the same thread, as long again, and gets no twin."""
+
+    async def body():
+        step = durable.step(thread_work, timeout=0.05)
+        if then == "fails":
+            return await durable.run("slow", step, "slow")
+        with suppress(StepTimeout):
+            return await durable.run("slow", step, "slow")
+        return "went on"
+
+    async def main():
+        async with kernel(path) as engine:
+            for _ in range(2):
+                if then == "fails":
+                    with pytest.raises(StepTimeout, match=r"longer than its timeout of 50 ms; its thread.*goes on"):
+                        await cell(engine, body)
+                else:
+                    assert await cell(engine, body) == "went on"
+            world.thread_gate("slow").set()
+            await until(lambda: not engine.works, "the thread's end")
+            await until(lambda: not engine.held, "the lease let go")
+        async with kernel(path) as engine:
+            assert await cell(engine, body) == "slow done"
+        assert world.done == ["slow begun", "slow"]
 
     asyncio.run(main())
