@@ -472,6 +472,8 @@ class Run:
                 raise ended.error
             if ended.outcome is not None:
                 self._tell(_ended_fact(asked, ended.outcome, restored=False))
+                if work.asked is not asked:  # an earlier execution's cell got what it displayed, and noted what it read
+                    self.stage.show_again(ended.outcome.shown, ended.outcome.seen)
                 if work.asked is not asked and _has_patches(ended.outcome):  # it was given objects of an earlier execution
                     return await self._patch(asked, ended.outcome, ended.value)
                 return ended.value

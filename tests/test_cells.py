@@ -210,6 +210,41 @@ def slow():
         assert (tmp_path / "begun").read_text() == "x\n"
 
 
+def test_a_cell_that_attached_to_a_body_has_its_output_and_the_files_it_read(tmp_path):
+    """The body began in an execution that was interrupted; the one that goes on is restored as a whole all the same."""
+    (tmp_path / "go").mkdir()
+    (tmp_path / "rate").write_text("3")
+    setup = """
+def slow():
+    import os, time
+    rate = int(open(name()).read())
+    print('the rate is', rate)
+    open('begun', 'a').write('x\\n')
+    while not os.path.exists('go/on'): time.sleep(0.01)
+    return rate
+def name():
+    return ''.join(['ra', 'te'])"""
+    cell = "%%durable thread\nresult = await durable.run('slow', slow)"
+    with kernel(tmp_path) as k:
+        k.run(setup)
+        sent = k.send(cell)
+        k.wait_until(tmp_path / "begun")
+        k.interrupt()
+        assert k.wait(sent).error.startswith("KeyboardInterrupt")
+        again = k.send(cell)
+        k.wait_for_text(again, "goes on")
+        (tmp_path / "go" / "on").touch()
+        assert k.wait(again).stdout == "the rate is 3\n"
+        k.restart()
+        k.run(setup)
+        restored = k.run(cell)
+        assert "· restored" in restored.told[-1]
+        assert restored.stdout == "the rate is 3\n"
+        (tmp_path / "rate").write_text("4")
+        k.run(cell)
+        assert k.value("result") == 4
+
+
 def test_a_failing_step_is_tried_again_and_its_exception_shows_the_users_lines(shared):
     """The original exception after the last attempt, with a note; frames and line numbers are the user's own."""
     shown = shared.run(
