@@ -59,13 +59,19 @@ class CellRun(Run):
         names = {unpack(seal, key, row, Outcome).name for key, row in self._outcomes.items()}
         names |= {unpack(seal, key, row, Attempts).name for key, row in self._attempts.items()}
         if name not in names:
-            await self.finish(Status.INTERRUPTED)
+            await (self.finish(Status.INTERRUPTED) if self.resumed else self._discard())
             known = f"; it has {', '.join(map(repr, sorted(names)))}" if names else ""
             raise LookupError(f"{self.what} has recorded no step {name!r}{known}")
         self._again[name] = self._again.get(name, 0) + 1
         key = rec.again_prefix(self.record.scope, self.record.generation) + digest_of(name)
         marked = self.engine.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
         await self._commit(Commit(self._held.guard, puts=(self.engine.pack(key, Again(name, self._again[name])), marked)))
+
+    async def _discard(self) -> None:
+        """Leave no trace of a run that was begun and has executed nothing."""
+        own = (rec.run_key(self.id), rec.open_prefix(self.record.scope) + self.id, rec.lease_key(self.id))
+        self.engine.held.pop(self.id, None)
+        await self._commit(Commit(self._held.guard, deletes=own))
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
         found = request.fingerprint()

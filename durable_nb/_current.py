@@ -96,6 +96,10 @@ class Engine(Protocol):
         """
         ...
 
+    def interrupted(self) -> list[tuple[str, str]]:
+        """The runs of workflows that are not finished and that nobody executes, newest first: (id, workflow)."""
+        ...
+
     def resume(self, run_id: str, *, take_over: bool) -> None:
         """Go on with a run that is not completed and that nobody executes."""
         ...

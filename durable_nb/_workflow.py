@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from durable_nb import _fingerprint
+from durable_nb._clock import say_duration
 from durable_nb._current import current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._records import plain
@@ -47,7 +48,7 @@ class Workflow(Generic[_P, _T]):
         __tracebackhide__ = True
         inspect.signature(self.fn).bind(*args, **kwargs)  # a TypeError now, not in the run
         if id is not None:
-            id = check_name("start", id)  # noqa: A001
+            id = _checked_id(id)  # noqa: A001
         if on_conflict not in _ON_CONFLICT:
             raise ValueError(
                 f"on_conflict={on_conflict!r}: write one of {', '.join(map(repr, _ON_CONFLICT))}; nothing was started"
@@ -86,6 +87,17 @@ def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
         return Workflow(function, called)
 
     return wrap if fn is None else wrap(fn)
+
+
+def _checked_id(run_id: object) -> str:
+    __tracebackhide__ = True
+    if not isinstance(run_id, str):
+        raise TypeError(f"start(..., id={run_id!r}): a run's id is a text, such as id='order-42'; nothing was started")
+    if not run_id.strip():
+        raise ValueError(
+            f"start(..., id={run_id!r}): a run's id is not empty; leave it out for one of its own. Nothing was started"
+        )
+    return plain(run_id)
 
 
 def _digest_of(args: Any, kwargs: Any) -> str:
@@ -128,7 +140,17 @@ class Run:
 
         from durable_nb._door import wait_for
 
-        return wait_for(asyncio.wait_for(engine().outcome(self.id), timeout))
+        async def outcome() -> Any:
+            asked = asyncio.ensure_future(engine().outcome(self.id))
+            try:
+                ended, _ = await asyncio.wait({asked}, timeout=timeout)
+                if ended:
+                    return asked.result()
+            finally:
+                asked.cancel()
+            raise TimeoutError(f"the run {self.id!r} is {self.status} after {say_duration(timeout or 0.0)}; it goes on")
+
+        return wait_for(outcome())
 
     def resume(self, *, take_over: bool = False) -> Run:
         """Go on with the run where it stopped; nothing where it is completed, or executed already.
@@ -167,6 +189,7 @@ def runs(status: str | None = None, workflow: str | None = None, label: str | No
 
 
 def resume() -> list[Run]:
-    """Go on with every interrupted run whose workflow is defined here; those runs."""
-    waiting = [run for run in engine().snapshots() if run.status is Status.INTERRUPTED and run.name in workflow_functions]
-    return [Run(run.id).resume() for run in waiting]
+    """Go on with every interrupted run whose workflow is defined here; those runs. Each other one is told in a line with
+    what it waits for."""  # fmt: skip
+    waiting = [(Run(run_id).resume(), name) for run_id, name in engine().interrupted()]
+    return [run for run, name in waiting if name in workflow_functions]

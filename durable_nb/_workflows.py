@@ -238,6 +238,10 @@ class Workflows:
                 found.append(self._summary(*pair, ()))
         return sorted(found, key=lambda run: run.started_at, reverse=True)
 
+    def interrupted(self) -> list[tuple[str, str]]:
+        waiting = [run for run in self.snapshots() if run.status is Status.INTERRUPTED]
+        return [(run.id, run.name) for run in waiting if self._find(run.id)[0].kind == "workflow"]
+
     def labels(self, run_id: str) -> tuple[str, ...]:
         return self._find(run_id)[0].labels
 

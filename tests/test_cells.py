@@ -434,6 +434,9 @@ def test_one_step_can_be_executed_anew(shared):
         "--rerun=c: cell 'one' has recorded no step 'c'; it has 'a', 'b'; nothing was run"
         in shared.run(cell.format("--rerun=c")).stderr
     )
+    runs = shared.value("[run.status.value for run in durable.runs() if \"of 'one'\" in repr(run)]")
+    assert runs == ["completed", "completed"], "a refused --rerun left a run"
+
     assert "restored" in shared.run(cell.format("")).told[-1]
 
 

@@ -481,6 +481,7 @@ def test_a_store_of_another_key_is_read_after_it_was_trusted_and_not_before(fold
     assert status == 1
     assert "nothing was signed" in text
     assert told(capsys, "doctor")[1]["findings"] == rows
+    assert "11 runs and entries can't be read: see 'durable-nb doctor'" in command(capsys, "ls")[1]
 
     with kernel(tmp_path, env={"DURABLE_NB_KEY_FILE": str(mine)}) as k:
         k.run("n = 2_000_001")

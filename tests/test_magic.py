@@ -248,7 +248,7 @@ def test_rerun_counts_for_the_next_execution_and_no_further(shared):
     k.run(cell)
     first = k.value("key")
     assert "runs anew" in tell(k, "%durable rerun again")
-    assert why(k.run(cell)) == "asked for by --rerun"
+    assert why(k.run(cell)) == "asked for by %durable rerun"
     assert k.value("key") != first, "its steps were not run anew"
     assert not ran(k.run(cell))
 
@@ -300,6 +300,7 @@ def test_runs_of_workflows_are_shown_resumed_and_cancelled(tmp_path):
         k.run(code)
         assert tell(k, "%durable resume order-42") == "order-42 · goes on (order)"
         k.run("import asyncio\nrun = durable.get_run('order-42')\nwhile run.status != 'sleeping': await asyncio.sleep(0.01)")
+        assert k.run("run.result(timeout=0.1)").error == "TimeoutError: the run 'order-42' is sleeping after 100 ms; it goes on"
         steps = tell(k, "%durable show order")
         assert re.search(r"charge +run +completed", steps), steps
         assert "is being cancelled" in tell(k, "%durable cancel order-42")
@@ -323,6 +324,7 @@ def test_gc_and_store_tell_what_lies_in_it(shared):
     ("line", "said"),
     [
         ("%durable pln", r"unknown command 'pln', so nothing was done; did you mean 'plan'\?"),
+        ("%durable help", r"there are plan, why, rerun, forget, runs, show, resume, cancel, gc, store$"),
         ("%durable why lode", r"no durable cell 'lode', so nothing was done; did you mean 'lode1'\?"),
         ("%durable rerun", r"write '%durable rerun NAME'; nothing was done"),
         ("%durable plan now", r"write '%durable plan'; nothing was done"),

@@ -1411,6 +1411,18 @@ def test_resuming_what_is_completed_or_executed_here_does_nothing(store):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("run_id", [42, ""])
+def test_an_id_that_is_none_starts_nothing(store, run_id):
+    async def main():
+        order = define(two_steps())
+        async with runtime(store):
+            with pytest.raises((TypeError, ValueError), match=r"a run's id is .*othing was started"):
+                order.start(id=run_id)
+            assert durable.runs() == []
+
+    asyncio.run(main())
+
+
 def test_durable_resume_goes_on_with_every_interrupted_run(store):
     async def main():
         order = define(two_steps(held))
@@ -1901,6 +1913,9 @@ def test_a_run_whose_workflow_is_gone_stays_interrupted_and_says_so(store, caplo
         async with runtime(store):
             run = durable.get_run("42")
             run.resume()
+            assert "'42' waits: its workflow 'order' is not defined here" in caplog.messages[-1]
+            caplog.clear()
+            assert durable.resume() == []
             assert "'42' waits: its workflow 'order' is not defined here" in caplog.messages[-1]
             assert run.status == "interrupted"
             assert durable.resume() == []

@@ -37,7 +37,7 @@ def _ls(commands: Any) -> None:
             if arguments.json:
                 _tell({"store": str(engine.store.path), "cells": list(map(asdict, cells)), "runs": list(map(asdict, runs))})
             else:
-                _say(cells_table(f"durable cells in {engine.store.path}", cells, [] if cells else ["  none"]))
+                _say(cells_table(inventory, cells, [] if cells else ["  none"]))
                 _say(runs_table("runs", runs))
         return 0
 

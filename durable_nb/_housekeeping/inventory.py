@@ -82,6 +82,7 @@ class Inventory:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._journal, self._seal = engine.store.journal, engine.store.seal
+        self.path = engine.store.path
         self.entries = Entries(engine.store.cells, self._seal)
 
     def runs(self) -> list[RunFacts]:
@@ -122,6 +123,11 @@ class Inventory:
             last.ended_at - last.started_at if last and last.ended_at else None,
             manifest.took_s if manifest else None,
         )
+
+    def unread(self) -> int:
+        """Runs and entries that are damaged, or signed with another key: no listing shows them."""
+        runs = sum(1 for _ in self._journal.sizes("run/")) - sum(1 for _ in self._records())
+        return runs + sum(entry.manifest is None for entry in self.entries.all())
 
     def find_run(self, said: str) -> RunFacts:
         """The run of that id, else the last one of the cell or workflow of that name; RunNotFoundError with the nearest."""
@@ -200,7 +206,9 @@ def nearest(said: str, *known: Iterable[str]) -> str:
     meant = difflib.get_close_matches(said, names, n=1)
     if meant:
         return f"; did you mean {meant[0]!r}?"
-    return f"; there are {', '.join(names[:8])}" + (" and others" if len(names) > 8 else "") if names else "; it holds none yet"
+    return (
+        f"; there are {', '.join(names[:12])}" + (" and others" if len(names) > 12 else "") if names else "; it holds none yet"
+    )
 
 
 def _cell_of(scope: str, name: str) -> str:

@@ -8,8 +8,11 @@ from durable_nb._housekeeping.inventory import CellFacts, Inventory, RunFacts
 from durable_nb._housekeeping.tables import Table, count, say_size, say_when
 
 
-def cells_table(title: str, cells: list[CellFacts], notes: list[str]) -> Table:
+def cells_table(inventory: Inventory, cells: list[CellFacts], notes: list[str]) -> Table:
     """One row for each cell."""
+    title = f"durable cells in {inventory.path}"
+    if unread := inventory.unread():
+        notes = [*notes, f"{count(unread, 'run or entry', 'runs and entries')} can't be read: see 'durable-nb doctor'"]
     columns = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves")
     rows = [
         (

@@ -14,7 +14,7 @@ _AS_TEXT = "white-space:pre-wrap;font-family:var(--jp-code-font-family,monospace
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, rows of texts under columns, and lines that follow."""
+    """A title, rows of texts under columns, and lines that follow. A column in which no row has anything is not shown."""
 
     title: str
     columns: Sequence[str] = ()
@@ -25,9 +25,10 @@ class Table:
         """For a terminal."""
         lines = [self.title] if self.title else []
         if self.rows:
-            rows = [[_cut(cell) for cell in row] for row in (self.columns, *self.rows)]
-            widths = [max(len(row[n]) for row in rows) for n in range(len(self.columns))]
-            right = [self._is_numeric(n) for n in range(len(self.columns))]
+            filled = self._filled()
+            rows = [[_cut(row[n]) for n in filled] for row in (self.columns, *self.rows)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            right = [self._is_numeric(n) for n in filled]
             for row in rows:
                 cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
                 lines.append(("  " + "  ".join(cells)).rstrip())
@@ -37,15 +38,17 @@ class Table:
         """For a notebook; all texts are escaped."""
         parts = [f"<div><b>{html.escape(self.title)}</b></div>"] if self.title else []
         if self.rows:
-            align = ["right" if self._is_numeric(n) else "left" for n in range(len(self.columns))]
-            head = "".join(_cell("th", c, a) for c, a in zip(self.columns, align, strict=True))
-            body = "".join(
-                "<tr>" + "".join(_cell("td", c, a) for c, a in zip(row, align, strict=True)) + "</tr>" for row in self.rows
-            )
+            align = {n: "right" if self._is_numeric(n) else "left" for n in self._filled()}
+            head = "".join(_cell("th", self.columns[n], a) for n, a in align.items())
+            body = "".join("<tr>" + "".join(_cell("td", row[n], a) for n, a in align.items()) + "</tr>" for row in self.rows)
             parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
         if self.notes:
             parts.append(f'<div style="{_AS_TEXT}">{html.escape(chr(10).join(self.notes))}</div>')
         return "".join(parts)
+
+    def _filled(self) -> list[int]:
+        """The columns in which a row has something."""
+        return [n for n in range(len(self.columns)) if any(row[n] for row in self.rows)]
 
     def _is_numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column]]

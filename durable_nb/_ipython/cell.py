@@ -269,6 +269,8 @@ class CellExecution:
             self.story.differences = (*components, *(explain.Difference(what) for what in world))
         if run.resumed:
             return f"goes on from {datetime.fromtimestamp(run.record.started_at).astimezone():%a %H:%M}"
+        if self.options.rerun and not self.story.options.rerun:
+            return "asked for by %durable rerun"
         if self.options.rerun or self.options.rerun_step:
             return "asked for by --rerun" + (f"={self.options.rerun_step}" if self.options.rerun_step else "")
         if key.unknown:
@@ -442,6 +444,8 @@ class CellExecution:
             if not _is_picklable(value, links):
                 named = name.isidentifier()
                 what = f"{name} ({type(value).__name__})" if named else "the displayed value"
+                if inspect.iscoroutine(value):
+                    return f"{what} can't be pickled: 'await' is missing before what made it"
                 kept = "its steps are kept: put what costs time or money into durable.run(...)"
                 return f"{what} can't be pickled; {kept}" + (f", or leave it out with --skip {name}" if named else "")
         return f"its variables can't be pickled together ({type(error).__name__}: {error})"

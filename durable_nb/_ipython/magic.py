@@ -82,9 +82,9 @@ class LineMagic:
         notes = []
         if runs:
             notes = ["", runs_table("runs of workflows", runs[:10]).text()]
-        if not cells and not runs:
-            notes = ["nothing yet: put '%%durable NAME' above a cell"]
-        return cells_table(f"durable cells in {self._engine.store.path}", cells, notes)
+        if not cells:
+            notes = ["  none" if runs else "nothing yet: put '%%durable NAME' above a cell", *notes]
+        return cells_table(inventory, cells, notes)
 
     def plan(self, _: list[str]) -> Table:
         inventory = Inventory(self._engine)
