@@ -195,6 +195,9 @@ def step(
         raise ValueError(f"durable.step(retries={retries!r}): write how many attempts may follow the first one, 0 or more")
     if backoff is not None and not callable(backoff):
         parse_duration(backoff)
+    kinds = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    if not callable(retry_on) and not all(kind is None or isinstance(kind, type) for kind in kinds):
+        raise TypeError(f"durable.step(retry_on={retry_on!r}): give exception types, or a function (exception) -> bool")
     policy = RetryPolicy(retries, backoff, retry_on)
     limit = None if timeout is None else parse_duration(timeout)
     lifetime = None if ttl is None else parse_duration(ttl)

@@ -24,6 +24,13 @@ A message tells what was found, what is safe, and what to type next. All of them
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from durable_nb._clock import parse_duration
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
 
 class DurableError(Exception):
     """Base of all errors that durable_nb raises."""
@@ -44,10 +51,12 @@ class NonRetryableError(DurableError):
 class RetryAfter(DurableError):  # noqa: N818  the name is a contract, and says what the engine does
     """Raise it in a step's body to be tried again after `delay` (seconds, timedelta or "90s"), instead of the backoff.
 
-    The attempt counts like any other; after the last one this exception is what the step raises.
-    """
+    The attempt counts like any other; after the last one this exception is what the step raises. ValueError for a delay that
+    is no duration.
+    """  # fmt: skip
 
-    def __init__(self, delay: object, message: str = "") -> None:
+    def __init__(self, delay: float | timedelta | str, message: str = "") -> None:
+        parse_duration(delay)
         super().__init__(delay, message)
         self.delay = delay
 

@@ -326,6 +326,7 @@ def test_gc_and_store_tell_what_lies_in_it(shared):
         ("%durable pln", r"unknown command 'pln', so nothing was done; did you mean 'plan'\?"),
         ("%durable help", r"there are plan, why, rerun, forget, runs, show, resume, cancel, gc, store$"),
         ("%durable why lode", r"no durable cell 'lode', so nothing was done; did you mean 'lode1'\?"),
+        ("%durable forget '(without a name)'", r"a cell without a name can't be told from others here: name it"),
         ("%durable rerun", r"write '%durable rerun NAME'; nothing was done"),
         ("%durable plan now", r"write '%durable plan'; nothing was done"),
         ("%durable show nothing-like-it", r"no run or cell 'nothing-like-it' in the store"),
@@ -436,6 +437,12 @@ def test_a_name_that_was_bound_before_and_is_skipped_is_left_alone_by_a_hit(shar
     k.run("keep = 'mine'")
     assert not ran(k.run(cell))
     assert k.value("keep") == "mine"
+
+
+def test_an_input_that_is_ignored_from_now_on_is_not_said_to_be_gone(shared):
+    shared.run("heed = 1")
+    shared.run("%%durable heeding\nheeded = heed")
+    assert why(shared.run("%%durable heeding --ignore heed\nheeded = heed")) == "heed counts no more"
 
 
 def test_an_extra_expression_is_part_of_the_key(shared):

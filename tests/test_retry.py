@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import durable_nb as durable
 from durable_nb._retry import RetryPolicy, asked_delay_s, http_status, is_transient, retry_delay_s
 from durable_nb.errors import (
     DurableError,
@@ -178,6 +179,17 @@ def test_a_backoff_of_ones_own_is_taken_without_jitter(backoff, delays):
 def test_retry_after_says_when(delay, seconds):
     for policy in (DEFAULT, RetryPolicy(backoff=3), RetryPolicy(retry_on=KeyError), RetryPolicy(retry_on=lambda _: False)):
         assert retry_delay_s(policy, 1, RetryAfter(delay), 0.5) == seconds
+
+
+def test_a_delay_or_a_rule_that_is_none_is_told_where_it_is_written():
+    """Not when the step has failed, instead of its error."""
+    with pytest.raises(ValueError, match="'90x' is no duration"):
+        RetryAfter("90x")
+    for rule in ("OSError", ("OSError",)):
+        with pytest.raises(TypeError, match="give exception types, or a function"):
+            durable.step(len, retry_on=rule)
+    for right in (OSError, (OSError, KeyError), lambda error: True, None):
+        durable.step(len, retry_on=right)
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from durable_nb._cellcache.keys import CellKey, said
+from durable_nb._cellcache.keys import CellKey, said, turned
 from durable_nb._fingerprint import object_of, source_of
 
 _LONGEST_SOURCE = 50_000
@@ -88,7 +88,7 @@ def differences(
     for label in sorted({*old, *new}, key=lambda label: (label != "code", label)):
         if old.get(label) == new.get(label):
             continue
-        what = "changed" if label in old and label in new else "is new" if label in new else "is gone"
+        what = turned(label, old, new)
         if label == "code":
             details = _diff(old_notes.source, new_notes.source, texts)
         elif label in old_notes.code or label in new_notes.code:

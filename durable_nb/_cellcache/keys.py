@@ -177,12 +177,13 @@ def globals_held(key: CellKey) -> dict[tuple[str, str], Any]:
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """What differs between two cells' components, in words."""
-    found = []
-    for label in sorted({*old, *new}, key=lambda label: (label != "code", label)):
-        if old.get(label) != new.get(label):
-            what = "changed" if label in old and label in new else "is new" if label in new else "is gone"
-            found.append(f"{said(label)} {what}")
-    return found
+    labels = sorted({*old, *new}, key=lambda label: (label != "code", label))
+    return [f"{said(label)} {turned(label, old, new)}" for label in labels if old.get(label) != new.get(label)]
+
+
+def turned(label: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What has become of a component that differs. One may count in one of them only by --ignore, too."""
+    return "changed" if label in old and label in new else "counts now" if label in new else "counts no more"
 
 
 def _fingerprint(

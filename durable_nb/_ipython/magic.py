@@ -83,7 +83,7 @@ class LineMagic:
         if runs:
             notes = ["", runs_table("runs of workflows", runs[:10]).text()]
         if not cells:
-            notes = ["  none" if runs else "nothing yet: put '%%durable NAME' above a cell", *notes]
+            notes = ["  none" if runs or inventory.unread() else "nothing yet: put '%%durable NAME' above a cell", *notes]
         return cells_table(inventory, cells, notes)
 
     def plan(self, _: list[str]) -> Table:
@@ -198,8 +198,11 @@ class LineMagic:
 
     def _check_cell(self, name: str) -> None:
         known = [*self._stories, *(cell.name for cell in Inventory(self._engine).cells())]
-        if name not in known or name == NAMELESS:
-            raise DurableError(f"no durable cell {name!r}, so nothing was done{nearest(name, known)}")
+        if name == NAMELESS:
+            raise DurableError("a cell without a name can't be told from others here: name it; nothing was done")
+        if name not in known:
+            named = [cell for cell in known if cell != NAMELESS]
+            raise DurableError(f"no durable cell {name!r}, so nothing was done{nearest(name, named)}")
 
     @staticmethod
     def _check_workflow(run: RunFacts, instead: str) -> None:
