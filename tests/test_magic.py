@@ -445,6 +445,11 @@ def test_an_input_that_is_ignored_from_now_on_is_not_said_to_be_gone(shared):
     assert why(shared.run("%%durable heeding --ignore heed\nheeded = heed")) == "heed counts no more"
 
 
+def test_a_forgotten_await_is_told(shared):
+    shown = shared.run("%%durable forgetful\nn = durable.run('n', len, 'abc')")
+    assert "not stored: n (coroutine) can't be pickled: 'await' is missing" in shown.told[-1]
+
+
 def test_an_extra_expression_is_part_of_the_key(shared):
     k = shared
     k.run("model = {'version': 1}")
