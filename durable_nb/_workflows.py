@@ -28,7 +28,15 @@ from durable_nb._replay import Ending, How, Wait, decide_sleep, to_clear
 from durable_nb._run import BLOB_BYTES, cancelled, log
 from durable_nb._store import Store
 from durable_nb._workflowrun import WorkflowRun
-from durable_nb.errors import DurableError, LeaseLost, RunCancelled, RunConflictError, RunNotFoundError, UnserializableError
+from durable_nb.errors import (
+    DurableError,
+    LeaseLost,
+    RunCancelled,
+    RunConflictError,
+    RunNotFoundError,
+    UnserializableError,
+    UntrustedStoreError,
+)
 
 POLL_S = 0.2
 
@@ -233,9 +241,10 @@ class Workflows:
     def snapshots(self) -> list[Snapshot]:
         found = []
         for key, row in self._engine.store.journal.scan("run/"):
-            pair = self._seen(unpack(self._engine.store.seal, key, row, RunRecord).id)
-            if pair is not None:
-                found.append(self._summary(*pair, ()))
+            with contextlib.suppress(UntrustedStoreError):  # somebody else's run in a store that was copied
+                pair = self._seen(unpack(self._engine.store.seal, key, row, RunRecord).id)
+                if pair is not None:
+                    found.append(self._summary(*pair, ()))
         return sorted(found, key=lambda run: run.started_at, reverse=True)
 
     def interrupted(self) -> list[tuple[str, str]]:

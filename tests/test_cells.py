@@ -699,6 +699,7 @@ def test_in_somebody_elses_store_a_cell_without_steps_runs_and_is_stored_anew(tm
             assert told in " ".join(shown.told) + shown.stderr
             assert ("running" in " ".join(shown.told)) == ran
             assert one.run("print(x)").stdout == "42\n"
+            assert one.value("len(durable.runs())") == 1
 
 
 STORING = """
@@ -836,3 +837,10 @@ def test_loading_says_what_waits_to_be_gone_on_with(tmp_path):
                 place + "durable_nb: run cell 'night' again to go on from where it stopped\n"
                 "durable_nb: durable.resume() goes on with 'order-42'\n"
             )
+
+
+def test_a_cell_with_a_step_that_is_never_awaited_says_so_and_is_not_stored(shared):
+    cell = "%%durable forgotten\nawait durable.run('one', len, [1])\ndurable.run('two', len, [2])\nx = 1"
+    for _ in range(2):
+        told = shared.run(cell).told[-1]
+        assert "not stored: step 'two' was called and never awaited: write 'await' before it" in told

@@ -77,7 +77,11 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
                 entries.verify(entry.path)
         except UntrustedStoreError:
             findings.append(
-                Finding(name, "damaged, or signed with another key", f"durable-nb trust {store.path}, or delete it")
+                Finding(
+                    name,
+                    "damaged, or signed with another key",
+                    f"delete it, and the cell is stored anew; or, if you know whose it is, durable-nb trust {store.path}",
+                )
             )
         except CorruptStoreError as error:
             findings.append(Finding(name, str(error), "nothing to do: the cell will run, and is stored anew"))

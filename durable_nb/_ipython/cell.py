@@ -313,7 +313,10 @@ class CellExecution:
                     cost = time.perf_counter() - began + run.spent_before_s()
                     outputs = self.recorder.outputs()
                 ended = Status.COMPLETED
-                if run.unrepeated:
+                forgotten = [step.name for step in run.snapshot().steps if step.status is Status.PENDING]
+                if forgotten:
+                    self._not_stored(f"step {forgotten[0]!r} was called and never awaited: write 'await' before it")
+                elif run.unrepeated:
                     step, names = run.unrepeated[0]
                     self._not_stored(f"step {step!r} was restored, and {names}")
                 else:
