@@ -110,10 +110,14 @@ def key_of(
 
 
 def _words(tree: ast.Module, found: Fingerprinter) -> frozenset[str]:
-    fields = [getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "name", "value")]
-    words = {field for field in fields if isinstance(field, str) and field.isidentifier()}
     codes = [code for function in found.functions().values() for code in nested_codes(function.__code__)]
-    return frozenset(words.union(*(code.co_names for code in codes)))
+    return _words_in(tree).union(*(code.co_names for code in codes))
+
+
+@lru_cache(maxsize=256)  # as with `_uses`
+def _words_in(tree: ast.Module) -> frozenset[str]:
+    fields = [getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "name", "value")]
+    return frozenset(field for field in fields if isinstance(field, str) and field.isidentifier())
 
 
 def _looks_up(code: types.CodeType) -> bool:

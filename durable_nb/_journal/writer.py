@@ -20,9 +20,9 @@ from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb.errors import StoreError
 
 GROUP_LIMIT = 1000
-CROWD = 20
-"""With so many more commits to be expected, those that came are held back for company."""
-PATIENCE_S = 0.02
+CROWD, COMPANY = 16, 32
+"""With so many more commits to be expected, those that came are held back until they are so many."""
+PATIENCE_S = 0.03
 """At most for so long."""
 
 _T = TypeVar("_T")
@@ -131,7 +131,7 @@ class Writer:
 
     def _may_wait(self, waiting: list[_Job | None]) -> bool:
         """Are there few, each the commit of a coroutine, and many to come?"""
-        few = len(waiting) < CROWD <= self.expected() - len(waiting)
+        few = len(waiting) < COMPANY and self.expected() - len(waiting) >= CROWD
         return few and all(job is not None and job.loop is not None and job.is_commit() for job in waiting)
 
     def _write(self, jobs: list[_Job]) -> None:
