@@ -196,8 +196,14 @@ class Engine:
         return self._claimed(held, await self.store.writer.commit(commit))
 
     def claim_and_wait(self, record: RunRecord) -> Held | None:
-        """A new run, for synchronous code: its record is on disk when this returns."""
+        """A new run, for synchronous code: its record is on disk when this returns. None where there is a run of that id.
+
+        That there is no lease doesn't say so: another process may have started the run meanwhile, and completed it.
+        """
         commit, held = self._claiming(record, None, (), None)
+        key = rec.run_key(record.id)
+        new = tuple(row for row in commit.puts if row[0] == key)
+        commit = replace(commit, inserts=new, puts=tuple(row for row in commit.puts if row[0] != key))
         return self._claimed(held, self.store.writer.commit_and_wait(commit))
 
     def _claiming(

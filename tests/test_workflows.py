@@ -199,6 +199,29 @@ def test_started_in_two_living_processes_it_is_one_run_and_both_get_its_result(s
     asyncio.run(main())
 
 
+def test_a_run_that_another_process_started_and_completed_in_the_moment_of_starting_it_stays_completed(store):
+    async def body():
+        told.append("executed")
+        return await durable.run("a", work, "a")
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            await order.start(id="42")
+            record, lease = first.engine.read_run("42")
+            assert lease is None
+            second.use()
+            looked = second._workflows._seen
+            looks = []
+            second._workflows._seen = lambda run_id: looked(run_id) if looks else looks.append(run_id)  # before it was there
+            assert await order.start(id="42") == "a done"
+            assert second.engine.read_run("42") == (record, None)
+        assert (done, told) == (["a"], ["executed"])
+
+    asyncio.run(main())
+
+
 def test_without_an_id_each_start_is_a_run_of_its_own():
     async def main():
         order = define(two_steps())
