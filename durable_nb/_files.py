@@ -14,14 +14,17 @@ def default_store() -> Path:
     return Path(os.environ.get("DURABLE_NB_DIR") or ".durable_nb").absolute()
 
 
-def is_locked(path: Path) -> bool:
-    """Does a process hold an exclusive `flock` on this file?"""
+def is_locked(path: Path, *, else_remove: bool = False) -> bool:
+    """Does a process hold an exclusive `flock` on this file? `else_remove`: it is removed where none does, and none can get
+    the lock before it is gone."""  # fmt: skip
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once don't mistake each other
+        if else_remove:
+            path.unlink(missing_ok=True)
     except BlockingIOError:
         return True
     finally:

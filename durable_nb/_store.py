@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import secrets
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from durable_nb._journal.writer import Writer
 from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
-
-_JUST_NOW_S = 5.0
 
 
 class Store:
@@ -91,8 +88,7 @@ class Process:
         folder.mkdir(mode=0o700, exist_ok=True)
         self.id = self._signed_in()
         os.register_at_fork(after_in_child=self._close)
-        for file in folder.glob("*.lock"):  # of processes that were killed
-            self.is_alive(file.stem)
+        self.others()  # what killed ones have left goes
 
     def _signed_in(self) -> str:
         while True:
@@ -112,26 +108,12 @@ class Process:
             return self._descriptor is not None
         if not process_id:
             return False
-        if is_locked(self._path(process_id)):
-            return True
-        self._path(process_id).unlink(missing_ok=True)  # ids are never used again
-        return False
+        return is_locked(self._path(process_id), else_remove=True)  # ids are never used again
 
     def others(self) -> list[str]:
-        """The live processes beside this one. What dead ones left is removed."""
-        return [path.stem for path in sorted(self._folder.glob("*.lock")) if path.stem != self.id and self._lives(path)]
-
-    def _lives(self, path: Path) -> bool:
-        try:
-            young = time.time() - path.stat().st_mtime < _JUST_NOW_S
-            if not young:
-                return self.is_alive(path.stem)
-            os.kill(int(path.stem.partition("-")[0]), 0)  # its owner may be about to lock it: asking would get in the way
-        except (FileNotFoundError, ProcessLookupError, ValueError):
-            return False
-        except PermissionError:
-            return True
-        return True
+        """The live processes beside this one. What dead ones left is removed; one that is just signing in does so again."""
+        stems = sorted(path.stem for path in self._folder.glob("*.lock"))
+        return [process_id for process_id in stems if process_id != self.id and self.is_alive(process_id)]
 
     def end(self) -> None:
         """Give the sign of life up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -384,3 +385,24 @@ def test_what_killed_processes_left_behind_goes_when_a_store_is_opened(tmp_path)
     assert all(living[0].is_alive(process.id) for process in living)
     for process in living:
         process.end()
+
+
+def test_a_process_that_is_about_to_sign_in_is_never_taken_for_dead_behind_its_back(tmp_path, monkeypatch):
+    """While its file is being removed it can't get the lock: it notices, and takes another id."""
+    asking = Process(tmp_path / "locks")
+    path = tmp_path / "locks" / "1-abc.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    tried, unlink = [], type(path).unlink
+
+    def remove(self, **options):
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tried.append(self)
+        unlink(self, **options)
+
+    monkeypatch.setattr(type(path), "unlink", remove)
+    assert not asking.is_alive("1-abc")
+    monkeypatch.undo()
+    assert tried == [path]
+    os.close(descriptor)
+    asking.end()
