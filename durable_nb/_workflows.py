@@ -65,7 +65,7 @@ class Workflows:
         form, data, inputs = _encoded(workflow, args, kwargs)
         function = workflow_functions.get(workflow)
         new = run_id if run_id is not None else new_id()
-        found = self._seen(new)
+        found = self.seen(new)
         if found is None:
             _loop_for(new)  # before anything is recorded
             began = self._engine.clock.now().wall_s
@@ -77,7 +77,7 @@ class Workflows:
             if held is not None:
                 self._spawn(new, self._execute(WorkflowRun(self._engine, record, held, resumed=False), function))
                 return new
-            found = self._seen(new)  # another process started it in this very moment
+            found = self.seen(new)  # another process started it in this very moment
         if found is not None:
             record, lease = found
             same = (record.kind, record.name) == ("workflow", workflow)
@@ -88,12 +88,12 @@ class Workflows:
                     f"find that run with durable.get_run({run_id!r})"
                 )
             if on_conflict == "fail":
-                status = self._status(record, lease)
+                status = self.status(record, lease)
                 raise RunConflictError(f"the run {run_id!r} was started already (it is {status}); nothing was started")
             if on_conflict == "restart":
                 if self._is_owned(record.id, lease):
                     raise RunConflictError(
-                        f"the run {run_id!r} is being executed (it is {self._status(record, lease)}), so it was not restarted; "
+                        f"the run {run_id!r} is being executed (it is {self.status(record, lease)}), so it was not restarted; "
                         "nothing was started. Cancel it first, with the run's cancel()"
                     )
                 self._go(replace(record, generation=record.generation + 1), lease, anew=True)
@@ -242,7 +242,7 @@ class Workflows:
         found = []
         for key, row in self._engine.store.journal.scan("run/"):
             with contextlib.suppress(UntrustedStoreError):  # somebody else's run in a store that was copied
-                pair = self._seen(unpack(self._engine.store.seal, key, row, RunRecord).id)
+                pair = self.seen(unpack(self._engine.store.seal, key, row, RunRecord).id)
                 if pair is not None:
                     found.append(self._summary(*pair, ()))
         return sorted(found, key=lambda run: run.started_at, reverse=True)
@@ -255,9 +255,10 @@ class Workflows:
         return self._find(run_id)[0].labels
 
     def _summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...]) -> Snapshot:
-        return Snapshot(record.id, record.name, self._status(record, lease), record.started_at, record.ended_at, steps)
+        return Snapshot(record.id, record.name, self.status(record, lease), record.started_at, record.ended_at, steps)
 
-    def _status(self, record: RunRecord, lease: Lease | None) -> Status:
+    def status(self, record: RunRecord, lease: Lease | None) -> Status:
+        """How a run stands, given its record and its lease."""
         run = self._engine.active.get(record.id)
         if run is not None:
             return run.snapshot().status
@@ -306,14 +307,14 @@ class Workflows:
         return run_id in self._tasks or self._engine.is_owned(run_id, lease)
 
     def _find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
-        found = self._seen(run_id) or self._last_of_cell(run_id)
+        found = self.seen(run_id) or self._last_of_cell(run_id)
         if found is not None:
             return found
         raise RunNotFoundError(
             f"no run {run_id!r} in the store {self._engine.store.path}; durable.runs() lists those there are"
         )
 
-    def _seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
+    def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run as it stands; cancelled it is as well where its executor died before it heard of it."""
         found = self._engine.read_run(run_id)
         if found is None or found[0].status != Status.RUNNING or self._is_owned(run_id, found[1]):
@@ -329,7 +330,7 @@ class Workflows:
     def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
         key = rec.generation_key(rec.scope_of(name))
         row = self._engine.store.journal.get(key)
-        return self._seen(unpack(self._engine.store.seal, key, row, Generation).last_run) if row else None
+        return self.seen(unpack(self._engine.store.seal, key, row, Generation).last_run) if row else None
 
 
 def _encoded(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bytes, str]:

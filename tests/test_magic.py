@@ -507,3 +507,13 @@ def test_why_tells_what_differs_now_before_the_cell_is_executed_again(tmp_path):
         assert "executed again now, it would run: helper clean changed, rate changed" in told
         assert "+    return v + rate" in told
         assert "2 → 3" in told
+
+
+def test_the_listing_says_how_a_run_stands_as_the_run_itself_does(shared):
+    shared.run("import asyncio\n@durable.workflow\nasync def long_one():\n    await durable.sleep('long', '1h')")
+    shared.run("run = long_one.start(id='long-one')\nwhile run.status != 'sleeping': await asyncio.sleep(0.01)")
+    (line,) = [line for line in tell(shared, "%durable runs").splitlines() if "long-one" in line]
+    assert "sleeping" in line
+    shared.run("run.cancel()\nwhile run.status != 'cancelled': await asyncio.sleep(0.01)")
+    (line,) = [line for line in tell(shared, "%durable runs").splitlines() if "long-one" in line]
+    assert "cancelled" in line

@@ -212,9 +212,9 @@ def test_a_run_that_another_process_started_and_completed_in_the_moment_of_start
             record, lease = first.engine.read_run("42")
             assert lease is None
             second.use()
-            looked = second._workflows._seen
+            looked = second._workflows.seen
             looks = []
-            second._workflows._seen = lambda run_id: looked(run_id) if looks else looks.append(run_id)  # before it was there
+            second._workflows.seen = lambda run_id: looked(run_id) if looks else looks.append(run_id)  # before it was there
             assert await order.start(id="42") == "a done"
             assert second.engine.read_run("42") == (record, None)
         assert (done, told) == (["a"], ["executed"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
-from durable_nb._facts import Snapshot, Status
+from durable_nb._facts import Snapshot
 from durable_nb._records import Lease, RunRecord, unpack
 from durable_nb._workflows import Workflows
 from durable_nb.errors import RunNotFoundError, StoreError
@@ -84,6 +84,7 @@ class Inventory:
         self._journal, self._seal = engine.store.journal, engine.store.seal
         self.path = engine.store.path
         self.entries = Entries(engine.store.cells, self._seal)
+        self._workflows = Workflows(engine)
 
     def runs(self) -> list[RunFacts]:
         """All runs, the newest first; what can't be read is left out."""
@@ -139,8 +140,7 @@ class Inventory:
 
     def steps_of(self, run: RunFacts) -> Snapshot:
         """The run with its steps."""
-        active = self._engine.active.get(run.id)
-        return active.snapshot() if active is not None else Workflows(self._engine).snapshot(run.id)
+        return self._workflows.snapshot(run.id)
 
     def store(self) -> StoreFacts:
         """Sizes and counts."""
@@ -163,10 +163,9 @@ class Inventory:
     def _records(self) -> Iterable[tuple[RunRecord, Lease | None]]:
         for key, row in self._journal.scan("run/"):
             with contextlib.suppress(StoreError):  # `doctor` tells of it
-                record = unpack(self._seal, key, row, RunRecord)
-                lease_key = rec.lease_key(record.id)
-                lease_row = self._journal.get(lease_key)
-                yield record, unpack(self._seal, lease_key, lease_row, Lease) if lease_row else None
+                found = self._workflows.seen(unpack(self._seal, key, row, RunRecord).id)
+                if found is not None:
+                    yield found
 
     def _steps(self) -> dict[str, int]:
         """Outcomes of each scope's newest generation."""
@@ -180,18 +179,11 @@ class Inventory:
         return newest
 
     def _facts(self, record: RunRecord, lease: Lease | None, steps: dict[str, int]) -> RunFacts:
-        active = self._engine.active.get(record.id)
-        if active is not None:
-            status = active.status
-        elif record.status != Status.RUNNING:
-            status = Status(record.status)
-        else:
-            status = Status.RUNNING if self._engine.is_owned(record.id, lease) else Status.INTERRUPTED
         return RunFacts(
             record.id,
             record.kind,
             _cell_of(record.scope, record.name) if record.kind == "cell" else record.name,
-            status.value,
+            self._workflows.status(record, lease).value,
             record.started_at,
             record.ended_at,
             None if record.kind == "cell" else steps.get(record.scope, 0),
