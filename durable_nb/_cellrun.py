@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from durable_nb import _fingerprint
@@ -34,6 +36,8 @@ class CellRun(Run):
         self._counts: dict[str, int] = {}
         self._again: dict[str, int] = {}
         self._checked: set[str] = set()
+        self._origins = {record.id}
+        """Runs whose steps were met, and whose notebook is known therefore."""
         self._loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
         self._changed = list(engine.changed[record.scope]) if resumed else []
         self._taken: set[Changed] = set()
@@ -87,7 +91,21 @@ class CellRun(Run):
         identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
-        return self._key(identity, self._occurrences.take(identity, branches, branch)), found
+        key = self._key(identity, self._occurrences.take(identity, branches, branch))
+        self._tell_origin(key)
+        return key, found
+
+    def _tell_origin(self, key: StepKey) -> None:
+        """Steps are shared by the notebooks of a folder; one line tells of it."""
+        with contextlib.suppress(StoreError):  # whoever asks for the step is told
+            outcome = self._recorded(key.outcome)
+            if outcome is None or outcome.run_id in self._origins:
+                return
+            self._origins.add(outcome.run_id)
+            found, mine = self.engine.read_run(outcome.run_id), self.record.origin.notebook
+            theirs = found[0].origin.notebook if found else ""
+            if mine and theirs and mine != theirs:
+                self.stage.advise(f"steps come from {PurePath(theirs).name}, which has them in common")
 
     def _patience_s(self, asked: Request) -> float | None:
         return asked.request.timeout_s

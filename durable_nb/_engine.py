@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import random
 import secrets
 from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 
 from durable_nb import _records as rec
+from durable_nb._adoption import Origin, may_adopt
 from durable_nb._cellrun import CellRun
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
@@ -45,6 +48,7 @@ class Asked:
     """How messages call it, where not so."""
     rerun: bool = False
     rerun_step: str = ""
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def scope(self) -> str:
@@ -107,14 +111,32 @@ class Engine:
             return run
 
     def _adopted(self, asked: Asked, found: _Unfinished) -> tuple[RunRecord, Lease] | None:
-        """The unfinished run that the cell goes on with: of those that nobody executes the one with these inputs, or the
-        newest."""  # fmt: skip
-        free = [(run, lease) for run, lease in found.runs if not self.is_owned(run.id, lease)]
-        free = [pair for pair in free if pair[0].generation == found.generation]
-        adopted = max(free, key=lambda pair: (pair[0].inputs == asked.inputs, pair[0].started_at), default=None)
+        """The unfinished run that the cell goes on with: of those that nobody executes, and that it may adopt, one of its own
+        notebook before others, with these inputs before others, the newest."""  # fmt: skip
+        asking = replace(asked.origin, process=self.store.process.id)
+        free = [
+            (run, lease)
+            for run, lease in found.runs
+            if run.generation == found.generation
+            and not self.is_owned(run.id, lease)
+            and may_adopt(run.origin, asking, self._exists)
+        ]
+        adopted = max(
+            free,
+            key=lambda pair: (
+                pair[0].origin.notebook == asking.notebook,
+                pair[0].inputs == asked.inputs,
+                pair[0].started_at,
+            ),
+            default=None,
+        )
         if asked.rerun and adopted and not (adopted[0].rerun and self._died(adopted[1])):
             return None
         return adopted
+
+    def _exists(self, notebook: str) -> bool:
+        """Is there a file of that name, as seen from the store's folder?"""
+        return Path(os.path.normpath(self.store.path / notebook)).exists()  # the store's folder may be a link: no '..' of it
 
     def _died(self, lease: Lease) -> bool:
         """Was its owner killed, and didn't let go of it itself?"""
@@ -166,15 +188,15 @@ class Engine:
         A new run is begun only while the cell's `generation` row is as it was read, and changes it: of two that find nothing
         to adopt at the same moment, one begins, and the other looks again.
         """
+        origin = replace(asked.origin, process=self.store.process.id)
         if adopted:
-            record = replace(adopted[0], inputs=asked.inputs, status="running", ended_at=None, error="")
+            record = replace(adopted[0], inputs=asked.inputs, status="running", ended_at=None, error="", origin=origin)
             held = await self.claim(record, adopted[1])
         else:
             generation = found.generation + asked.rerun
             began = self.clock.now().wall_s
-            record = RunRecord(
-                new, "cell", asked.label or asked.owner, asked.scope, generation, asked.inputs, began, rerun=asked.rerun
-            )
+            of = "cell", asked.label or asked.owner, asked.scope, generation, asked.inputs, began
+            record = RunRecord(new, *of, rerun=asked.rerun, origin=origin)
             begun = Generation(generation, record.id)
             held = await self.claim(record, None, first=(rec.generation_key(asked.scope), found.counter, begun))
         return CellRun(self, record, held, resumed=adopted is not None) if held else None

@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
+from durable_nb._adoption import Origin
 from durable_nb._clock import Instant
 from durable_nb._codec import Seal
 from durable_nb.errors import CorruptStoreError
@@ -162,6 +163,8 @@ class RunRecord:
     """What the workflow returned or, failed, the exception it raised."""
     result_blob: str = ""
     labels: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
+    """Of a cell's run: the cell that executed it last."""
     format: int = FORMAT
 
 

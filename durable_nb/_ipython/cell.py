@@ -58,6 +58,7 @@ from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
+from durable_nb._ipython.notebook import origin_of
 from durable_nb._ipython.options import Options
 from durable_nb._ipython.status import StatusLine
 from durable_nb._patches import UnpatchableError, fits, put
@@ -113,8 +114,10 @@ class Story:
 class CellExecution:
     """What one execution needs to know; `run` is its story."""
 
-    def __init__(self, shell: Any, engine: Engine, options: Options, body: str, *, live: bool, cell_id: str) -> None:
-        self.shell, self.engine, self.options, self.live = shell, engine, options, live
+    def __init__(
+        self, shell: Any, engine: Engine, options: Options, body: str, *, live: bool, cell_id: str, folder: Path
+    ) -> None:
+        self.shell, self.engine, self.options, self.live, self.folder = shell, engine, options, live, folder
         self.code = compile_body(shell, body)
         self.entries = Entries(engine.store.cells, engine.store.seal)
         self.label = options.name or "cell"
@@ -180,7 +183,9 @@ class CellExecution:
         await self._execute(run, key, began, parts or [])
 
     def _asked(self, key: CellKey) -> Asked:
-        return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step)
+        code = key.components.get("code") or _digest_of(self.code.tree)
+        origin = origin_of(code, self.shell.user_ns, self.folder, self.engine.store.path)
+        return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step, origin)
 
     def _noted(self, key: CellKey) -> tuple[explain.Notes, dict[str, str]]:
         """Notes on what the cell is about to run with, and the texts that they mask."""
@@ -205,7 +210,7 @@ class CellExecution:
         found = self._find(key)
         if found is None:
             return False
-        await self.engine.close_finished(self._asked(key))
+        await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found[0].manifest
         self.entries.used(found[0])
         self.story.restored, self.story.opaque = True, key.opaque

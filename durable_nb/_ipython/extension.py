@@ -25,6 +25,7 @@ class Session:
     def __init__(self, shell: Any) -> None:
         self.shell = shell
         self.path: Path = default_store()
+        self.folder = Path.cwd()
         self._engine: Any = None
         self._found: Any = None
         self._set_variables: list[tuple[Any, Any]] = []
@@ -134,7 +135,7 @@ class Session:
         cell_id = str(request.get("metadata", {}).get("cellId") or "")
         with _captured(self.shell, options.capture):
             asked = replace(options, rerun=True, rerun_step="") if options.name in self.rerun_next else options
-            execution = cells.CellExecution(self.shell, engine, asked, body, live=live, cell_id=cell_id)
+            execution = cells.CellExecution(self.shell, engine, asked, body, live=live, cell_id=cell_id, folder=self.folder)
             execution.story.options = options
             try:
                 await execution.run()
