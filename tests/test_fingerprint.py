@@ -39,7 +39,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from durable_nb import _fingerprint as fp
-from durable_nb._fingerprint import _code
+from durable_nb._fingerprint import _identities
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 counter = itertools.count()
@@ -1267,9 +1267,9 @@ def test_a_known_functions_identity_is_the_one_that_walking_it_gives(args, monke
     def fn(a=0, /, b=0, *rest):
         return a, b, rest, len(str(a))
 
-    walked = _code.of_call(fn, args)
-    quick = _code.of_call(fn, args)
-    monkeypatch.setattr(_code, "_of_known", lambda *_: None)
-    for other in (quick, _code.of_call(fn, args)):
+    walked = _identities.of_call(fn, args)
+    quick = _identities.of_call(fn, args)
+    monkeypatch.setattr(_identities, "_of_known", lambda *_: None)
+    for other in (quick, _identities.of_call(fn, args)):
         assert other == walked
-        assert _code.digest_of(other.components) == other.digest
+        assert fp.digest_of(other.components) == other.digest

@@ -491,7 +491,7 @@ def test_a_package_of_another_version_is_told_when_a_cell_is_restored(shared):
     k.run("import numpy as np")
     cell = "%%durable summed\ns = np.sum([1, 2])"
     k.run(cell)
-    k.run("import importlib.metadata as m, durable_nb._fingerprint._code as c\nreal = m.version\nc._version.cache_clear()")
+    k.run("import importlib.metadata as m, durable_nb._fingerprint._owners as c\nreal = m.version\nc.version.cache_clear()")
     k.run("m.version = lambda name: '0.0.1' if name == 'numpy' else real(name)")
     shown = k.run(cell)
     k.run("m.version = real\nc._version.cache_clear()")

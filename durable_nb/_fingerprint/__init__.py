@@ -1,17 +1,7 @@
 """Identities: what a call, a cell or a value is, as digests the same in every process and for all time."""
 
-from ._code import (
-    Fingerprint,
-    Fingerprinter,
-    digest_of,
-    globals_stored,
-    hash_value,
-    identify,
-    object_of,
-    of_call,
-    of_value,
-    source_of,
-)
+from ._graph import Fingerprint, Fingerprinter, digest_of
+from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
 from ._source import attribute_uses, names_loaded, nested_codes, normalise
 from ._values import FORMAT, Opaque, Unhashable
 

@@ -7,6 +7,7 @@ blake2b closes. The walk keeps its own stack: nesting is limited by memory only.
 
 from __future__ import annotations
 
+import builtins
 import collections
 import copyreg
 import datetime as dt
@@ -65,11 +66,25 @@ class Graph(Protocol):
 
     whole: bool
     """Attributes that an object keeps out of its pickle count as well; a value that went through pickle has lost them."""
+    docstrings: bool
+    """Something looks at them."""
 
     def refer(self, obj: Any) -> bytes: ...
     def outline(self, obj: Any) -> bytes: ...
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None: ...
     def by_name(self, obj: Any) -> bytes | None: ...
+    def value_of(self, walk: Walk, name: str, namespace: Mapping[str, Any], value: Any) -> None: ...
+    def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None: ...
+    def alone(self, value: Any) -> str: ...
+
+
+def look_up(name: str, namespace: Mapping[str, Any]) -> Any:
+    """What a global name stands for, builtins included, or MISSING."""
+    value = namespace.get(name, MISSING)
+    if value is not MISSING:
+        return value
+    found = namespace.get("__builtins__", builtins)
+    return (found if isinstance(found, dict) else vars(found)).get(name, MISSING)
 
 
 def text(value: str) -> bytes:
@@ -285,7 +300,7 @@ class Walk:
 class _Alone:
     """The graph of a value that holds no code, such as a constant in source."""
 
-    whole = False
+    whole = docstrings = False
 
     def refer(self, obj: Any) -> bytes:
         raise TypeError(f"a constant holds {type(obj).__name__}")
@@ -300,6 +315,17 @@ class _Alone:
     def by_name(self, obj: Any) -> bytes | None:
         del obj
         return None
+
+    def value_of(self, walk: Walk, name: str, namespace: Mapping[str, Any], value: Any) -> None:
+        del walk, name, namespace
+        self.refer(value)
+
+    def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
+        del children
+        raise TypeError(f"a constant needs {label}")
+
+    def alone(self, value: Any) -> str:
+        return constant(value).hex()
 
 
 def constant(value: Any) -> bytes:

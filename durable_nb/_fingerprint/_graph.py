@@ -1,0 +1,442 @@
+"""Code as a graph: functions, classes, modules and globals, each a component, linked to each other by label."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections import deque
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from . import _memo
+from ._classes import class_of
+from ._modules import CODE, attributes_of, imports_of, module_of
+from ._owners import installed_name, is_installed, is_installed_file, version
+from ._source import Paths, imported, normalise, read, shows_docstrings
+from ._values import DIGEST_BYTES, MISSING, PERSON, SCALARS, Opaque, Walk, look_up, named, raw, text
+
+if TYPE_CHECKING:
+    import ast
+    from collections.abc import Callable, Container, Iterator, Mapping
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """An identity and what it is made of: two of them differ where their components do."""
+
+    digest: str
+    components: dict[str, str]
+    opaque: tuple[Opaque, ...]
+    versions: dict[str, str]
+    lasting: bool
+    """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
+    places: Callable[[], dict[tuple[str, int], Any]] = field(compare=False, repr=False)
+    """The mutable objects met, by component and number within it."""
+
+
+class Fingerprinter:
+    """Collects what an identity depends on, piece by piece; `result()` may be asked at any time.
+
+    Mutable objects shared between pieces are remembered, and count: `K = L` is another input than `K = L[:]`.
+    A piece that can't be read raises `Unhashable` and leaves the rest as it was. With `memory`, overlapping
+    arrays count as well; values that went through pickle have lost that.
+    """
+
+    def __init__(
+        self,
+        *,
+        docstrings: bool = False,
+        memory: bool = True,
+        earlier: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+        ignored: Container[str] = (),
+    ) -> None:
+        """`earlier`: a namespace and what it held at an earlier time, which counts in its place, for functions in it too.
+        `ignored`: names of the notebook that don't count, whoever reads them."""
+        self.met_ignored: set[str] = set()
+        self._ignored = ignored
+        self.docstrings = docstrings
+        self._earlier = earlier
+        self._memory = self.whole = memory
+        self._shows_docstrings = False
+        self._components: dict[str, bytes] = {}
+        self._labels: dict[int, str] = {}
+        self._globals: dict[tuple[int, str], str] = {}
+        self._keep: list[Any] = []
+        self._taken: set[str] = set()
+        self._pending: deque[tuple[str, Callable[[Walk], Iterator[Any]]]] = deque()
+        self._walks: list[Walk] = []
+        self._opaque: set[Opaque] = set()
+        self._packages: set[str] = set()
+        self._added: list[Callable[[Fingerprinter], None]] = []
+
+    # ---- adding ----
+
+    def add_code(self, label: str, tree: ast.AST) -> None:
+        """Code by its normal form and the project's modules that it imports; the names it reads are added apart.
+
+        What is found out about `tree` is kept with it: it must not be changed afterwards.
+        """
+        shows, imports = _about(tree)
+        self._shows_docstrings |= shows
+
+        def children(walk: Walk) -> Iterator[Any]:
+            walk.out += b"A" + raw(_normal(tree, self.docstrings))
+            imports_of(walk, imports, None)
+            return iter(())
+
+        self._add(self._unique(label), children)
+        self._added.append(lambda other: other.add_code(label, tree))
+
+    def add_name(self, name: str, namespace: Mapping[str, Any], uses: Paths = None) -> None:
+        """What `name` stands for in `namespace` or builtins, or that it stands for nothing, as "global NAME".
+
+        `uses`, from `attribute_uses`, narrows a project's module to the attributes that are read.
+        """
+        if self._is_ignored(name, namespace):
+            return
+        value = look_up(name, self._held_by(namespace))
+        label = self._global_label(name, namespace)
+        if label in self._components:
+            return
+        self._added.append(lambda other: other.add_name(name, namespace, uses))
+
+        def children(walk: Walk) -> Iterator[Any]:
+            if value is MISSING:
+                walk.out += b"undefined"
+            elif isinstance(value, types.ModuleType) and uses is not None:
+                yield from attributes_of(walk, value, uses)
+            else:
+                yield value
+
+        self._add(label, children)
+
+    def add_value(self, label: str, value: Any) -> None:
+        write = SCALARS.get(type(value))
+        if write is not None:  # what a walk of it would give
+            self._components[self._unique(label)] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).digest()
+        else:
+            self._add(self._unique(label), lambda _: iter((value,)))
+        self._added.append(lambda other: other.add_value(label, value))
+
+    def add_function(self, label: str, fn: Any) -> None:
+        """As `add_value`, and as the first piece. One whose code and constants are what they were isn't walked again."""
+        known = _memo.KNOWN.get(id(fn)) if not self.docstrings else None
+        if known is not None and known.fn is fn and known.holds(self):
+            self._components, self._packages = dict(known.components), set(known.packages)
+            self._labels, self._globals = dict(known.labels), dict(known.globals)
+            self._taken = set(known.components)
+            self._keep = [known]
+            self._added.append(lambda other: other.add_value(label, fn))
+            return
+        self._packages.clear()  # of things looked at in vain
+        self.add_value(label, fn)
+        sources = None if self.docstrings or self._shows_docstrings or self._opaque else _memo.sources(self, fn)
+        if sources is not None and not any(walk.memos[0] or walk.arrays for walk in self._walks):
+            if len(_memo.KNOWN) >= _memo.KNOWN_LIMIT:
+                _memo.KNOWN.clear()
+            parts = dict(self._components)
+            said = {part: digest.hex() for part, digest in parts.items()}
+            joined = b"".join([text(part) + parts[part] for part in sorted(parts)])
+            lasting = not any(part.startswith("global ") for part in parts)
+            labels, names, packages = dict(self._labels), dict(self._globals), set(self._packages)
+            _memo.KNOWN[id(fn)] = _memo.Known(fn, *sources, parts, labels, names, packages, said, joined, lasting)
+
+    def _add(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
+        self._pending.append((label, children))
+        failed: Exception | None = None
+        while self._pending:
+            label, children = self._pending.popleft()
+            walk = Walk(self, label)
+            try:
+                self._components[label] = walk.digest(_started(children, walk))
+            except Exception as error:
+                failed = failed or error
+                self._labels = {key: known for key, known in self._labels.items() if known != label}
+                self._globals = {key: known for key, known in self._globals.items() if known != label}
+                continue
+            self._walks.append(walk)
+            self._opaque |= walk.opaque
+        if failed is not None:
+            raise failed
+
+    def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
+        """A component that is known by its label alone, and looked at once."""
+        if label not in self._taken:
+            self._taken.add(label)
+            self._pending.append((label, children))
+
+    # ---- the result ----
+
+    def result(self) -> Fingerprint:
+        if self._shows_docstrings and not self.docstrings:
+            documented = Fingerprinter(docstrings=True, memory=self._memory, earlier=self._earlier, ignored=self._ignored)
+            for add in self._added:
+                add(documented)
+            return documented.result()
+        components = dict(self._components)
+        aliases = _aliases(self._walks, self._memory)
+        if aliases:
+            components["aliases"] = aliases
+        said = {label: digest.hex() for label, digest in components.items()}
+        return Fingerprint(
+            digest_of(said),
+            said,
+            tuple(sorted(self._opaque)),
+            {name: found for name in sorted(self._packages) if (found := version(name))} if self._packages else {},
+            not self._opaque
+            and not any(walk.memos[0] or walk.arrays for walk in self._walks)
+            and not any(label.startswith("global ") for label in said),
+            self.places,
+        )
+
+    def places(self) -> dict[tuple[str, int], Any]:
+        """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
+        found: dict[tuple[str, int], Any] = {}
+        for walk in self._walks:
+            objects = {id(obj): obj for obj in walk.keep}
+            found.update({(walk.label, number): objects[key] for key, number in walk.memos[0].items() if key in objects})
+        return found
+
+    def functions(self) -> dict[str, types.FunctionType]:
+        """The user's functions met so far, methods and closures included, by component."""
+        return {
+            self._labels[id(obj)]: obj for obj in self._keep if isinstance(obj, types.FunctionType) and id(obj) in self._labels
+        }
+
+    # ---- what a walk asks ----
+
+    def refer(self, obj: Any) -> bytes:
+        token = self.by_name(obj)
+        return token if token is not None else b"L" + text(self._node(obj))
+
+    def outline(self, obj: Any) -> bytes:
+        token = self.by_name(obj)
+        if token is not None:
+            return token
+        if not isinstance(obj, types.FunctionType):
+            return b"l:" + text(f"{_module_of(obj)}.{getattr(obj, '__qualname__', '')}")
+        reading = read(obj.__code__)
+        held = [cell.cell_contents for cell in obj.__closure__ or () if _is_filled(cell)]
+        held += [*(obj.__defaults__ or ()), *(value for _, value in sorted((obj.__kwdefaults__ or {}).items()))]
+        simple = b"".join(SCALARS[type(value)](value) if type(value) in SCALARS else b"-" for value in held)
+        return b"l:" + text(obj.__code__.co_qualname) + reading.plain + raw(simple)
+
+    def by_name(self, obj: Any) -> bytes | None:
+        """The token of something installed that is reached by its qualified name; None for everything else."""
+        found = installed_name(obj)
+        if found is None:
+            return None
+        module, qualname = found
+        self._met(module)
+        return b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
+
+    def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None:
+        module = fn.__globals__.get("__name__")
+        filename = fn.__code__.co_filename
+        if not (is_installed(module) if filename.startswith("<") else is_installed_file(filename)):
+            walk.refer(fn)
+            return None
+        token = None if fn.__closure__ or fn.__dict__ else self.by_name(fn)
+        if token is not None:
+            walk.out += token
+            return None
+        return self._installed_function(walk, fn, str(module))
+
+    def _met(self, module: str) -> None:
+        root = module.partition(".")[0]
+        if root not in sys.stdlib_module_names and root != "durable_nb":
+            self._packages.add(root)
+
+    def _installed_function(self, walk: Walk, fn: types.FunctionType, module: str) -> Iterator[Any]:
+        """A function that an installed package made for the user: by name, and by what it carries of theirs."""
+        qualname = fn.__code__.co_qualname
+        self._met(module)
+        walk.out += b"Xmade;" + text(module) + text(qualname)
+        if walk.seen(fn):
+            return
+        if qualname == "singledispatch.<locals>.wrapper":  # its other cells are caches
+            yield tuple(fn.registry.items())  # type: ignore[attr-defined]
+            return
+        if "<lambda>" in qualname:
+            walk.out += read(fn.__code__).plain
+        if "<" in qualname:
+            yield from (fn.__defaults__, fn.__kwdefaults__)
+        yield fn.__closure__
+        # of what else hangs on it only functions count: tenacity, for one, keeps its statistics there
+        carried = (types.FunctionType, types.MethodType, functools.partial)
+        yield from named(walk, {name: value for name, value in fn.__dict__.items() if isinstance(value, carried)})
+
+    def alone(self, value: Any) -> str:
+        """The digest of a value by itself."""
+        found = Fingerprinter(memory=False)
+        found.add_value("value", value)
+        return found.result().digest
+
+    # ---- nodes ----
+
+    def _node(self, obj: Any) -> str:
+        label = self._labels.get(id(obj))
+        if label is not None:
+            return label
+        children: Callable[[Walk], Iterator[Any]]
+        if isinstance(obj, types.FunctionType):
+            name = _qualified(obj.__globals__.get("__name__"), obj.__code__.co_qualname)
+            label, children = f"function {name}", lambda walk: self._function(walk, obj)
+        elif isinstance(obj, types.ModuleType):
+            label, children = f"module {obj.__name__}", lambda walk: module_of(walk, obj)
+        elif isinstance(obj, type):
+            label = f"class {_qualified(obj.__module__, obj.__qualname__)}"
+            children = lambda walk: class_of(walk, obj)  # noqa: E731
+        else:
+            raise TypeError(f"no code: {type(obj).__name__}")
+        label = self._unique(label)
+        self._labels[id(obj)] = label
+        self._keep.append(obj)
+        self._pending.append((label, children))
+        return label
+
+    def _unique(self, label: str) -> str:
+        number, unique = 1, label
+        while unique in self._taken:
+            number += 1
+            unique = f"{label}#{number}"
+        self._taken.add(unique)
+        return unique
+
+    def _held_by(self, namespace: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._earlier[1] if self._earlier is not None and namespace is self._earlier[0] else namespace
+
+    def _global_label(self, name: str, namespace: Mapping[str, Any]) -> str:
+        key = (id(namespace), name)
+        label = self._globals.get(key)
+        if label is None:
+            label = self._unique(f"global {_qualified(namespace.get('__name__'), name)}")
+            self._globals[key] = label
+            self._keep.append(namespace)
+        return label
+
+    def _function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any]:
+        reading = read(fn.__code__)
+        self._shows_docstrings |= reading.shows_docstrings
+        walk.out += reading.documented if self.docstrings else reading.plain
+        walk.out += text(fn.__name__) + text(fn.__qualname__)
+        if self.docstrings:
+            yield fn.__doc__
+        yield fn.__defaults__
+        keywords = fn.__kwdefaults__
+        if keywords:
+            yield from named(walk, keywords)
+        walk.out += b"closure"
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            walk.out += text(name)
+            yield cell
+        walk.out += b"dict"
+        yield from named(walk, fn.__dict__)
+        walk.out += b"globals"
+        for name in reading.names:
+            walk.out += text(name)
+            yield from self._global(walk, name, fn.__globals__, reading.uses.get(name))
+        imports_of(walk, reading.imports, fn.__globals__)
+
+    def _is_ignored(self, name: str, namespace: Mapping[str, Any]) -> bool:
+        if name not in self._ignored or namespace.get("__name__") not in {"__main__", None}:
+            return False
+        self.met_ignored.add(name)
+        return True
+
+    def _global(self, walk: Walk, name: str, namespace: dict[str, Any], uses: Paths) -> Iterator[Any]:
+        if self._is_ignored(name, namespace):
+            walk.out += b"ignored"
+            return
+        value = look_up(name, self._held_by(namespace))
+        if value is MISSING:
+            walk.out += b"undefined"
+        elif isinstance(value, types.ModuleType) and uses is not None:
+            yield from attributes_of(walk, value, uses)
+        elif isinstance(value, CODE):
+            yield value
+        else:
+            self.value_of(walk, name, namespace, value)
+
+    def value_of(self, walk: Walk, name: str, namespace: Mapping[str, Any], value: Any) -> None:
+        known = (id(namespace), name) in self._globals
+        label = self._global_label(name, namespace)
+        if not known:
+            self._pending.append((label, lambda _: iter((value,))))
+        walk.out += b"L" + text(label)
+
+
+# ---- code that is asked about again and again ----
+
+
+@functools.lru_cache(maxsize=256)
+def _about(tree: ast.AST) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    return shows_docstrings(tree), tuple(sorted(imported(tree)))
+
+
+@functools.lru_cache(maxsize=256)
+def _normal(tree: ast.AST, docstrings: bool) -> bytes:
+    return normalise(tree, docstrings=docstrings)
+
+
+# ---- small questions ----
+
+
+def _started(children: Callable[[Walk], Iterator[Any]], walk: Walk) -> Iterator[Any]:
+    yield from children(walk)
+
+
+def _qualified(module: Any, name: str) -> str:
+    return name if module in {"__main__", None} else f"{module}.{name}"
+
+
+def _module_of(obj: Any) -> str:
+    return str(getattr(obj, "__module__", None) or getattr(obj, "__name__", ""))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _aliases(walks: list[Walk], memory: bool) -> bytes:
+    """Where one mutable object, or one stretch of array memory, is reached from several components."""
+    places: dict[int, list[bytes]] = {}
+    for walk in walks:
+        for key, number in walk.memos[0].items():
+            places.setdefault(key, []).append(text(walk.label) + b"%d;" % number)
+    groups = sorted(b"".join(sorted(found)) for found in places.values() if len(found) > 1)
+    if memory:
+        groups += _overlaps(walks)
+    if not groups:
+        return b""
+    return blake2b(b"".join(raw(group) for group in groups), digest_size=DIGEST_BYTES, person=PERSON).digest()
+
+
+def _overlaps(walks: list[Walk]) -> list[bytes]:
+    arrays = [(text(walk.label) + b"%d;" % number, array) for walk in walks for number, array in walk.arrays if number >= 0]
+    if len(arrays) < 2:
+        return []
+    bounds = sys.modules["numpy"].lib.array_utils.byte_bounds
+    spans = sorted((*bounds(array), label, id(array)) for label, array in arrays if array.size)
+    found: list[bytes] = []
+    open_spans: list[tuple[int, int, bytes, int]] = []
+    for start, stop, label, key in spans:
+        open_spans = [span for span in open_spans if span[1] > start]
+        for other_start, _, other, other_key in open_spans:
+            if other_key != key:
+                one, two = sorted(((other, 0), (label, start - other_start)))
+                found.append(one[0] + two[0] + b"%d;" % (two[1] - one[1]))
+        open_spans.append((start, stop, label, key))
+    return sorted(found)
+
+
+def digest_of(components: Mapping[str, str]) -> str:
+    """The digest of a fingerprint that has these components."""
+    parts = b"".join([text(label) + bytes.fromhex(components[label]) for label in sorted(components)])
+    return blake2b(parts, digest_size=DIGEST_BYTES, person=PERSON).hexdigest()

@@ -1,0 +1,96 @@
+"""Functions that were asked about before: their components hold as long as all that these follow from is the same."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._modules import CODE
+from ._owners import is_installed_file
+from ._source import read
+from ._values import BULK_BYTES, MISSING, SCALARS, look_up
+
+if TYPE_CHECKING:
+    from ._values import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The components of a function, and all that they follow from. What could change without a trace here is not in them."""
+
+    fn: types.FunctionType
+    functions: tuple[tuple[types.FunctionType, types.CodeType, str, str, tuple[Any, ...] | None], ...]
+    names: tuple[tuple[dict[str, Any], str, Any], ...]
+    installed: tuple[tuple[Any, bytes], ...]
+    components: dict[str, bytes]
+    labels: dict[int, str]
+    globals: dict[tuple[int, str], str]
+    packages: set[str]
+    said: dict[str, str]
+    joined: bytes
+    """The components as `digest_of` puts them together."""
+    lasting: bool
+
+    def holds(self, graph: Graph) -> bool:
+        return (
+            all(
+                fn.__code__ is code
+                and fn.__name__ == name
+                and fn.__qualname__ == qualname
+                and fn.__defaults__ is defaults
+                and not (fn.__kwdefaults__ or fn.__dict__)
+                for fn, code, name, qualname, defaults in self.functions
+            )
+            and all(look_up(name, namespace) is value for namespace, name, value in self.names)
+            and all(graph.by_name(obj) == token for obj, token in self.installed)
+        )
+
+
+KNOWN: dict[int, Known] = {}
+KNOWN_LIMIT = 1000
+
+
+def sources(graph: Graph, fn: Any) -> tuple[Any, Any, Any] | None:
+    """What the components of `fn` follow from; None where that is more than code, constants and installed things."""
+    functions: dict[int, Any] = {}
+    names: list[tuple[dict[str, Any], str, Any]] = []
+    installed: list[tuple[Any, bytes]] = []
+    pending = [fn]
+    while pending:
+        found = pending.pop()
+        if id(found) in functions:
+            continue
+        if type(found) is not types.FunctionType or found.__closure__ or found.__dict__ or found.__kwdefaults__:
+            return None
+        code, namespace = found.__code__, found.__globals__
+        module = namespace.get("__name__")
+        if is_installed_file(code.co_filename) or (code.co_filename.startswith("<") and module not in {None, "__main__"}):
+            return None
+        reading = read(code)
+        if (
+            graph.by_name(found) is not None
+            or reading.imports
+            or any(type(value) not in SCALARS for value in found.__defaults__ or ())
+        ):
+            return None
+        functions[id(found)] = (found, code, found.__name__, found.__qualname__, found.__defaults__)
+        names.append((namespace, "__name__", look_up("__name__", namespace)))
+        for name in reading.names:
+            value = look_up(name, namespace)
+            names.append((namespace, name, value))
+            if value is MISSING:
+                continue
+            if type(value) in SCALARS:
+                if isinstance(value, str | bytes) and len(value) >= BULK_BYTES:  # not to be kept alive from here
+                    return None
+                continue
+            if type(value) is types.FunctionType and not is_installed_file(value.__code__.co_filename):
+                pending.append(value)
+                continue
+            simple = type(value) is not types.FunctionType or not (value.__closure__ or value.__dict__)
+            token = graph.by_name(value) if isinstance(value, CODE) and simple else None
+            if token is None:
+                return None
+            installed.append((value, token))
+    return tuple(functions.values()), tuple(names), tuple(installed)

@@ -1,0 +1,154 @@
+"""Whose code it is: Python's, an installed package's or ours, which is known by its name, or the user's, which is read."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import os
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
+_STDLIB = tuple({os.path.dirname(os.__file__) + os.sep, os.path.realpath(os.path.dirname(os.__file__)) + os.sep})  # noqa: PTH120
+
+
+@functools.lru_cache(maxsize=4096)
+def is_installed_file(filename: str) -> bool:
+    if filename.startswith("<frozen"):
+        return True
+    path = os.path.realpath(filename)
+    if path.startswith(_HERE) or filename.startswith(_HERE):
+        return True
+    parts = path.replace(os.sep, "/").split("/")
+    return "site-packages" in parts or "dist-packages" in parts or path.startswith(_STDLIB)
+
+
+def is_installed(module_name: str | None) -> bool:
+    """Whether a module is Python's own, an installed package's, or ours; the user's project is none of these."""
+    if not module_name or module_name == "__main__":
+        return False
+    module = sys.modules.get(module_name)
+    filename = getattr(module, "__file__", None)
+    if isinstance(filename, str):
+        return is_installed_file(filename)
+    root = module_name.partition(".")[0]
+    if root in sys.stdlib_module_names:
+        return True
+    if module is None:
+        return root in sys.modules and root != module_name and is_installed(root)
+    path = getattr(module, "__path__", None)
+    if path is not None:
+        return any(is_installed_file(os.path.join(str(part), "")) for part in path)  # noqa: PTH118
+    if root != module_name and getattr(module, "__spec__", None) is None:
+        return is_installed(root)  # made by an extension module
+    return False
+
+
+def _leads_to(module_name: str | None, qualname: str, obj: Any) -> bool:
+    found: Any = sys.modules.get(module_name or "")
+    for part in qualname.split("."):
+        try:
+            found = getattr(found, part, None)
+        except Exception:
+            return False
+    return found is obj
+
+
+def installed_name(obj: Any) -> tuple[str, str] | None:
+    """The module and qualified name by which something installed is reached; None for everything else."""
+    if isinstance(obj, types.ModuleType):
+        name = obj.__name__
+        return (name, "") if is_installed(name) and sys.modules.get(name) is obj else None
+    if isinstance(obj, type):
+        module, qualname = obj.__module__, obj.__qualname__
+    elif isinstance(obj, types.MethodType | types.BuiltinMethodType) and _is_bound(obj):
+        exporter = _exporter(obj)
+        return None if exporter is None else (exporter, obj.__name__)
+    elif callable(obj):
+        module, qualname = _claimed(obj)
+    else:
+        return None
+    if not isinstance(module, str) or not isinstance(qualname, str) or not is_installed(module):
+        return None
+    if not _leads_to(module, qualname, obj) and not (isinstance(obj, type) and not obj.__flags__ & _HEAP_TYPE):
+        return None
+    return module, qualname
+
+
+def _is_bound(obj: Any) -> bool:
+    return obj.__self__ is not None and not isinstance(obj.__self__, types.ModuleType)
+
+
+def _exporter(method: Any) -> str | None:
+    """The installed module that offers a method of a hidden object as a function, as `random.random` is one."""
+    owner = method.__self__
+    module = str((owner if isinstance(owner, type) else type(owner)).__module__)
+    while module and is_installed(module):
+        if module != "builtins" and vars(sys.modules.get(module, builtins)).get(method.__name__) == method:
+            return module
+        module = module.rpartition(".")[0]
+    return None
+
+
+def _claimed(obj: Any) -> tuple[Any, Any]:
+    if not is_installed(type(obj).__module__) and not isinstance(obj, types.FunctionType):
+        return None, None
+    try:
+        return obj.__module__, obj.__qualname__
+    except Exception:
+        return None, None
+
+
+def source_file(name: str) -> str | None:
+    """The file of a project's module, loaded or not; nothing is imported to find it."""
+    module = sys.modules.get(name)
+    if module is not None:
+        filename = getattr(module, "__file__", None)
+        return filename if isinstance(filename, str) and filename.endswith(".py") else None
+    parent, _, _ = name.rpartition(".")
+    root = name.partition(".")[0]
+    if not name or root in sys.stdlib_module_names:
+        return None
+    try:
+        if parent:
+            above = source_file(parent)
+            if above is None or os.path.basename(above) != "__init__.py":  # noqa: PTH119
+                return None
+            search: list[str] | None = [os.path.dirname(above)]  # noqa: PTH120
+        else:
+            search = None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, search)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    origin = spec.origin if spec is not None else None
+    if not origin or not origin.endswith(".py") or is_installed_file(origin):
+        return None
+    return origin
+
+
+@functools.lru_cache(maxsize=1024)
+def version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except Exception:
+        found = _distributions().get(package)
+    try:
+        return metadata.version(found[0]) if found else None
+    except Exception:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    from importlib import metadata
+
+    return metadata.packages_distributions()
