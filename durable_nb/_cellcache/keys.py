@@ -56,12 +56,16 @@ class CellKey:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the user says about a cell's key."""
+    """What the user says about a cell's key, and about its entry."""
 
     ignored: frozenset[str] = frozenset()
     """Names that don't count."""
     extra: tuple[Any, ...] = ()
     """A value that counts besides."""
+    ttl_s: float | None = None
+    """Entries as old as this don't count."""
+    skip: frozenset[str] = frozenset()
+    """Names that are not stored."""
 
 
 def key_of(

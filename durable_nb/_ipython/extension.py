@@ -125,6 +125,7 @@ class Session:
         """Execute one durable cell; the transformer's code awaits this."""
         from durable_nb._ipython import cell as cells
         from durable_nb._ipython.options import parse, refuse_magic_below
+        from durable_nb._ipython.tracebacks import show_users_lines
 
         options = parse(line, stack)
         refuse_magic_below(body)
@@ -141,7 +142,7 @@ class Session:
                 await execution.run()
                 self._set_variables = execution.set_variables
             except BaseException as error:
-                cells.show_users_lines(self.shell, error)
+                show_users_lines(self.shell, error)
                 raise
             finally:
                 if execution.begun:

@@ -14,12 +14,13 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from durable_nb._cellcache import explain
+from durable_nb._cellcache.cache import ruled_out
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.keys import CellKey, changes, key_from, key_of
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.world import World
-from durable_nb._ipython import cell as cells
-from durable_nb._ipython.cell import Story
+from durable_nb._ipython.cell import Story, terms_of
+from durable_nb._ipython.compile import source_of
 from durable_nb._records import scope_of
 
 HIT, RUN, DEPENDS = "hit", "run", "depends"
@@ -39,7 +40,7 @@ class Forecast:
 
 def forecasts(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: set[str]) -> list[Forecast]:
     """For all cells in the order in which they were executed first."""
-    known = {name: cells.source_of(shell, story.source) for name, story in stories.items()}
+    known = {name: source_of(shell, story.source) for name, story in stories.items()}
     found: list[Forecast] = []
     unsure: dict[str, str] = {}  # names that are bound by a cell which may run: the cell
     later = {name: _made(names, story) for (name, (_, names)), story in zip(known.items(), stories.values(), strict=True)}
@@ -60,8 +61,8 @@ def forecasts(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun:
 
 def differences(shell: Any, entries: Entries, story: Story) -> tuple[Manifest | None, list[explain.Difference]]:
     """The entry that is most like the cell as things are now, and what differs from it."""
-    tree, names = cells.source_of(shell, story.source)
-    key = key_of(story.options.name, tree, names, shell.user_ns, cells.terms_of(shell, story.options))
+    tree, names = source_of(shell, story.source)
+    key = key_of(story.options.name, tree, names, shell.user_ns, terms_of(shell, story.options))
     scope = scope_of(story.options.name)
     manifests = entries.manifests(scope, limit=1000)
     nearest = min(manifests, key=lambda m: len(changes(m.components, key.components)), default=None)
@@ -82,9 +83,10 @@ def _of_one(
 ) -> tuple[Manifest | None, str, str]:
     options = story.options
     try:
-        key = key_of(options.name, tree, names, shell.user_ns, cells.terms_of(shell, options))
+        terms = terms_of(shell, options)
     except UsageError as error:  # --extra can't be evaluated now
         return None, RUN, str(error)
+    key = key_of(options.name, tree, names, shell.user_ns, terms)
     now = _as_it_would_be(key, story, clobbered)
     manifests = list(entries.manifests(scope_of(options.name), limit=1000))
     likest = min(manifests, key=lambda m: len(changes(m.components, now)), default=None)
@@ -99,7 +101,7 @@ def _of_one(
     for manifest in manifests:
         if manifest.key == whole:
             world = _world_to_compare(manifest, story, clobbered)
-            said = cells.ruled_out(options, manifest) or ", ".join(world.changes(shell.user_ns)[:3])
+            said = ruled_out(terms, manifest) or ", ".join(world.changes(shell.user_ns)[:3])
             if not said:
                 return manifest, HIT, ""
             reason = reason or said

@@ -1,0 +1,353 @@
+"""What a durable cell left behind, put away and found again: `lookup` before it runs, `save` after it.
+
+Keys, values and patches are made of the user's objects, whose code may raise anything. All of it is looked at inside `key`,
+`lookup`, `why` and `save`, and an exception there means one thing: the cell runs, or is not stored. The notebook is touched
+by `Hit.apply` alone, after everything that could fail while decoding has succeeded.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import io
+import re
+import secrets
+import time
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from durable_nb import _records as rec
+from durable_nb._cellcache import explain
+from durable_nb._cellcache.entries import DriftError, Entries, Entry, Manifest, Result
+from durable_nb._cellcache.keys import CellKey, Terms, changes, globals_held, key_of, mutated, said, stored_by
+from durable_nb._cellcache.names import Names
+from durable_nb._cellcache.patches import (
+    Links,
+    attributes_set,
+    imported_by,
+    patches_for,
+    resolver,
+    shares_memory,
+    submodules_imported_by,
+)
+from durable_nb._cellcache.world import CellWatch, mentioned_paths, name_digest, set_generator
+from durable_nb._clock import say_duration
+from durable_nb._patches import UnpatchableError, fits, put
+from durable_nb._pickling import Pickler
+from durable_nb.errors import CorruptStoreError, UntrustedStoreError
+
+_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
+"""Names under which an entry keeps what is no variable."""
+_HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
+
+
+@dataclass(frozen=True, slots=True)
+class CellCode:
+    """A cell that is asked for."""
+
+    name: str
+    """'' for none: it has no key but its code then."""
+    tree: ast.Module
+    names: Names
+    terms: Terms = field(default_factory=Terms)
+
+    @property
+    def scope(self) -> str:
+        """The folder of its entries. All cells without a name share one."""
+        return rec.scope_of(self.name) if self.name else "~"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An entry that holds in the world as it is now, decoded. Nothing of the notebook has changed yet."""
+
+    manifest: Manifest
+    entry: Entry
+    values: dict[str, Any]
+
+    @property
+    def variables(self) -> int:
+        """How many variables it binds."""
+        return len(self.values) - len((_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE))
+
+    @property
+    def results(self) -> list[Any]:
+        """The values that the cell displayed."""
+        found: list[Any] = self.values[_RESULTS]
+        return found
+
+    def apply(self, namespace: MutableMapping[str, Any]) -> None:
+        """Leave the namespace, and what lies beyond it, as the cell left them."""
+        for (module, name), value in self.values[_ELSEWHERE].items():
+            setattr(importlib.import_module(module), name, value)
+        for module in self.values[_MODULES]:
+            importlib.import_module(module)
+        for obj, content in self.values[_PATCHES]:
+            put(obj, content)
+        own = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE)
+        namespace.update({name: value for name, value in self.values.items() if name not in own})
+        for name in self.manifest.deleted:
+            namespace.pop(name, None)
+        for name, state in self.values[_STATES].items():
+            set_generator(name, state)
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """The cell has to run."""
+
+    why: str = ""
+    """What rules the entry of this key out, where there is one; for everything else `CellCache.why` looks further."""
+    warnings: tuple[str, ...] = ()
+    """Entries that should have been a hit, and what is wrong with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Why a cell runs."""
+
+    nearest: Manifest | None
+    """The entry that is most like it."""
+    found: tuple[str, ...]
+    """What differs from that one, in a few words."""
+    differences: tuple[explain.Difference, ...]
+    """The same with details."""
+    notes: explain.Notes
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a cell is about to run with; `watch` sees what it does meanwhile."""
+
+    code: CellCode
+    key: CellKey
+    namespace: MutableMapping[str, Any]
+    """The live one."""
+    held: dict[str, Any]
+    """What it held."""
+    elsewhere: dict[tuple[str, str], Any]
+    """What the globals of modules held that helpers may bind."""
+    watch: CellWatch
+    notes: explain.Notes
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """How a cell went."""
+
+    results: list[Any]
+    """The values that it displayed."""
+    outputs: bytes
+    outputs_count: int
+    cost_s: float
+    problems: tuple[str, ...] = ()
+    """What else it did that no hit would do again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The entry is on disk."""
+
+    manifest: Manifest
+    changed: tuple[str, ...]
+    """Components of its key that the cell changed in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotStored:
+    """The cell will run again."""
+
+    why: str
+    changed: tuple[str, ...] = ()
+
+
+class CellCache:
+    """The cells of one store."""
+
+    def __init__(self, entries: Entries, own: Path) -> None:
+        """`own`: the store's folder, whose files are no inputs."""
+        self.entries, self._own = entries, own
+
+    def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
+        """The identity of the cell, were it to run now."""
+        try:
+            return key_of(code.name, code.tree, code.names, namespace, code.terms)
+        except Exception as error:  # whatever is odd about an input, the cell itself must run
+            unknown = f"its inputs can't be compared ({type(error).__name__}: {error})"
+            return CellKey(secrets.token_hex(20), {}, {}, (unknown,), {})
+
+    def lookup(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> Hit | Miss:
+        """Is there an entry of this key that holds in the world as it is now?"""
+        if key.unknown:
+            return Miss()
+        why = ""
+        try:
+            for entry in self.entries.of_key(code.scope, key.key):
+                stale = ruled_out(code.terms, entry.manifest)
+                why = why or stale
+                if stale or entry.manifest.world.changes(namespace):
+                    continue
+                values = entry.values(resolver(key.places, namespace))
+                if all(fits(obj, content) for obj, content in values[_PATCHES]):
+                    return Hit(entry.manifest, entry, values)
+        except (CorruptStoreError, UntrustedStoreError) as error:
+            return Miss(why, (f"what was stored of this cell is not used: {error}; the cell runs and is stored anew",))
+        except Exception as error:  # a class or module that its values need is gone
+            what = f"{type(error).__name__}: {error}"
+            return Miss(why, (f"what was stored of this cell can't be restored ({what}); the cell runs and is stored anew",))
+        return Miss(why)
+
+    def why(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> Why:
+        """What differs between the cell and the entry most like it."""
+        try:
+            notes, texts = explain.notes_of(key, code.tree, namespace, self.entries.mark)
+        except Exception:  # an explanation is no reason for a cell not to run
+            notes, texts = explain.Notes(), {}
+        nearest, found = self._nearest(code, namespace, key)
+        if nearest is None:
+            return Why(None, (), (), notes)
+        before = explain.decode(self.entries.notes(code.scope, nearest))
+        components = explain.differences(nearest.components, before, key.components, notes, texts)
+        world = nearest.world.changes(namespace)
+        return Why(nearest, tuple(found), (*components, *(explain.Difference(what) for what in world)), notes)
+
+    def _nearest(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> tuple[Manifest | None, list[str]]:
+        nearest: Manifest | None = None
+        fewest: list[str] = []
+        for manifest in self.entries.manifests(code.scope) if code.name else ():
+            found = changes(manifest.components, key.components) or manifest.world.changes(namespace)
+            if nearest is None or len(found) < len(fewest):
+                nearest, fewest = manifest, found
+        return nearest, fewest
+
+    def begin(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey, notes: explain.Notes) -> Before:
+        """Remember what the cell starts from; watch it with `watching(before.watch)` while it runs."""
+        inputs = {name: namespace[name] for name in code.names.read if name in namespace}
+        watch = CellWatch(mentioned_paths(code.tree, inputs), self._own, key.words)
+        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, notes)
+
+    def save(self, before: Before, after: After) -> Stored | NotStored:
+        """Put away what the cell left behind; on disk when this returns Stored."""
+        if before.key.unknown:
+            return NotStored(before.key.unknown[0])
+        try:
+            return _Saving(self.entries, before, after).save()
+        except Exception as error:
+            return NotStored(f"what it left can't be looked at ({type(error).__name__}: {error})")
+
+
+def ruled_out(terms: Terms, manifest: Manifest) -> str:
+    """Why what the user says doesn't let this entry count; '' where it does."""
+    age_s, ttl_s = time.time() - manifest.created_at, terms.ttl_s
+    if ttl_s is not None and age_s >= ttl_s:
+        return f"its entry is {say_duration(age_s)} old, and --ttl says {say_duration(ttl_s)}"
+    missing = set(manifest.skipped) - terms.skip
+    return f"its entry is without {', '.join(sorted(missing))}, which --skip left out" if missing else ""
+
+
+@dataclass(slots=True)
+class _Saving:
+    """One cell being put away."""
+
+    entries: Entries
+    before: Before
+    after: After
+    changed: list[str] = field(default_factory=list)
+
+    def save(self) -> Stored | NotStored:
+        code, key, namespace, watch = self.before.code, self.before.key, self.before.namespace, self.before.watch
+        held, terms = self.before.held, self.before.code.terms
+        names = code.names
+        touched = {
+            n for n in {*held, *namespace} if n in names.certain or held.get(n, _HIDDEN) is not namespace.get(n, _HIDDEN)
+        }
+        # What the key tells of a name need not be compared again; and it may have been changed in place since.
+        unread = {n for n in (*names.bound, *stored_by(key)) if f"global {n}" not in key.components}
+        alone = {n for n in unread if n in namespace and n not in touched}
+        touched, alone = ({n for n in found if n in names.bound or not _HIDDEN.fullmatch(n)} for found in (touched, alone))
+        deleted, skipped = sorted(touched - namespace.keys()), sorted(touched & namespace.keys() & terms.skip)
+        touched, alone = touched - terms.skip, alone - terms.skip - terms.ignored
+        bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
+        try:
+            self.changed, problems = mutated(key, code.tree, names, namespace, held, terms)
+            world, unseen = watch.world()
+            problems += unseen
+            world = replace(world, names={name: name_digest(namespace, name) for name in sorted(alone)})
+        except Exception as error:
+            return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
+        try:
+            patches = patches_for(self.changed, key.places)
+        except UnpatchableError as error:
+            problems.append(f"it changes {said(str(error))} in place")
+        problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
+        problems += [f"it sets {module}.{name}" for module, name in attributes_set(code.tree, namespace)]
+        problems += [*key.sets, *self.after.problems]
+        if problems:
+            return self._not(problems[0])
+        view = shares_memory(bound, key.places)
+        if view:
+            return self._not(f"{view} shares its memory with another array or frame; .copy() gives it its own")
+        values = {
+            **bound,
+            _RESULTS: self.after.results,
+            _STATES: watch.moved_states(world),
+            _PATCHES: patches,
+            _MODULES: submodules_imported_by(code.tree),
+            _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.before.elsewhere.get(place)},
+        }
+        links = Links(key.places, {n: held[n] for n in names.read if n in held}, imported_by(code.tree, bound))
+        result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
+        return self._write(result, links, bound.values())
+
+    def _write(self, result: Result, links: Links, bound: Iterable[Any]) -> Stored | NotStored:
+        code, key = self.before.code, self.before.key
+        try:
+            manifest = self.entries.store(
+                code.scope,
+                key.key,
+                result,
+                name=code.name,
+                components=key.components,
+                versions=key.versions,
+                created_at=time.time(),
+                reference=links.reference,
+                copied=lambda cls: any(cls is value for value in bound),
+                resolve=resolver(key.places, self.before.held),
+                notes=explain.encode(self.before.notes),
+            )
+        except OSError as error:
+            return self._not(f"the store can't be written ({error.strerror})")
+        except UnpatchableError as error:
+            return self._not(f"it binds {error}")
+        except DriftError as error:
+            return self._not(f"a {error} does not come back whole from its own pickle")
+        except Exception as error:
+            return self._not(_unpicklable(result.values, links, error))
+        return Stored(manifest, tuple(self.changed))
+
+    def _not(self, why: str) -> NotStored:
+        return NotStored(why, tuple(self.changed))
+
+
+def _unpicklable(values: dict[str, Any], links: Links, error: Exception) -> str:
+    """Names the variable that is to blame."""
+    for name, value in values.items():
+        if not _is_picklable(value, links):
+            named = name.isidentifier()
+            what = f"{name} ({type(value).__name__})" if named else "the displayed value"
+            if inspect.iscoroutine(value):
+                return f"{what} can't be pickled: 'await' is missing before what made it"
+            kept = "its steps are kept: put what costs time or money into durable.run(...)"
+            return f"{what} can't be pickled; {kept}" + (f", or leave it out with --skip {name}" if named else "")
+    return f"its variables can't be pickled together ({type(error).__name__}: {error})"
+
+
+def _is_picklable(value: Any, links: Links) -> bool:
+    try:
+        Pickler(io.BytesIO(), reference=links.reference, buffer_callback=lambda _: False).dump(value)
+    except Exception:
+        return False
+    return True

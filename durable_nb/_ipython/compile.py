@@ -1,0 +1,80 @@
+"""A cell's body as IPython would compile it, with top-level await."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from IPython.core.displayhook import DisplayHook
+
+from durable_nb._cellcache.names import Names, names_of
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A cell's body, compiled: parts to execute in order, each with whether its value is displayed."""
+
+    parts: Callable[[], list[tuple[types.CodeType, bool]]]
+    """Compiles it; a restored cell needs none of it."""
+    tree: ast.Module
+    names: Names
+
+
+def source_of(shell: Any, body: str) -> tuple[ast.Module, Names]:
+    """What a cell's key is made of: its normal tree, and the names in it."""
+    return _normal(shell.transform_cell(body))
+
+
+def compile_body(shell: Any, body: str) -> Code:
+    """A cell's body as IPython would compile it, with top-level await; tracebacks show the user's lines."""
+    source = shell.transform_cell(body)
+
+    def parts() -> list[tuple[types.CodeType, bool]]:
+        number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
+        filename = shell.compile.cache(source, number, raw_code=body)
+        tree = shell.transform_ast(shell.compile.ast_parse(source, filename=filename))
+        quiet = bool(DisplayHook.semicolon_at_end_of_expression(body))  # type: ignore[no-untyped-call]
+        found = []
+        with shell.compile.extra_flags(ast.PyCF_ALLOW_TOP_LEVEL_AWAIT):
+            for node, shown in _parts(tree, shell.ast_node_interactivity, quiet=quiet):
+                mode = "eval" if isinstance(node, ast.Expression) else "exec"
+                found.append((shell.compile(node, filename, mode), shown))
+        return found
+
+    try:
+        tree, names = _normal(source)
+    except SyntaxError:
+        parts()  # raises it with the user's lines
+        raise
+    return Code(parts, tree, names)
+
+
+@lru_cache(maxsize=256)
+def _normal(source: str) -> tuple[ast.Module, Names]:
+    tree = ast.parse(source)
+    return tree, names_of(tree)
+
+
+def _parts(tree: ast.Module, interactivity: str, *, quiet: bool) -> Iterator[tuple[ast.Module | ast.Expression, bool]]:
+    """The statements in runs, and each expression whose value IPython would display."""
+    body = list(tree.body)
+    last = body[-1] if body else None
+    if interactivity == "last_expr_or_assign" and isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
+        body.append(ast.copy_location(ast.Expr(ast.copy_location(ast.Name(last.targets[0].id, ast.Load()), last)), last))
+    waiting: list[ast.stmt] = []
+    for i, node in enumerate(body):
+        is_last = i == len(body) - 1
+        shown = interactivity == "all" or (interactivity != "none" and is_last)
+        if isinstance(node, ast.Expr) and shown and not (is_last and quiet):
+            if waiting:
+                yield ast.Module(waiting, []), False
+                waiting = []
+            yield ast.Expression(node.value), True
+        else:
+            waiting.append(node)
+    if waiting:
+        yield ast.Module(waiting, []), False
