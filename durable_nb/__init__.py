@@ -85,7 +85,12 @@ __all__: list[str] = []
 def __getattr__(name: str) -> Any:
     """Load what is asked for, when it is asked for: loading the extension takes a few milliseconds."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'durable_nb' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+        import difflib
+
+        meant = [f"did you mean {near!r}?" for near in difflib.get_close_matches(name, _HOMES, n=1)]
+        raise AttributeError(
+            f"module 'durable_nb' has no attribute {name!r}; {''.join(meant) or 'it has ' + ', '.join(sorted(_HOMES))}"
+        )
     value = getattr(import_module(_HOMES[name]), "open_store" if name == "open" else name)
     globals()[name] = value
     return value

@@ -15,7 +15,7 @@ RECHECK_S = 30.0
 """A suspended laptop stops the loop's clock: no wait trusts it for longer than this."""
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_PART = re.compile(r"(\d+(?:\.\d+)?)(seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)(?![a-z])")
 _BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS: its monotonic clock counts while asleep
 
 
@@ -70,7 +70,7 @@ def remaining_s(started: Instant, duration_s: float, now: Instant) -> float:
 
 
 def parse_duration(value: object) -> timedelta:
-    """Seconds, a timedelta, or text such as "90s", "15m", "2h", "7d", "1h30m" (7d = 168 h).
+    """Seconds, a timedelta, or text such as "90s", "15m", "2h", "7d", "1h30m" (7d = 168 h), "7 days".
 
     ValueError where it is negative, NaN, infinite, or text without units.
     """
@@ -82,7 +82,7 @@ def parse_duration(value: object) -> timedelta:
         parts = _PART.findall(text)
         if not parts or "".join(n + u for n, u in parts) != text:
             raise ValueError(f"{value!r} is no duration: write seconds as a number, or text like '90s', '15m', '1h30m', '7d'")
-        seconds = sum(float(n) * _UNITS[u] for n, u in parts)
+        seconds = sum(float(n) * _UNITS[u[0]] for n, u in parts)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             seconds = float(value)

@@ -6,6 +6,8 @@ whatever puts a `Run` there.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -153,6 +155,12 @@ def run_for(verb: str) -> Run:
             f"Call durable.{verb}() in the cell, before or after the step, and pass the result on"
         )
     run = current_run.get()
+    if asyncio._get_running_loop() is None and threading.current_thread() is not threading.main_thread():
+        raise NotInRunError(
+            f"durable.{verb}() was called in the thread {threading.current_thread().name!r}, which belongs to no run; nothing "
+            f"was run. Call it in the cell's or workflow's own code, for several at once with 'await asyncio.gather(...)', and "
+            "leave the thread to the step: a plain function runs in one"
+        )
     if run is None:
         raise NotInRunError(
             f"durable.{verb}() was called outside a durable run, where nothing can be recorded; nothing was run. Put "

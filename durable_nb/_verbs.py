@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import inspect
 import types
@@ -14,6 +15,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from durable_nb import _fingerprint
 from durable_nb._clock import parse_duration, parse_when
 from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
+from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
 from durable_nb._retry import Backoff, RetryOn, RetryPolicy
 
@@ -23,6 +25,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+@explained
 def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
     """Run `fn(*args, **kwargs)` as the step `name`, or return its recorded result.
 
@@ -37,6 +40,8 @@ def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coro
     can't be stored.
     """
     __tracebackhide__ = True
+    if callable(name) and not isinstance(name, str):
+        raise TypeError(missing_name("run", (name, fn, *args)))
     if not callable(fn):
         raise TypeError(f"durable.run({name!r}, {fn!r}): give the function itself and its arguments, as in "
                         "durable.run('charge', charge, cart), not the result of calling it")  # fmt: skip
@@ -46,6 +51,7 @@ def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coro
     return step_fn._ask("run", name, args, kwargs)
 
 
+@explained
 def sleep(name: str, duration: float | str | timedelta) -> Coroutine[Any, Any, None]:
     """Pause for `duration`: seconds, a timedelta, or "90s" "15m" "2h" "7d" "1h30m".
 
@@ -53,18 +59,20 @@ def sleep(name: str, duration: float | str | timedelta) -> Coroutine[Any, Any, N
     while no kernel runs: the cell goes on when it is executed again. A duration edited meanwhile counts from the beginning.
     """
     __tracebackhide__ = True
+    name = check_name("sleep", name)
     return _sleep("sleep", name, parse_duration(duration))
 
 
+@explained
 def sleep_until(name: str, when: datetime | str | float) -> Coroutine[Any, Any, None]:
     """Pause until `when`: a datetime (naive = local time), ISO text, or unix seconds; by the wall clock."""
     __tracebackhide__ = True
+    name = check_name("sleep_until", name)
     return _sleep("sleep_until", name, parse_when(when))
 
 
 def _sleep(verb: str, name: str, wake: timedelta | datetime) -> Coroutine[Any, Any, None]:
     __tracebackhide__ = True
-    name = check_name(verb, name)
     return run_for(verb).sleep(SleepRequest(name, wake))
 
 
@@ -112,6 +120,8 @@ class Step(Generic[_P, _T]):
         __tracebackhide__ = True
         name = check_name(verb, name)
         current = run_for(verb)
+        if kwargs:
+            _check_options(verb, name, self.fn, kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, _READ_ONCE):
                 raise TypeError(
@@ -160,6 +170,7 @@ def step(
     ttl: float | str | timedelta | None = ...,
     thread: bool = ...,
 ) -> Callable[[Callable[_P, _T]], Step[_P, _T]]: ...
+@explained
 def step(
     fn: Any = None,
     /,
@@ -214,6 +225,33 @@ def step(
         return made
 
     return wrap if fn is None else wrap(fn)
+
+
+def _check_options(verb: str, name: str, fn: Any, kwargs: dict[str, Any]) -> None:
+    """TypeError for an option of `step` among the arguments of a function that doesn't take it."""
+    __tracebackhide__ = True
+    code = getattr(fn, "__code__", None)
+    if isinstance(code, types.CodeType) and set(kwargs) <= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+        return  # nearly every call
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # a builtin that doesn't tell
+        return
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    options = list(inspect.signature(step).parameters)[1:]
+    for key, value in kwargs.items():
+        if key in parameters:
+            continue
+        meant = key if key in options else next(iter(difflib.get_close_matches(key, options, n=1)), None)
+        if meant is not None:
+            called = getattr(fn, "__name__", "function")
+            shown = f"{meant}={value!r}" if isinstance(value, (int, float, str)) else f"{meant}=..."
+            written = f"durable.run({name!r}, durable.step({called}, {shown}), ...)"
+            raise TypeError(
+                f"{called} takes no argument {key!r}; an option of the step goes into durable.step({called}, {shown}), as in "
+                f"{written if verb == 'run' else f'@durable.step({shown})'}; nothing was run"
+            )
 
 
 def check_name(verb: str, name: object) -> str:

@@ -11,23 +11,34 @@ from durable_nb import _fingerprint
 from durable_nb._clock import say_duration
 from durable_nb._current import current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._misuse import did_you_mean, explained
 from durable_nb._records import plain
 from durable_nb._verbs import check_name
+from durable_nb.errors import NotInRunError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _ON_CONFLICT = ("attach", "fail", "restart")
+_START_OPTIONS = ("id", "labels", "on_conflict")
 
 
 class Workflow(Generic[_P, _T]):
-    """An async function that can be started as a run. Calling it is a plain call, for use inside another workflow or cell."""
+    """An async function that can be started as a run. Called in a workflow or a cell, it is part of that run; elsewhere
+    NotInRunError says how to start it. `.fn` is the function itself."""  # fmt: skip
 
     def __init__(self, fn: Callable[_P, Coroutine[Any, Any, _T]], name: str) -> None:
         self.fn, self.name = fn, name
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _T]:
+        __tracebackhide__ = True
+        if current_run.get() is None:
+            called = self.fn.__name__
+            raise NotInRunError(
+                f"the workflow {called}(...) was called outside a run, where nothing can be recorded; nothing was run. Start a "
+                f"run of it: run = {called}.start(...), then 'await run' for what it returns"
+            )
         return self.fn(*args, **kwargs)
 
     def start(
@@ -46,7 +57,12 @@ class Workflow(Generic[_P, _T]):
         arguments can't be stored; then nothing is recorded. Needs a running event loop, as a notebook's cell has.
         """
         __tracebackhide__ = True
-        inspect.signature(self.fn).bind(*args, **kwargs)  # a TypeError now, not in the run
+        try:
+            inspect.signature(self.fn).bind(*args, **kwargs)
+        except TypeError as error:  # now, not in the run
+            unknown = [key for key in kwargs if key not in inspect.signature(self.fn).parameters]
+            options = did_you_mean(unknown[0], _START_OPTIONS) if unknown else ""
+            raise TypeError(f"{self.name}.start(...): {error}{options}; nothing was started") from None
         if id is not None:
             id = _checked_id(id)  # noqa: A001
         if on_conflict not in _ON_CONFLICT:
@@ -65,6 +81,7 @@ class Workflow(Generic[_P, _T]):
 def workflow(fn: Callable[_P, Coroutine[Any, Any, _T]], /) -> Workflow[_P, _T]: ...
 @overload
 def workflow(*, name: str | None = None) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Workflow[_P, _T]]: ...
+@explained
 def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
     """Make an async function a workflow, named after the function or `name`.
 

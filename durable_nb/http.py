@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from durable_nb import _codec, _fingerprint
 from durable_nb._clock import parse_duration
 from durable_nb._current import StepRequest, current_body, run_for
+from durable_nb._misuse import explained
 from durable_nb._retry import RetryPolicy, is_transient
 from durable_nb._verbs import check_name
 
@@ -31,6 +32,7 @@ _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "
 _SECRET_PARAMETER = re.compile(r"key|token|secret|signature|password", re.IGNORECASE)
 
 
+@explained
 def call(
     name: str,
     url: str,
@@ -90,7 +92,7 @@ def call(
                 raise
         recorded = _record(response)
         if response.status_code >= 400:
-            raise _RefusedError(_restore(recorded, request))
+            raise StatusError(_restore(recorded, request))
         return recorded
 
     step = run.step(
@@ -113,8 +115,8 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-class _RefusedError(Exception):
-    """A response with a status of 400 or more: an attempt that failed, unless it was the last one."""
+class StatusError(Exception):
+    """A response with a status of 400 or more: an attempt that failed, unless it was the last one. Notices show its name."""
 
     def __init__(self, response: httpx.Response) -> None:
         super().__init__(f"{response.status_code} {response.reason_phrase}".strip())
@@ -124,7 +126,7 @@ class _RefusedError(Exception):
 def _is_worth_retrying(error: BaseException) -> bool:
     import httpx
 
-    if isinstance(error, _RefusedError):
+    if isinstance(error, StatusError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol) and is_transient(error)
 
@@ -132,7 +134,7 @@ def _is_worth_retrying(error: BaseException) -> bool:
 async def _answer(step: Coroutine[Any, Any, Any], request: httpx.Request) -> httpx.Response:
     try:
         return _restore(await step, request)
-    except _RefusedError as refused:
+    except StatusError as refused:
         return refused.response
 
 

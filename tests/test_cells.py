@@ -557,6 +557,10 @@ async def b():
 await durable.run('outer', b)"""
 
 
+SLOW = "%%durable a\ndef slow(x):\n    return x\n"
+WORKFLOW = "@durable.workflow\nasync def order(email): return email\n"
+
+
 @pytest.mark.parametrize(
     ("cell", "error"),
     [
@@ -569,6 +573,31 @@ await durable.run('outer', b)"""
         ("%%durable a\nawait durable.run('', len, [])", r"ValueError: durable.run\(''.*the step's name is empty"),
         ("%%durable a\nawait durable.run(3, len, [])", r"TypeError: durable.run\(3.*the first argument is the step's name"),
         ("%%durable a\nawait durable.run('x', 3)", r"TypeError: durable.run\('x', 3\): give the function itself"),
+        (SLOW + "await durable.run(slow, 3)", r"TypeError: durable.run\(slow, 3\): .* write durable.run\('slow', slow, 3\)"),
+        (SLOW + "await durable.run(slow)", r"TypeError: durable.run\(slow\): .* write durable.run\('slow', slow\)"),
+        ("%%durable a\nawait durable.sleep('1s')", r"TypeError: durable.sleep\('1s'\): .* durable.sleep\('a name', '1s'\)"),
+        ("%%durable a\nawait durable.call('http://x/?key=1')", r"TypeError: durable.call\(...\): the step's name is missing"),
+        (
+            SLOW + "await durable.run('s', slow, 3, retries=5)",
+            r"TypeError: slow takes no argument 'retries'.*step\(slow, retries=5\)",
+        ),
+        (
+            SLOW + "await durable.run('s', slow, 3, retires=5)",
+            r"TypeError: slow takes no argument 'retires'.*step\(slow, retries=5\)",
+        ),
+        (SLOW + "await durable.run('s', durable.step(slow, retires=5), 3)", r"TypeError: .*retires=.* did you mean retries="),
+        ("%%durable a\nawait durable.call('x', 'http://x', timout=3)", r"TypeError: .*timout=.* did you mean timeout="),
+        (WORKFLOW + "await order('jane')", r"NotInRunError: the workflow order\(...\) was .* run = order.start\(...\)"),
+        (WORKFLOW + "order.start('jane', label='x')", r"TypeError: order.start\(...\): .*'label', did you mean labels="),
+        ("durable.slepp('x', 1)", r"AttributeError: module 'durable_nb' has no attribute 'slepp'; did you mean 'sleep'"),
+        (
+            "%%durable a\nimport asyncio\nawait asyncio.to_thread(lambda: durable.run('x', len, []))",
+            r"NotInRunError: durable.run\(\) was called in the thread 'asyncio_0', which belongs to no run; nothing was run",
+        ),
+        (
+            "import concurrent.futures as c\nwith c.ThreadPoolExecutor() as p: p.submit(durable.run, 'x', len, []).result()",
+            r"NotInRunError: durable.run\(\) was called in the thread 'ThreadPool",
+        ),
         ("%%durable a\nawait durable.call('x', 'nowhere')", r"ValueError: durable.call\('x', 'nowhere'\): the URL needs http"),
         ("durable.run('x', len, [])", r"NotInRunError: durable.run\(\) was called outside .*'%%durable NAME'"),
         (
@@ -587,6 +616,23 @@ def test_bad_input_gets_one_clear_line(shared, cell, error):
     assert shown.status == "error"
     assert re.search(error, shown.error or shown.stderr), (shown.error, shown.stderr)
     assert shared.run("%%durable fine\nok = await durable.run('x', len, [])").status == "ok"
+
+
+def test_options_of_a_step_may_be_arguments_of_its_function(shared):
+    """Only what the function doesn't take was meant for the step."""
+    shown = shared.run(
+        "%%durable mine\ndef slow(x, retries, timeout=0): return x, retries, timeout\ndef any_of(**options): return options\n"
+        "[await durable.run('s', slow, 1, retries=5, timeout=2), await durable.run('o', any_of, retries=3, retires=4),"
+        " await durable.run('p', dict, retries=1)]"
+    )
+    assert shown.result == "[(1, 5, 2), {'retries': 3, 'retires': 4}, {'retries': 1}]", shown.traceback
+
+
+def test_the_line_may_end_in_a_comment_and_units_may_be_written_out(shared):
+    """A '#' in quotes is none."""
+    assert shared.run("%%durable 'no # comment' --ttl 7days --max-wait '1 hour'  # don't ask\nn = 1").status == "ok"
+    assert "no # comment" in shared.run("%durable why 'no # comment'  # note").told[0]
+    assert "%durable plan" in shared.run("%durable help").told[0]
 
 
 @pytest.mark.parametrize(

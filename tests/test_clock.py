@@ -33,6 +33,8 @@ from durable_nb._clock import Instant, SystemClock, parse_duration, parse_when, 
         (" 1d 2h 3m 4s ", 93784),
         ("1.5h", 5400),
         ("0.25s", 0.25),
+        ("7days", 7 * 24 * 3600),
+        ("1 hour 2 mins 3 seconds", 3723),
     ],
 )
 def test_durations_as_people_write_them(written, seconds):
@@ -45,7 +47,7 @@ def test_durations_as_people_write_them(written, seconds):
         "",
         " ",
         "90",
-        "7 days",
+        "7 dayz",
         "1w",
         "1h30",
         "h",

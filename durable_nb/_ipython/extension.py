@@ -109,6 +109,7 @@ class Session:
         %durable cancel RUN        stop a workflow's run
         %durable gc [--max-size 2GB]   remove what nothing refers to, and the entries worth least above that size
         %durable store             where the store is, and what lies in it
+        %durable help              these lines
         """
         from durable_nb._ipython.magic import LineMagic
 

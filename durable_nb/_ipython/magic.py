@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, ne
 from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, say_seconds, steps_table, store_table
 from durable_nb._housekeeping.tables import Table, count, say_when
 from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, Forecast, differences, forecasts
+from durable_nb._ipython.options import split
 from durable_nb._records import scope_of
 from durable_nb.errors import DurableError
 
@@ -51,7 +52,7 @@ class LineMagic:
     def __call__(self, line: str) -> None:
         """Execute one line. UsageError, in one line, for whatever is wrong with it; then nothing was changed."""
         try:
-            words = shlex.split(line)
+            words = split(line)
         except ValueError as error:
             raise UsageError(f"%durable {line}: {error}; nothing was done") from None
         name, arguments = (words[0], words[1:]) if words else ("", [])
@@ -73,6 +74,9 @@ class LineMagic:
     @property
     def _stories(self) -> dict[str, Story]:
         return self._session.stories
+
+    def help(self, _: list[str]) -> Table:
+        return Table("", notes=inspect.cleandoc(type(self._session).line_magic.__doc__ or "").splitlines())
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +226,7 @@ _COMMANDS = {
     "cancel": _Command(LineMagic.cancel, "cancel RUN", 1, 1),
     "gc": _Command(LineMagic.gc, "gc [--max-size 2GB]", 0, 2),
     "store": _Command(LineMagic.store, "store"),
+    "help": _Command(LineMagic.help, "help"),
 }
 
 

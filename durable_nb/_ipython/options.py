@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import keyword
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ _VALUES = {
     "--skip": "names of variables, as in '--skip connection'",
     "--extra": "an expression, as in '--extra \"model.version\"'",
 }
+_COMMENT = re.compile(r"""\A((?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^"'\\])*?)(?<!\S)\#.*\Z""", re.DOTALL)
+"""A '#' behind a space or at the beginning, and what follows it; in quotes it is none."""
 _USAGE = (
     "%%durable [NAME] [--rerun | --rerun=STEP] [--ttl DURATION] [--ignore NAMES] [--skip NAMES] [--extra EXPR] "
     "[--max-wait DURATION] [--time] [--quiet]"
@@ -43,6 +46,11 @@ class Options:
     """The line of a `%%capture` above."""
 
 
+def split(line: str) -> list[str]:
+    """The words of a magic's line, without a comment at its end; ValueError for a quotation that is not closed."""
+    return shlex.split(_COMMENT.sub(r"\1", line))
+
+
 def refuse_magic_below(body: str) -> None:
     """UsageError if the first line of code below `%%durable` is a cell magic, which IPython would take for a line magic."""
     first = next((text for text in body.splitlines() if text.strip() and not text.startswith("#")), "")
@@ -55,7 +63,7 @@ def refuse_magic_below(body: str) -> None:
 def parse(line: str, stack: list[str]) -> Options:
     """The options of a cell whose magics above `%%durable` are `stack`. UsageError says what to type."""
     try:
-        words = shlex.split(line)
+        words = split(line)
     except ValueError as error:
         raise UsageError(f"%%durable {line}: {error}; nothing was run. Write {_USAGE}") from None
     options = Options()
