@@ -49,6 +49,11 @@ def hashed(value):
     return fp.hash_value(value)
 
 
+def wide(value):
+    """So many neighbours that the whole is written layer by layer, not node by node."""
+    return [value, *range(20)]
+
+
 def cell(source, **names):
     """A namespace after `source` ran in it as a notebook cell: its text is in linecache, its module is __main__."""
     filename = f"/tmp/ipykernel_1/{next(counter)}.py"
@@ -187,7 +192,15 @@ def test_no_two_distinct_values_share_a_digest():
     """Type, dtype, order, sign of zero, names, shape, time zone …: whatever tells two values apart tells their digests apart."""
     seen = {}
     for value in DISTINCT:
-        for wrapped in (value, ["in", value], ("in", value), {"in": value}):
+        for wrapped in (
+            value,
+            ["in", value],
+            ("in", value),
+            {"in": value},
+            wide(value),
+            tuple(wide(value)),
+            wide(["in", value]),
+        ):
             digest = hashed(wrapped)
             assert digest not in seen, (wrapped, seen[digest])
             seen[digest] = wrapped
@@ -207,6 +220,7 @@ def test_a_value_that_went_through_pickle_keeps_its_digest(value):
     except TypeError:
         pytest.skip("pickle refuses it")
     assert hashed(restored) == hashed(value)
+    assert hashed(wide(restored)) == hashed(wide(value))
 
 
 def test_looking_changes_nothing():
@@ -259,6 +273,7 @@ def identical(a, b):
 @given(nested, nested)
 def test_digests_are_equal_exactly_when_values_are_identical(a, b):
     assert (hashed(a) == hashed(b)) == identical(a, b)
+    assert (hashed(wide(a)) == hashed(wide(b))) == identical(a, b)
 
 
 def unshared(value):
@@ -277,6 +292,7 @@ def unshared(value):
 def test_a_rebuilt_value_has_the_same_digest(value):
     """Interning, addresses and the insertion order of sets don't matter."""
     assert hashed(unshared(value)) == hashed(unshared(unshared(value)))
+    assert hashed(wide(unshared(value))) == hashed(wide(unshared(unshared(value))))
 
 
 @settings(max_examples=100, deadline=None)
@@ -527,8 +543,13 @@ def test_digests_agree_between_processes(tmp_path):
 # ---- identity of objects ----
 
 
-def test_sharing_inside_a_value_counts():
+@pytest.mark.parametrize("held", [lambda value: value, wide], ids=["alone", "among many"])
+def test_sharing_inside_a_value_counts(held):
     """`[a, a]` isn't `[a, a.copy()]`: appending to the first shows in the second."""
+
+    def hashed(value):
+        return fp.hash_value(held(value))
+
     a = [1]
     assert hashed([a, a]) != hashed([a, a.copy()])
     assert hashed([a, a]) == hashed([b := [1], b])
@@ -542,8 +563,13 @@ def test_sharing_inside_a_value_counts():
     assert hashed([e, e]) != hashed([e, bytearray(b"a")])
 
 
-def test_sharing_of_immutable_values_never_counts():
+@pytest.mark.parametrize("held", [lambda value: value, wide], ids=["alone", "among many"])
+def test_sharing_of_immutable_values_never_counts(held):
     """Whether Python interned them is chance."""
+
+    def hashed(value):
+        return fp.hash_value(held(value))
+
     for make in (
         lambda: "".join(["a", "b"]), lambda: (1, 2.5), lambda: float("1.5"), lambda: 10**30, lambda: frozenset([1]),
         lambda: decimal.Decimal("1.1"), lambda: datetime.datetime(2020, 1, 1), lambda: pd.Timestamp("2020"),
@@ -553,12 +579,78 @@ def test_sharing_of_immutable_values_never_counts():
         assert hashed([a, a]) == hashed([make(), make()])
 
 
-def test_sharing_with_a_member_of_a_set_counts():
+@pytest.mark.parametrize("held", [lambda value: value, wide], ids=["alone", "among many"])
+def test_sharing_with_a_member_of_a_set_counts(held):
+    def hashed(value):
+        return fp.hash_value(held(value))
+
     p = Point(1, 2)
     assert hashed([p, {p}]) != hashed([p, {Point(1, 2)}])
     assert hashed([{p}, p]) != hashed([{Point(1, 2)}, p])
     inner = [1]
     assert hashed({Point(inner, 1), Point(inner, 2)}) != hashed({Point([1], 1), Point([1], 2)})
+
+
+@pytest.mark.parametrize("items", [list, tuple, lambda found: dict(enumerate(found)), lambda found: [found, found[:]]])
+def test_many_instances_count_by_class_and_attributes(items):
+    """They are written by the thousand: each attribute of each counts, which class it has, and what they share."""
+
+    def points(change=lambda _: None):
+        found = [Point(n, [n]) for n in range(100)]
+        change(found)
+        return hashed(items(found))
+
+    def put(**attributes):
+        return lambda found: vars(found[50]).update(attributes)
+
+    def other(found):
+        found[50] = Item("a")
+
+    def shared(found):
+        found[50].y = found[49].y
+
+    def itself(found):
+        found[50].y = found[50]
+
+    def twice(found):
+        found[50] = found[49]
+
+    def less(found):
+        del found[50].y
+
+    def slotted(found):
+        found[50] = Slotted(1)
+
+    def odd(found):
+        found[50].y = pd.Series([1])
+
+    changes = [put(), put(x=-1), put(x=50.0), put(y=[51]), put(z=1), other, shared, itself, twice, less, slotted, odd]
+    assert len({points(change) for change in changes}) == len(changes)
+    assert points() == points(put())
+    assert points(put(x=50)) == points(lambda found: vars(found[50]).update(y=vars(found[50]).pop("y"), x=50))
+
+
+def test_places_of_many_objects_are_those_of_equal_ones():
+    """What a body changed of its argument is made again in the equal object of another kernel: by component and number."""
+
+    def found():
+        rows = [{"n": n, "tags": [str(n), {n}], "point": Point(n, n)} for n in range(30)]
+        rows[7]["tags"] = rows[3]["tags"]
+        looked = fp.Fingerprinter(memory=False)
+        looked.add_value("arg rows", rows)
+        looked.add_value("arg first", rows[0])
+        return looked.result(), rows
+
+    (one, rows), (other, others) = found(), found()
+    assert one == other
+    places, again = one.places(), other.places()
+    assert places.keys() == again.keys()
+    assert sum(obj is rows for obj in places.values()) == 1
+    for at in (rows[3]["tags"], rows[29], rows[29]["point"], rows[29]["tags"][1]):
+        (place,) = [place for place, obj in places.items() if obj is at]
+        assert hashed(again[place]) == hashed(at)
+    assert rows[0] in [obj for (label, _), obj in places.items() if label == "arg first"]
+    assert others is not rows
 
 
 def test_cycles_end():

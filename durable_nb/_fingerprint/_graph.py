@@ -6,6 +6,7 @@ import functools
 import sys
 import types
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from ._values import DIGEST_BYTES, MISSING, PERSON, SCALARS, Opaque, Walk, look_
 
 if TYPE_CHECKING:
     import ast
-    from collections.abc import Callable, Container, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterator
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Fingerprint:
     versions: dict[str, str]
     lasting: bool
     """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
-    places: Callable[[], dict[tuple[str, int], Any]] = field(compare=False, repr=False)
+    places: Callable[[], Mapping[tuple[str, int], Any]] = field(compare=False, repr=False)
     """The mutable objects met, by component and number within it."""
 
 
@@ -191,13 +192,9 @@ class Fingerprinter:
             self.places,
         )
 
-    def places(self) -> dict[tuple[str, int], Any]:
+    def places(self) -> Mapping[tuple[str, int], Any]:
         """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
-        found: dict[tuple[str, int], Any] = {}
-        for walk in self._walks:
-            objects = {id(obj): obj for obj in walk.keep}
-            found.update({(walk.label, number): objects[key] for key, number in walk.memos[0].items() if key in objects})
-        return found
+        return _Places(tuple(self._walks))
 
     def functions(self) -> dict[str, types.FunctionType]:
         """The user's functions met so far, methods and closures included, by component."""
@@ -368,6 +365,30 @@ class Fingerprinter:
         walk.out += b"L" + text(label)
 
 
+class _Places(Mapping[tuple[str, int], Any]):
+    """Put together when they are first asked for: most looks at a large input need none."""
+
+    def __init__(self, walks: tuple[Walk, ...]) -> None:
+        self._walks = walks
+
+    @functools.cached_property
+    def _found(self) -> dict[tuple[str, int], Any]:
+        found: dict[tuple[str, int], Any] = {}
+        for walk in self._walks:
+            objects = {id(obj): obj for obj in walk.keep}
+            found.update({(walk.label, number): objects[key] for key, number in walk.memos[0].items() if key in objects})
+        return found
+
+    def __getitem__(self, place: tuple[str, int]) -> Any:
+        return self._found[place]
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 # ---- code that is asked about again and again ----
 
 
@@ -406,11 +427,16 @@ def _is_filled(cell: types.CellType) -> bool:
 
 def _aliases(walks: list[Walk], memory: bool) -> bytes:
     """Where one mutable object, or one stretch of array memory, is reached from several components."""
-    places: dict[int, list[bytes]] = {}
+    shared: set[int] = set()
+    once: set[int] = set()
     for walk in walks:
-        for key, number in walk.memos[0].items():
-            places.setdefault(key, []).append(text(walk.label) + b"%d;" % number)
-    groups = sorted(b"".join(sorted(found)) for found in places.values() if len(found) > 1)
+        shared |= once & walk.memos[0].keys()
+        once |= walk.memos[0].keys()
+    places: dict[int, list[bytes]] = {}
+    for walk in walks if shared else ():
+        for key in shared & walk.memos[0].keys():
+            places.setdefault(key, []).append(text(walk.label) + b"%d;" % walk.memos[0][key])
+    groups = sorted(b"".join(sorted(found)) for found in places.values())
     if memory:
         groups += _overlaps(walks)
     if not groups:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128_digest
 
+from ._plain import WORTH_IT, layers, plain_members
+
 if TYPE_CHECKING:
     import enum
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -170,7 +172,9 @@ SCALARS: dict[type, Callable[[Any], bytes]] = {
 class Walk:
     """One traversal of one component. A memo maps ids of mutable objects to visit numbers; `keep` holds them alive."""
 
-    __slots__ = ("arrays", "deferred", "graph", "keep", "label", "lenient", "memos", "opaque", "out", "own", "plain", "sinks")
+    __slots__ = (
+        "arrays", "deferred", "graph", "keep", "label", "layered", "lenient", "memos", "opaque", "out", "own", "plain", "sinks",
+    )  # fmt: skip
 
     def __init__(self, graph: Graph, label: str) -> None:
         self.graph = graph
@@ -183,6 +187,7 @@ class Walk:
         self.opaque: set[Opaque] = set()
         self.deferred: list[list[Any]] = []
         self.plain: set[type] = set()  # types met whose instances are known by reduction
+        self.layered: dict[type, int] = {}  # types met, and how `_plain` writes their instances
         self.own: dict[type, bool] = {}  # types met, and whether the user defined them
         self.lenient = 0  # levels of attributes among which an opaque value is none to tell of
 
@@ -264,10 +269,23 @@ class Walk:
             known = self.own[kind] = self.graph.whole and self.graph.by_name(kind) is None
         return known
 
+    def is_known_by_reduction(self, kind: type) -> bool:
+        """Whether instances of a class that reduces as object does are no special case of this module's."""
+        lineage = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
+        if not lineage.isdisjoint(CONFIGURED.keys() | OPAQUE_TYPES) or {"numpy", "pandas", "pyarrow"} & {
+            name.partition(".")[0] for name in lineage
+        }:
+            return False
+        return not any(type(found) is functools.cached_property for base in kind.__mro__ for found in vars(base).values())
+
     def elements(self, tag: bytes, members: Iterable[Any]) -> Iterator[Any]:
         """Write an unordered collection: each element to a digest of its own, sorted; then what elements share."""
-        found: list[tuple[bytes, dict[int, int], list[Any]]] = []
         members = tuple(members)
+        plain = plain_members(members)
+        if plain is not None:
+            self.out += b"%b%d=%b" % (tag, len(members), raw(plain))
+            return
+        found: list[tuple[bytes, dict[int, int], list[Any]]] = []
         for member in members:
             write = SCALARS.get(type(member))
             if write is not None:
@@ -340,12 +358,16 @@ def constant(value: Any) -> bytes:
 def _list(walk: Walk, obj: list[Any]) -> Iterator[Any] | None:
     if walk.seen(obj):
         return None
+    if len(obj) >= WORTH_IT and len(walk.memos) == 1:
+        return layers(walk, obj, raw, SCALARS)
     items = tuple(obj)
     walk.out += b"l%d:" % len(items)
     return iter(items)
 
 
 def _tuple(walk: Walk, obj: tuple[Any, ...]) -> Iterator[Any] | None:
+    if len(obj) >= WORTH_IT and len(walk.memos) == 1:
+        return layers(walk, obj, raw, SCALARS)
     walk.out += b"t%d:" % len(obj)
     return iter(obj)
 
@@ -357,7 +379,9 @@ def pairs(walk: Walk, mapping: Mapping[Any, Any]) -> Iterator[Any]:
 
 
 def _dict(walk: Walk, obj: dict[Any, Any]) -> Iterator[Any] | None:
-    return None if walk.seen(obj) else pairs(walk, obj)
+    if walk.seen(obj):
+        return None
+    return layers(walk, obj, raw, SCALARS) if len(obj) >= WORTH_IT and len(walk.memos) == 1 else pairs(walk, obj)
 
 
 def _set(walk: Walk, obj: set[Any]) -> Iterator[Any] | None:
