@@ -130,6 +130,20 @@ def test_commits_of_one_call_are_applied_in_order_each_seeing_the_last(journal):
     assert journal.get("k") == b"new"
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_commit_that_follows_another_lands_only_after_it(journal, alone):
+    """In the fast path of one new row, and in a group."""
+    others = [] if alone else [Commit(puts=rows(beside="x"))]
+    journal.apply([Commit(puts=rows(lease="mine"))])
+    guard = ("lease", b"mine")
+    second = Commit(guard, inserts=rows(second="2"), follows="first")
+    assert journal.apply([second, *others])[0] is Verdict.MISSING
+    assert journal.get("second") is None
+    assert journal.apply([Commit(guard, inserts=rows(first="1")), *others])[0] is APPLIED
+    assert journal.apply([second, *others])[0] is APPLIED
+    assert journal.get("second") == b"2"
+
+
 def test_no_commits_no_verdicts(journal):
     assert journal.apply([]) == []
 

@@ -23,6 +23,8 @@ class Commit:
     puts: tuple[tuple[str, bytes], ...] = ()
     """Rows written over whatever is there."""
     deletes: tuple[str, ...] = ()
+    follows: str | None = None
+    """Apply only while there is a row of this key: of commits handed over one by one, none lands without the former."""
 
 
 class Verdict(Enum):
@@ -31,6 +33,7 @@ class Verdict(Enum):
     APPLIED = "applied"
     GUARD_FAILED = "guard failed"
     EXISTS = "exists"
+    MISSING = "missing"
 
 
 class Journal(Protocol):

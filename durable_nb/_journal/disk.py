@@ -33,6 +33,7 @@ _SETTINGS_HOLD = (
 )
 _INSERT = f"INSERT INTO Cache({_COLUMNS}) SELECT {_ROW} WHERE NOT EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1)"
 _HOLDS = "EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND value = ?)"
+_IS_THERE = "EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1)"
 _PUT = f"INSERT OR REPLACE INTO Cache({_COLUMNS}) VALUES ({_ROW})"
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
@@ -132,7 +133,10 @@ class DiskJournal:
         ((key, value),) = commit.inserts
         now = time.time()
         statement = f"{_INSERT} AND {_HOLDS} AND {_SETTINGS_HOLD}"
-        return self._sql(statement, (key, now, now, value, key, *commit.guard)).rowcount == 1
+        bindings = (key, now, now, value, key, *commit.guard)
+        if commit.follows is not None:
+            statement, bindings = f"{statement} AND {_IS_THERE}", (*bindings, commit.follows)
+        return self._sql(statement, bindings).rowcount == 1
 
     def _apply(self, commit: Commit) -> Verdict:
         if commit.guard is not None:
@@ -140,6 +144,8 @@ class DiskJournal:
             row = self._sql(_GET, (key,)).fetchone()
             if (row[0] if row else None) != wanted:
                 return Verdict.GUARD_FAILED
+        if commit.follows is not None and not self._sql(_GET, (commit.follows,)).fetchone():
+            return Verdict.MISSING
         if any(self._sql(_GET, (key,)).fetchone() for key, _ in commit.inserts):
             return Verdict.EXISTS
         now = time.time()

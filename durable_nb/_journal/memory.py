@@ -25,6 +25,8 @@ class MemoryJournal:
     def _apply(self, commit: Commit) -> Verdict:
         if commit.guard is not None and self.rows.get(commit.guard[0]) != commit.guard[1]:
             return Verdict.GUARD_FAILED
+        if commit.follows is not None and commit.follows not in self.rows:
+            return Verdict.MISSING
         if any(key in self.rows for key, _ in commit.inserts):
             return Verdict.EXISTS
         self.rows.update(commit.inserts)
