@@ -200,6 +200,8 @@ def test_every_method_may_be_called_from_any_thread(journal):
                 assert journal.apply([Commit(inserts=((f"all/{i}", me.encode()),))])[0] in (APPLIED, EXISTS)
         except BaseException as error:
             failures.append(error)
+        finally:
+            journal.close()  # this thread's connection
 
     threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(4)]
     for thread in threads:

@@ -174,9 +174,21 @@ def test_a_read_that_is_easily_overlooked_counts(source):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="type statements and type parameters came with Python 3.12")
-@pytest.mark.parametrize("source", ["type X = x", "def f[T: x](a: T): pass", "class A[T](x): pass"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "type X = x",
+        "type X[T] = dict[T, x]",
+        "def f[T: x](a: T): pass",
+        "class A[T](x): pass",
+        "class A[T](Base[T, x]): pass",
+        "class A:\n  def m[T: x](self, a: T) -> T: return a\nA().m(1)",
+        "def f():\n  def g[T: x](a: T): return T\n  return g\nf()",
+    ],
+)
 def test_types_read_names_too(source):
     assert "x" in of(source).read
+    assert "T" not in of(source).read
 
 
 def test_names_bound_inside_functions_and_comprehensions_are_not_the_notebooks():

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 _Bound = frozenset[str] | None
 """Names bound for certain at a place in the code; None where the place is never reached."""
@@ -137,8 +138,11 @@ class _Walk:
     def statement(self, node: ast.stmt, bound: _Bound) -> _Bound:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
-                for part in (*node.decorator_list, *_defaults(node.args), *_annotations(node)):
+                for part in (*node.decorator_list, *_defaults(node.args)):
                     bound = self.expression(part, bound)
+                self._type_parameters(node, bound)
+                for part in _annotations(node):
+                    self.expression(part, _and(bound, _own_types(node)))
                 inner = _reads(node)
                 if node.decorator_list:
                     self.mention(inner, _and(bound, {node.name}))
@@ -268,10 +272,13 @@ class _Walk:
 
     def _class(self, node: ast.ClassDef, bound: _Bound) -> _Bound:
         """Its own statements run now, in a scope of their own; its methods when they are called."""
-        for part in (*node.decorator_list, *node.bases, *(k.value for k in node.keywords)):
+        for part in node.decorator_list:
             bound = self.expression(part, bound)
+        self._type_parameters(node, bound)
+        for part in (*node.bases, *(k.value for k in node.keywords)):
+            self.expression(part, _and(bound, _own_types(node)))
         body = _Walk()
-        body.block(node.body, bound)
+        body.block(node.body, _and(bound, _own_types(node)))
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
         called = {name for child in node.body if not isinstance(child, functions) for name in _reads(child)}
         self.mention(body.read | (called & self.deferred.keys()), bound)
@@ -281,6 +288,11 @@ class _Walk:
         else:
             self._define(node.name, later, bound)
         return self._bind({node.name}, bound)
+
+    def _type_parameters(self, node: ast.AST, bound: _Bound) -> None:
+        """Their bounds and defaults are evaluated when they are asked for, which may be at once."""
+        for parameter in getattr(node, "type_params", ()):
+            self.mention(_reads(parameter) - _own_types(node), bound)
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -350,9 +362,12 @@ class _Reads(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        for part in (*node.decorator_list, *_defaults(node.args), *_annotations(node)):
+        for part in (*node.decorator_list, *_defaults(node.args)):
             self.visit(part)
-        self._scope(node.body, _arguments(node.args))
+        inner = _Reads(self._local | _own_types(node), self._found)
+        for part in (*getattr(node, "type_params", ()), *_annotations(node)):
+            inner.visit(part)
+        inner._scope(node.body, _arguments(node.args))
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
@@ -362,10 +377,16 @@ class _Reads(ast.NodeVisitor):
         self._scope([node.body], _arguments(node.args))
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        for part in (*node.decorator_list, *node.bases, *(k.value for k in node.keywords)):
+        for part in node.decorator_list:
             self.visit(part)
+        inner = _Reads(self._local | _own_types(node), self._found)
+        for part in (*getattr(node, "type_params", ()), *node.bases, *(k.value for k in node.keywords)):
+            inner.visit(part)
         for child in node.body:  # a class's own names are no locals of its methods
-            self.visit(child)
+            inner.visit(child)
+
+    def visit_TypeAlias(self, node: Any) -> None:
+        _Reads(self._local | _own_types(node), self._found).generic_visit(node)
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
         names = [n for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)]
@@ -435,6 +456,11 @@ def _annotations(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.expr]
     a = node.args
     every = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
     return [n for n in (*(x.annotation for x in every if x is not None), node.returns) if n is not None]
+
+
+def _own_types(node: ast.AST) -> set[str]:
+    """`T` and `K` of `def f[T, K]`, which mean nothing outside."""
+    return {parameter.name for parameter in getattr(node, "type_params", ())}
 
 
 def _callee(node: ast.expr) -> str:

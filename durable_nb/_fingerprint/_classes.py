@@ -61,6 +61,7 @@ _NO_MEMBERS = {
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__",
     "__parameters__", "__orig_bases__", "__abstractmethods__", "__dataclass_fields__", "__dataclass_params__",
     "__slotnames__", "__signature__", "__class_vars__", "__private_attributes__", "__type_params__",
+    "__classcell__", "__classdictcell__",
 }  # fmt: skip
 
 
@@ -116,6 +117,8 @@ def _annotations(cls: type) -> list[tuple[str, Any]]:
     if sys.version_info >= (3, 14):
         import annotationlib
 
+        if isinstance(vars(cls).get("__annotate__"), types.GetSetDescriptorType):  # a C class whose instances have some
+            return []
         found = annotationlib.get_annotations(cls, format=annotationlib.Format.FORWARDREF)
     else:
         found = vars(cls).get("__annotations__", {})

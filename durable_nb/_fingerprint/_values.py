@@ -501,9 +501,17 @@ def _code(walk: Walk, obj: types.CodeType) -> Iterator[Any] | None:
             obj.co_varnames,
             obj.co_freevars,
             obj.co_cellvars,
-            obj.co_consts,
+            _constants(obj),
         )
     )
+
+
+def _constants(code: types.CodeType) -> tuple[Any, ...]:
+    """Those that instructions load: from 3.14 `x in {"a", "b"}` leaves one of the two strings behind, by hash seed."""
+    import dis
+
+    loaded = {found.arg for found in dis.get_instructions(code) if found.opcode in dis.hasconst and found.arg is not None}
+    return tuple(code.co_consts[number] for number in sorted(loaded))
 
 
 def _method(walk: Walk, obj: types.MethodType) -> Iterator[Any] | None:

@@ -59,8 +59,7 @@ class DiskJournal:
         self._blobs = Blobs(blobs)
         mode = journal_mode(sqlite3.sqlite_version_info) if wal else "persist"
         with _told(folder, "opened"):
-            self._cache = _patiently(
-                diskcache.Cache,
+            self._cache = _opened(
                 str(folder),
                 timeout=BUSY_TIMEOUT_S,
                 statistics=0,
@@ -175,16 +174,21 @@ class DiskJournal:
         return bool(connection.in_transaction)
 
 
-def _patiently(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _opened(folder: str, **options: Any) -> Any:
     """Several processes that make a store at once get in each other's way: diskcache changes the schema without waiting."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
+        cache = diskcache.Cache.__new__(diskcache.Cache)
         try:
-            return make(*args, **options)
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
+            cache.__init__(folder, **options)
+        except BaseException as error:
+            cache.close()  # the connection that the failing constructor had opened
+            locked = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+            if not locked or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+        else:
+            return cache
 
 
 @contextmanager
