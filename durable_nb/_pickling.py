@@ -151,6 +151,8 @@ def _live_class(qualname: str, copy: bytes) -> type:
 
 
 def _reduce_function(fn: types.FunctionType) -> Any:
+    # from 3.14 annotations are code, which is run when they are asked for, and may fail until then
+    annotations = "__annotate__" if getattr(fn, "__annotate__", None) is not None else "__annotations__"
     attributes = {
         "__defaults__": fn.__defaults__,
         "__kwdefaults__": fn.__kwdefaults__,
@@ -158,7 +160,7 @@ def _reduce_function(fn: types.FunctionType) -> Any:
         "__name__": fn.__name__,
         "__qualname__": fn.__qualname__,
         "__module__": fn.__module__,
-        "__annotations__": fn.__annotations__,
+        annotations: getattr(fn, annotations),
     }
     # The source goes along: without it the function would be another one to whoever compares code.
     filename = fn.__code__.co_filename

@@ -6,6 +6,7 @@ the real extension, but no ipykernel. What it left behind is described independe
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -302,11 +303,14 @@ class Picture:
         if cls.__module__ != "__main__":
             return [f"{cls.__module__}.{cls.__qualname__}"]
         skipped = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__slotnames__", "__firstlineno__"}
+        # from 3.13 and 3.14: a set in no order, and annotations in several states of being evaluated
+        skipped |= {"__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
         members = [
             (name, value)
             for name, value in sorted(vars(cls).items())
             if name not in skipped and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
         ]
+        members.append(("__annotations__", inspect.get_annotations(cls)))
         return [cls.__qualname__, self._each(cls.__bases__, f"{path}.bases"), self._items(members, path)]
 
 

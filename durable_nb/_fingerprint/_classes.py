@@ -61,7 +61,8 @@ _NO_MEMBERS = {
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__",
     "__parameters__", "__orig_bases__", "__abstractmethods__", "__dataclass_fields__", "__dataclass_params__",
     "__slotnames__", "__signature__", "__class_vars__", "__private_attributes__", "__type_params__",
-    "__classcell__", "__classdictcell__",
+    "__classcell__", "__classdictcell__", "__mutable_keys__", "__readonly_keys__", "__closed__", "__extra_items__",
+    "__protocol_attrs__", "__non_callable_proto_members__",
 }  # fmt: skip
 
 
@@ -78,6 +79,8 @@ def _members(cls: type) -> Iterator[tuple[str, Any]]:
         if type(value).__module__ == "_abc":
             continue
         code = getattr(value, "__code__", None)
+        if "_is_protocol" in members and name in {"__init__", "__subclasshook__"} and _by_typing(value):
+            continue
         if generated and code is not None and _by_dataclass(value, code):
             continue
         if code is not None and code.co_filename.startswith("<attrs generated"):
@@ -94,6 +97,11 @@ def _by_dataclass(value: Any, code: types.CodeType) -> bool:
         "dataclasses",
         "reprlib",
     }
+
+
+def _by_typing(value: Any) -> bool:
+    fn = getattr(value, "__func__", value)
+    return isinstance(fn, types.FunctionType) and fn.__globals__.get("__name__") == "typing"
 
 
 def _by_namedtuple(value: Any) -> bool:

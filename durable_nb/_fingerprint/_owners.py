@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_ABSENT = object()
 _HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
 _STDLIB = tuple({os.path.dirname(os.__file__) + os.sep, os.path.realpath(os.path.dirname(os.__file__)) + os.sep})  # noqa: PTH120
@@ -49,18 +50,8 @@ def is_installed(module_name: str | None) -> bool:
     return False
 
 
-def _leads_to(module_name: str | None, qualname: str, obj: Any) -> bool:
-    found: Any = sys.modules.get(module_name or "")
-    for part in qualname.split("."):
-        try:
-            found = getattr(found, part, None)
-        except Exception:
-            return False
-    return found is obj
-
-
 def installed_name(obj: Any) -> tuple[str, str] | None:
-    """The module and qualified name by which something installed is reached; None for everything else."""
+    """The public module and qualified name by which something installed is reached; None for everything else."""
     if isinstance(obj, types.ModuleType):
         name = obj.__name__
         return (name, "") if is_installed(name) and sys.modules.get(name) is obj else None
@@ -75,9 +66,51 @@ def installed_name(obj: Any) -> tuple[str, str] | None:
         return None
     if not isinstance(module, str) or not isinstance(qualname, str) or not is_installed(module):
         return None
-    if not _leads_to(module, qualname, obj) and not (isinstance(obj, type) and not obj.__flags__ & _HEAP_TYPE):
-        return None
-    return module, qualname
+    public = _public(module, qualname, obj)
+    if public is None and isinstance(obj, type) and not obj.__flags__ & _HEAP_TYPE:
+        public = _bare(module)
+    return None if public is None else (public, qualname)
+
+
+def public_module(kind: type) -> str:
+    """The module of a class as its users know it: packages move their classes about beneath, from version to version."""
+    return _public(kind.__module__, kind.__qualname__, kind) or _bare(kind.__module__)
+
+
+def _public(module: str, qualname: str, obj: Any) -> str | None:
+    """The module nearest to the package's root that offers `obj` under that name; None where none does."""
+    first, *rest = qualname.split(".")
+    for name in _above(module):
+        holder = sys.modules.get(name)
+        if holder is None:
+            continue
+        members = vars(holder)
+        found = members.get(first, _ABSENT)
+        try:
+            if found is _ABSENT and (name == module or first in members.get("__all__", ())):
+                found = getattr(holder, first, _ABSENT)  # what a package imports when it is asked for
+            for part in rest:
+                found = getattr(found, part, _ABSENT)
+        except Exception:
+            continue
+        if found is obj:
+            return name if name != module else _bare(name)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _above(module: str) -> tuple[str, ...]:
+    """Where to look for what says that it is of `module`: the package's root first; for `_io` also `io`."""
+    parts = module.split(".")
+    names = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    if module == "posix":
+        return ("os", module)
+    return (parts[0].lstrip("_"), *names) if parts[0].startswith("_") and parts[0].strip("_") else tuple(names)
+
+
+def _bare(module: str) -> str:
+    """A module that only its package knows, which may be private in one version and not in the next."""
+    return module if module.startswith("__") else ".".join(part.lstrip("_") or part for part in module.split("."))
 
 
 def _is_bound(obj: Any) -> bool:
@@ -88,15 +121,18 @@ def _exporter(method: Any) -> str | None:
     """The installed module that offers a method of a hidden object as a function, as `random.random` is one."""
     owner = method.__self__
     module = str((owner if isinstance(owner, type) else type(owner)).__module__)
-    while module and is_installed(module):
-        if module != "builtins" and vars(sys.modules.get(module, builtins)).get(method.__name__) == method:
-            return module
-        module = module.rpartition(".")[0]
+    if not is_installed(module) or module == "builtins":
+        return None
+    for name in _above(module):
+        if vars(sys.modules.get(name, builtins)).get(method.__name__) == method:
+            return name
     return None
 
 
 def _claimed(obj: Any) -> tuple[Any, Any]:
-    if not is_installed(type(obj).__module__) and not isinstance(obj, types.FunctionType):
+    kind = type(obj).__module__
+    compiled = kind.startswith("_cython_")  # Cython's functions, whose type is named after its version
+    if not compiled and not is_installed(kind) and not isinstance(obj, types.FunctionType):
         return None, None
     try:
         return obj.__module__, obj.__qualname__

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128_digest
 
+from ._owners import public_module
 from ._plain import WORTH_IT, layers, plain_members
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class Walk:
     """One traversal of one component. A memo maps ids of mutable objects to visit numbers; `keep` holds them alive."""
 
     __slots__ = (
-        "arrays", "deferred", "graph", "keep", "label", "layered", "lenient", "memos", "opaque", "out", "own", "plain", "sinks",
+        "arrays", "deferred", "graph", "keep", "label", "later", "layered", "lenient", "memos", "opaque", "out", "own", "plain", "sinks",
     )  # fmt: skip
 
     def __init__(self, graph: Graph, label: str) -> None:
@@ -189,6 +190,7 @@ class Walk:
         self.plain: set[type] = set()  # types met whose instances are known by reduction
         self.layered: dict[type, int] = {}  # types met, and how `_plain` writes their instances
         self.own: dict[type, bool] = {}  # types met, and whether the user defined them
+        self.later: dict[type, dict[str, Any]] = {}  # by type met, what only some Pythons keep in its instances
         self.lenient = 0  # levels of attributes among which an opaque value is none to tell of
 
     def digest(self, roots: Iterator[Any]) -> bytes:
@@ -257,10 +259,11 @@ class Walk:
 
     def by_type(self, obj: Any, configuration: str | None = None) -> None:
         kind = type(obj)
-        name = f"{kind.__module__}.{kind.__qualname__}"
         if not self.lenient:
-            self.opaque.add(Opaque(self.label, name, configuration is not None))
-        self.out += b"?" + text(name) + (b"N" if configuration is None else text(configuration))
+            self.opaque.add(Opaque(self.label, f"{kind.__module__}.{kind.__qualname__}", configuration is not None))
+        self.out += (
+            b"?" + text(f"{public_module(kind)}.{kind.__qualname__}") + (b"N" if configuration is None else text(configuration))
+        )
 
     def is_own(self, kind: type) -> bool:
         """Whether the user defined `kind`, and all that its instances hold counts."""
@@ -272,7 +275,7 @@ class Walk:
     def is_known_by_reduction(self, kind: type) -> bool:
         """Whether instances of a class that reduces as object does are no special case of this module's."""
         lineage = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-        if not lineage.isdisjoint(CONFIGURED.keys() | OPAQUE_TYPES) or {"numpy", "pandas", "pyarrow"} & {
+        if not lineage.isdisjoint(CONFIGURED.keys() | OPAQUE_TYPES | _LATER.keys()) or {"numpy", "pandas", "pyarrow"} & {
             name.partition(".")[0] for name in lineage
         }:
             return False
@@ -524,13 +527,13 @@ def _method(walk: Walk, obj: types.MethodType) -> Iterator[Any] | None:
 
 
 def _builtin(walk: Walk, obj: types.BuiltinFunctionType) -> Iterator[Any] | None:
-    owner = obj.__self__
-    if owner is None or isinstance(owner, types.ModuleType):
-        walk.out += b"Xbuiltin;" + text(obj.__module__ or "") + text(obj.__qualname__)
-        return None
     token = walk.graph.by_name(obj)
     if token is not None:
         walk.out += token
+        return None
+    owner = obj.__self__
+    if owner is None or isinstance(owner, types.ModuleType):
+        walk.out += b"Xbuiltin;" + text(obj.__module__ or "") + text(obj.__qualname__)
         return None
     walk.out += b"Xbound;" + text(obj.__qualname__)
     return iter((owner,))
@@ -567,6 +570,11 @@ def _alias_type(walk: Walk, obj: Any) -> Iterator[Any] | None:
 def _union_type(walk: Walk, obj: Any) -> Iterator[Any] | None:
     walk.out += b"Xunion;"
     return iter((obj.__args__,))
+
+
+def _is_union(kind: type) -> bool:
+    """typing's own, before Python 3.14 made the two one."""
+    return kind.__module__ == "typing" and kind.__qualname__ == "_UnionGenericAlias"
 
 
 def _node(walk: Walk, obj: Any) -> Iterator[Any] | None:
@@ -695,6 +703,8 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if issubclass(kind, type) or issubclass(kind, types.ModuleType):
         walk.refer(obj)
         return None
+    if _is_union(kind):
+        return _union_type(walk, obj)
     lineage = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     for name in lineage:
         if name == "enum.Enum":
@@ -802,7 +812,7 @@ def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], 
     if isinstance(obj, dict) and default:
         pairs_of = list(dict.items(obj))
     yield args
-    if hasattr(kind, "__setstate__"):
+    if state is not None and hasattr(kind, "__setstate__"):
         if isinstance(state, dict) and isinstance(state.get("__dict__"), dict):
             state = {**state, "__dict__": _attributes(walk, obj, state["__dict__"])}
         yield state
@@ -850,9 +860,26 @@ def _state(walk: Walk, obj: Any, state: Any) -> Iterator[Any]:
 def _attributes(walk: Walk, obj: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """`found` without what functools.cached_property left there: having been looked at is no part of a value."""
     kind = type(obj)
-    if walk.is_own(kind):
-        return dict(found)
-    return {name: value for name, value in found.items() if type(_static(kind, name)) is not functools.cached_property}
+    own = walk.is_own(kind)
+    later = walk.later.get(kind)
+    if later is None:
+        names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+        later = walk.later[kind] = dict(chain.from_iterable(_LATER.get(name, {}).items() for name in names))
+    return {
+        name: value
+        for name, value in found.items()
+        if (own or type(_static(kind, name)) is not functools.cached_property)
+        and not (name in later and (later[name] is MISSING or later[name] is value))
+    }
+
+
+_LATER: dict[str, dict[str, Any]] = {
+    "threading.Condition": {"locked": MISSING},  # from 3.14
+    "queue.Queue": {"is_shutdown": False},  # from 3.13
+    "asyncio.queues.Queue": {"_is_shutdown": False},
+    "functools.singledispatchmethod": {"_method_cache": MISSING},
+}
+"""Attributes that later Pythons have, by type: they count where they are not this, nowhere where any value follows from others."""
 
 
 def _static(kind: type, name: str) -> Any:

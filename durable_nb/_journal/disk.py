@@ -132,7 +132,7 @@ class DiskJournal:
         ((key, value),) = commit.inserts
         now = time.time()
         statement = f"{_INSERT} AND {_HOLDS} AND {_SETTINGS_HOLD}"
-        bindings = (key, now, now, value, key, *commit.guard)
+        bindings: tuple[Any, ...] = (key, now, now, value, key, *commit.guard)
         if commit.follows is not None:
             statement, bindings = f"{statement} AND {_IS_THERE}", (*bindings, commit.follows)
         return self._sql(statement, bindings).rowcount == 1
