@@ -79,23 +79,29 @@ def public_module(kind: type) -> str:
 
 def _public(module: str, qualname: str, obj: Any) -> str | None:
     """The module nearest to the package's root that offers `obj` under that name; None where none does."""
-    first, *rest = qualname.split(".")
     for name in _above(module):
-        holder = sys.modules.get(name)
-        if holder is None:
-            continue
-        members = vars(holder)
-        found = members.get(first, _ABSENT)
-        try:
-            if found is _ABSENT and (name == module or first in members.get("__all__", ())):
-                found = getattr(holder, first, _ABSENT)  # what a package imports when it is asked for
-            for part in rest:
-                found = getattr(found, part, _ABSENT)
-        except Exception:
-            continue
-        if found is obj:
+        if _offers(name, qualname, name == module) is obj:
             return name if name != module else _bare(name)
     return None
+
+
+def _offers(module: str, qualname: str, certain: bool) -> Any:
+    """What a loaded module has under that name. One that imports only when asked is asked for what it promises."""
+    holder: Any = sys.modules.get(module)
+    first, *rest = qualname.split(".")
+    try:
+        members = vars(holder)
+        if first in members:
+            found = members[first]
+        elif certain or first in members.get("__all__", ()):
+            found = getattr(holder, first, _ABSENT)
+        else:
+            return _ABSENT
+        for part in rest:
+            found = getattr(found, part, _ABSENT)
+    except Exception:
+        return _ABSENT
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

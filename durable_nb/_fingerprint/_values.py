@@ -174,7 +174,8 @@ class Walk:
     """One traversal of one component. A memo maps ids of mutable objects to visit numbers; `keep` holds them alive."""
 
     __slots__ = (
-        "arrays", "deferred", "graph", "keep", "label", "later", "layered", "lenient", "memos", "opaque", "out", "own", "plain", "sinks",
+        "arrays", "deferred", "graph", "keep", "label", "later", "layered", "lenient", "memos", "opaque", "out", "own", "plain",
+        "sinks",
     )  # fmt: skip
 
     def __init__(self, graph: Graph, label: str) -> None:
@@ -879,7 +880,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "asyncio.queues.Queue": {"_is_shutdown": False},
     "functools.singledispatchmethod": {"_method_cache": MISSING},
 }
-"""Attributes that later Pythons have, by type: they count where they are not this, nowhere where any value follows from others."""
+"""Attributes that only later Pythons have, by type: they count where they are not this; MISSING: nowhere, they follow from others."""
 
 
 def _static(kind: type, name: str) -> Any:
