@@ -880,7 +880,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "asyncio.queues.Queue": {"_is_shutdown": False},
     "functools.singledispatchmethod": {"_method_cache": MISSING},
 }
-"""Attributes that only later Pythons have, by type: they count where they are not this; MISSING: nowhere, they follow from others."""
+"""Attributes that only later Pythons have, by type: they count where they are not this; MISSING: they never do."""
 
 
 def _static(kind: type, name: str) -> Any:
