@@ -28,6 +28,7 @@ class CellRun(Run):
     """What verbs ask, in a durable cell."""
 
     again = "run the cell again"
+    shows_interrupts = True
 
     def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
         super().__init__(engine, record, held, resumed=resumed)

@@ -12,6 +12,7 @@ import builtins
 import copyreg
 import functools
 import gc
+import inspect
 import io
 import linecache
 import os
@@ -228,6 +229,23 @@ def _view(mapping: Any, name: str) -> Any:
     return getattr(mapping, name)()
 
 
+def _reduce_coroutine(coro: Any) -> Any:
+    """One that has ended, as `for task in asyncio.as_completed(...): await task` leaves behind: nothing is left of it but its
+    name."""  # fmt: skip
+    if inspect.getcoroutinestate(coro) != inspect.CORO_CLOSED:
+        raise TypeError("cannot pickle 'coroutine' object")
+    return _ended_coroutine, (coro.__name__, coro.__qualname__)
+
+
+def _ended_coroutine(name: str, qualname: str) -> Any:
+    async def ended() -> None: ...
+
+    coro: Any = ended()
+    coro.close()
+    coro.__name__, coro.__qualname__ = name, qualname
+    return coro
+
+
 def _reduce_memoryview(_view: memoryview) -> Any:
     raise TypeError("cannot pickle 'memoryview' object")  # cloudpickle would make it bytes
 
@@ -241,6 +259,7 @@ _REDUCERS: dict[type, Callable[[Any], Any]] = {
     type(_empty.values()): _reduce_view,
     type(_empty.items()): _reduce_view,
     memoryview: _reduce_memoryview,
+    types.CoroutineType: _reduce_coroutine,
 }
 
 

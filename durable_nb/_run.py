@@ -167,6 +167,8 @@ class Run:
     """How messages call the run: "cell 'a'"."""
     again: str
     """What a user does to go on with it."""
+    shows_interrupts = False
+    """A KeyboardInterrupt that its code raises may leave `execute`: no task of ours waits there, which it would break."""
 
     def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
         self.engine, self.record = engine, record
@@ -316,7 +318,9 @@ class Run:
         if self._stopped is not None:
             raise self._stopped
         value, error = main.result()
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt) and not self.shows_interrupts:
+            raise asyncio.CancelledError from error
+        if error is not None:  # a KeyboardInterrupt is the code's own: the user's has come as `stop`, too
             raise error
         return value
 
@@ -354,6 +358,11 @@ class Run:
     def abandon(self) -> None:
         """Its execution never began: whoever asks next may have the run."""
         self.engine.active.pop(self.id, None)
+
+    def left_running(self) -> list[str]:
+        """The steps whose threads go on, though the execution has ended."""
+        alive = [work for work in self.engine.works.values() if work.run_id == self.id and not work.task.done()]
+        return [work.asked.fact.name for work in alive]
 
     def _is_worked_on(self) -> bool:
         """Does a body of this run still live, of this execution or of an earlier one?"""
@@ -949,8 +958,6 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
         return await body, None
     except asyncio.CancelledError:
         raise
-    except KeyboardInterrupt as interrupt:
-        raise asyncio.CancelledError from interrupt
     except BaseException as raised:
         return None, raised
 

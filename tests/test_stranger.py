@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -86,3 +87,68 @@ def test_a_waiting_kernel_takes_over_from_a_killed_one(home):
         assert other.value("values") == [0, 1, 2, 3]
     assert sorted(set(taken.read_text().split())) == ["0", "1", "2", "3"]
     assert len(taken.read_text().split()) <= 5
+
+
+def test_steps_in_the_order_of_their_ends_are_stored_with_what_the_loop_leaves_behind(home):
+    """as_completed's coroutines are awaited, all of them: nobody is told to await them."""
+    cell = (
+        "%%durable turns\nimport asyncio\nasync def nap(i):\n    await asyncio.sleep(i / 50); return i\nturn = []\n"
+        "for step in asyncio.as_completed([durable.run('nap', nap, i) for i in (2, 0, 1)]):\n    turn.append(await step)"
+    )
+    home.restart()
+    assert "not stored" not in home.run(cell).told[-1]
+    home.restart()
+    assert "restored" in home.run(cell).told[-1]
+    assert home.value("turn, type(step).__name__, step.cr_frame") == ([0, 1, 2], "coroutine", None)
+
+
+def test_a_keyboard_interrupt_of_the_cells_own_code_shows_as_itself(home):
+    """With the user's lines, as in a plain cell; the kernel lives on."""
+    plain = home.run("def stop():\n    raise KeyboardInterrupt('enough')\nstop()")
+    shown = home.run("%%durable enough\ndef stop():\n    raise KeyboardInterrupt('enough')\nstop()")
+    assert (plain.error, shown.error) == ("KeyboardInterrupt: enough", "KeyboardInterrupt: enough")
+    assert "KeyboardInterrupt(" in shown.traceback
+    assert "_run.py" not in shown.traceback
+    assert home.value("1 + 1") == 2
+
+
+def test_what_time_executes_is_code(home):
+    """`%time v = ...` binds v and reads what it reads, no more: run again the cell is restored."""
+    home.restart()
+    home.run("from contextlib import nullcontext\nn, sum_of, k = 10, sum, 1")
+    cell = "%%durable timed\n%time v = sum_of(range(n))\nwith nullcontext():\n    %time w = v + 1\nw"
+    assert home.run(cell).result == "46"
+    again = home.run(cell)
+    assert "restored" in again.told[0]
+    assert again.stdout.count("Wall time") == 2
+    home.run("n = 11")
+    assert "running: n changed" in home.run(cell).told[0]
+    assert home.value("v, w") == (55, 56)
+    assert "running: code changed" in home.run(cell.replace("%time ", "")).told[0], "it prints nothing now"
+    assert "running" in home.run("%%durable failing\n%time k = 1 / 0\nx = k").told[0]
+    home.run("k = 2")
+    assert "running" in home.run("%%durable failing\n%time k = 1 / 0\nx = k").told[0]
+
+
+def test_a_cell_that_asks_runs_and_says_why(home):
+    """Nobody knows the answer beforehand; where a name hides the builtin it is no question."""
+    asked = home.run("%%durable asks\nx = input('name? ')", front_end=False)
+    assert "running: it calls input(), whose answer nobody knows beforehand" in asked.stderr
+    home.run("input = 3")
+    assert "first run" in home.run("%%durable answered\ny = input + 1").told[0]
+    home.run("del input")
+
+
+def test_a_stopped_cell_says_that_its_thread_goes_on(home):
+    """Run again, it waits for that thread, and says since when it goes on."""
+    cell = "%%durable threads\nimport time\ndef slow():\n    open('slow', 'a').write('x\\n'); time.sleep(1.5)\n    return 7\n"
+    cell += "x = await durable.run('slow one', slow)"
+    sent = home.send(cell)
+    home.wait_until(home.folder / "slow")
+    home.interrupt()
+    said = "step 'slow one' is still running in the background; run the cell again to wait for it"
+    assert said in home.wait(sent).told[-1]
+    again = home.run(cell)
+    assert re.search(r"goes on from \d+ s ago", again.told[0]), again.told
+    assert (home.folder / "slow").read_text() == "x\n"
+    assert home.value("x") == 7

@@ -82,10 +82,16 @@ def key_of(
     for label, function in found.functions().items():
         if _looks_up(function.__code__):
             unknown.append(f"{said(label)} may look names up dynamically, which can't be followed")
+    words, asks = _words(tree, found), _INPUT in print_.components and "input" not in namespace
+    if asks or ("getpass" in words and "getuser" not in words):
+        once = "input(), whose answer nobody knows beforehand; a step that calls it asks once"
+        unknown.append(f"it calls {once if asks else 'getpass(), whose answer nobody knows beforehand'}")
     unknown += [
         f"{said(o.label)} holds a {o.type_name}, which can't be compared" + _way_out(o.label)
         for o in print_.opaque
-        if not o.configured or o.type_name.startswith("_io.") or (o.type_name.endswith("Shell") and o.label != _OWN_SHELL)
+        if (not o.configured and not (asks and o.label == _INPUT))
+        or o.type_name.startswith("_io.")
+        or (o.type_name.endswith("Shell") and o.label != _OWN_SHELL)
     ]
     return CellKey(
         _key(name, print_.digest),
@@ -93,7 +99,7 @@ def key_of(
         dict(print_.versions),
         tuple(unknown),
         found.places(),
-        _words(tree, found),
+        words,
         frozenset(
             (str(function.__globals__.get("__name__")), name)
             for function in found.functions().values()
@@ -134,6 +140,7 @@ def _looks_up(code: types.CodeType) -> bool:
     )
 
 
+_INPUT = "global input"
 _OWN_SHELL = "global get_ipython"
 """IPython writes `!command` as a call of it, in helpers too."""
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from durable_nb._clock import say_duration
+
 _NUMERIC = frozenset("0123456789")
 _LONGEST_CELL = 80
 _AS_TEXT = "white-space:pre-wrap;font-family:var(--jp-code-font-family,monospace)"
@@ -79,6 +81,14 @@ def say_when(at: float | None) -> str:
         return ""
     then, today = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
     return f"{then:%H:%M:%S}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"
+
+
+def say_past(at: float) -> str:
+    """A moment of the past and how long ago it is: '05:10, 12 min ago'; before today with the day."""
+    then, now = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
+    ago = max((now - then).total_seconds(), 0.0)
+    day = "" if then.date() == now.date() else f"{then:%a} " if ago < 6 * 86400 else f"{then:%Y-%m-%d} "
+    return f"{day}{then:%H:%M}, {say_duration(ago // 60 * 60)} ago" if ago >= 60 else f"{round(ago)} s ago"
 
 
 def count(n: int, what: str, many: str = "") -> str:

@@ -9,7 +9,6 @@ import sys
 import time
 import types
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from durable_nb._cellrun import CellRun
 from durable_nb._clock import say_duration
 from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
+from durable_nb._housekeeping.tables import say_past
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.compile import compile_body
@@ -175,7 +175,7 @@ class CellExecution:
         self.story.opaque, self.story.differences = key.opaque, why.differences
         self.story.nearest = why.nearest
         if run.resumed:
-            return f"goes on from {datetime.fromtimestamp(run.record.started_at).astimezone():%a %H:%M}"
+            return f"goes on from {say_past(run.record.started_at)}"
         if self.options.rerun and not self.story.options.rerun:
             return "asked for by %durable rerun"
         if self.options.rerun or self.options.rerun_step:
@@ -230,6 +230,8 @@ class CellExecution:
                 except StoreError as failed:
                     self.status.warn(f"how the run ended could not be written: {failed}")
                 host.close()
+                for step in run.left_running():
+                    self.status.still_running(step)
                 self.status.ended(ended, time.perf_counter() - began, run.snapshot())
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import IPython
 from IPython.core.displayhook import DisplayHook
 
 from durable_nb._cellcache.names import Names, names_of
@@ -55,8 +57,39 @@ def compile_body(shell: Any, body: str) -> Code:
 
 @lru_cache(maxsize=256)
 def _normal(source: str) -> tuple[ast.Module, Names]:
-    tree = ast.parse(source)
-    return tree, names_of(tree)
+    tree = _Timed().visit(ast.parse(source))
+    swallows = IPython.version_info < (9, 4)  # %time showed an error and went on
+    return tree, names_of(_Timed(swallows=True).visit(ast.parse(source)) if swallows else tree)
+
+
+class _Timed(ast.NodeTransformer):
+    """`%time v = f(x)` as what it executes: the text in `get_ipython().run_line_magic('time', 'v = f(x)')` is code."""
+
+    def __init__(self, *, swallows: bool = False) -> None:
+        self._swallows = swallows
+        """After an error in it the cell goes on."""
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        timed = _timed(node.value)
+        if timed is None:
+            return node
+        body: list[ast.stmt] = [*timed.body]
+        if self._swallows:
+            body = [ast.Try(body, [ast.ExceptHandler(None, None, [ast.Pass()])], [], [])]
+        magic = ast.parse("get_ipython().run_line_magic('time', '')").body  # it prints: the cell is another one without it
+        return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in (*magic, *body)]
+
+
+def _timed(node: ast.expr) -> ast.Module | None:
+    """The code that a call of %time executes; None for anything else."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Call(func=ast.Name(id="get_ipython")), attr="run_line_magic"),
+            args=[ast.Constant(value="time"), ast.Constant(value=str(text))],
+        ):
+            with suppress(SyntaxError, ValueError):  # an option, or a magic within
+                return ast.parse(text)
+    return None
 
 
 def _parts(tree: ast.Module, interactivity: str, *, quiet: bool) -> Iterator[tuple[ast.Module | ast.Expression, bool]]:

@@ -33,6 +33,14 @@ class StatusLine:
         if text not in self._notes:
             self._notes.append(text)
 
+    def still_running(self, step: str) -> None:
+        """The cell was stopped, and the thread of that step could not be."""
+        text = f"step {step!r} is still running in the background; run the cell again to wait for it"
+        if self._live and self._shown:
+            self.advise(text)
+        else:
+            self.warn(text)
+
     def not_stored(self, why: str) -> None:
         """The cell will run again next time, and why."""
         text = f"not stored: {why}"

@@ -44,11 +44,10 @@ def _is_ours(filename: str) -> bool:
 
 def show_users_lines(shell: Any, error: BaseException) -> None:
     """Make IPython show an error as if the cell had run plainly."""
-    if isinstance(error, (KeyboardInterrupt, RunSuspended)):
-        shown = [f"{type(error).__name__}: {error}"]
-    else:
-        users_traceback(error)
-        shown = None
+    users_traceback(error)
+    # An interrupt of the user's is told in a line; a KeyboardInterrupt that the cell's own code raises has lines to show.
+    told = isinstance(error, RunSuspended) or (isinstance(error, KeyboardInterrupt) and error.__traceback__ is None)
+    shown = [f"{type(error).__name__}: {error}"] if told else None
     trace = error.__traceback__
 
     # IPython reads the traceback after it has gone through the frames of the magic, so it is rendered from here.
