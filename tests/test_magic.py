@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -517,3 +518,29 @@ def test_the_listing_says_how_a_run_stands_as_the_run_itself_does(shared):
     shared.run("run.cancel()\nwhile run.status != 'cancelled': await asyncio.sleep(0.01)")
     (line,) = [line for line in tell(shared, "%durable runs").splitlines() if "long-one" in line]
     assert "cancelled" in line
+
+
+def test_when_an_interrupted_sleep_wakes_is_told_wherever_it_is_listed(tmp_path):
+    """With the word that nothing wakes by itself; after a kill as after Stop."""
+    cell = "%%durable nap\nawait durable.sleep('rest', '2h')"
+    with kernel(tmp_path) as k:
+        sent = k.send(cell)
+        listed = [sys.executable, "-c", "from durable_nb._cli import main; raise SystemExit(main(['ls']))"]
+
+        def ls() -> str:
+            return subprocess.run(listed, cwd=tmp_path, env=k.env, capture_output=True, text=True, check=False).stdout
+
+        deadline = time.monotonic() + 30
+        while not (asleep := re.search(r"sleeping.* (\d\d:\d\d:\d\d|[\d-]+ \d\d:\d\d)$", ls(), re.MULTILINE)):
+            assert time.monotonic() < deadline
+        wake = asleep[1]
+        k.interrupt()
+        stopped = k.wait(sent)
+        assert f"next wake {wake}: run the cell again to go on" in stopped.told[-1]
+        assert "until " in stopped.views[-1]["text/plain"]
+        for restarted in (False, True):
+            for command in ("%durable", "%durable runs", "%durable show nap"):
+                assert f"{wake}, no process is running this" in tell(k, command), (command, restarted)
+            if not restarted:
+                k.kill()
+        assert f"{wake}, no process is running this" in ls()

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
-from durable_nb._facts import Snapshot
+from durable_nb._facts import Snapshot, Status
 from durable_nb._records import Lease, RunRecord, unpack
 from durable_nb._workflows import Workflows
 from durable_nb.errors import RunNotFoundError, StoreError
 
+_ASLEEP = (Status.SLEEPING, Status.RETRYING)
 NAMELESS = "(without a name)"
 """All cells without a name, as one."""
 
@@ -35,6 +36,8 @@ class RunFacts:
     """Outcomes on record; None for a cell, whose runs share theirs."""
     error: str
     labels: tuple[str, ...]
+    wake_at: float | None
+    """When its next sleep or retry is due, of a run that is not finished: if a process executes it then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class CellFacts:
     """How long its last run took."""
     saves_s: float | None
     """What the cell takes in full, and a hit on its newest entry saves."""
+    wake_at: float | None
+    """Of its last run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,7 @@ class Inventory:
             sum(entry.size for entry in kept),
             last.ended_at - last.started_at if last and last.ended_at else None,
             manifest.took_s if manifest else None,
+            last.wake_at if last else None,
         )
 
     def unread(self) -> int:
@@ -189,7 +195,17 @@ class Inventory:
             None if record.kind == "cell" else steps.get(record.scope, 0),
             record.error,
             record.labels,
+            self._wake_at(record),
         )
+
+    def _wake_at(self, record: RunRecord) -> float | None:
+        if record.status != Status.RUNNING:  # over
+            return None
+        try:
+            steps = self._workflows.snapshot(record.id).steps
+        except StoreError:  # `show` tells of it
+            return None
+        return min((step.wake_at for step in steps if step.wake_at and step.status in _ASLEEP), default=None)
 
 
 def nearest(said: str, *known: Iterable[str]) -> str:

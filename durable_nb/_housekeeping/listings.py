@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from durable_nb._clock import say_duration
+from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.inventory import CellFacts, Inventory, RunFacts
 from durable_nb._housekeeping.tables import Table, count, say_size, say_when
@@ -13,7 +14,7 @@ def cells_table(inventory: Inventory, cells: list[CellFacts], notes: list[str]) 
     title = f"durable cells in {inventory.path}"
     if unread := inventory.unread():
         notes = [*notes, f"{count(unread, 'run or entry', 'runs and entries')} can't be read: see 'durable-nb doctor'"]
-    columns = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves")
+    columns = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
     rows = [
         (
             cell.name,
@@ -24,6 +25,7 @@ def cells_table(inventory: Inventory, cells: list[CellFacts], notes: list[str]) 
             say_size(cell.size) if cell.entries else "",
             say_seconds(cell.took_s),
             say_seconds(cell.saves_s),
+            _say_wake(cell.wake_at, cell.status),
         )
         for cell in cells
     ]
@@ -32,7 +34,7 @@ def cells_table(inventory: Inventory, cells: list[CellFacts], notes: list[str]) 
 
 def runs_table(title: str, runs: list[RunFacts]) -> Table:
     """One row for each run."""
-    columns = ("run", "of", "status", "began", "took", "steps", "error")
+    columns = ("run", "of", "status", "began", "took", "steps", "next wake", "error")
     rows = [
         (
             run.id,
@@ -41,6 +43,7 @@ def runs_table(title: str, runs: list[RunFacts]) -> Table:
             say_when(run.started_at),
             say_seconds(run.ended_at - run.started_at if run.ended_at else None),
             "" if run.steps is None else str(run.steps),
+            _say_wake(run.wake_at, run.status),
             run.error,
         )
         for run in runs
@@ -51,7 +54,7 @@ def runs_table(title: str, runs: list[RunFacts]) -> Table:
 def steps_table(run: RunFacts, inventory: Inventory) -> Table:
     """A run and its steps."""
     of = f"cell {run.name}" if run.kind == "cell" else run.name
-    columns = ("step", "kind", "status", "attempts", "began", "took", "error")
+    columns = ("step", "kind", "status", "attempts", "began", "took", "wakes", "error")
     rows = [
         (
             step.name,
@@ -60,11 +63,14 @@ def steps_table(run: RunFacts, inventory: Inventory) -> Table:
             str(step.attempts) if step.attempts else "",
             say_when(step.started_at),
             say_seconds(step.ended_at - step.started_at if step.ended_at and step.started_at else None),
+            say_when(step.wake_at) if step.status in (Status.SLEEPING, Status.RETRYING) else "",
             step.error or "",
         )
         for step in inventory.steps_of(run).steps
     ]
     notes = [run.error] if run.error else []
+    if run.wake_at is not None:
+        notes.append(f"next wake {_say_wake(run.wake_at, run.status)}")
     return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes if rows else ["no steps recorded", *notes])
 
 
@@ -95,6 +101,11 @@ def gc_table(done: gc.Collected) -> Table:
         over = "the newest entry of a cell in use, and steps, are never removed: '%durable forget NAME' does"
         lines.append(f"that is more than {say_size(done.max_size)}: {over}")
     return Table(title, notes=[f"  {line}" for line in lines])
+
+
+def _say_wake(at: float | None, status: str) -> str:
+    """When a sleep or a retry is due; nothing wakes without a process."""
+    return say_when(at) + (", no process is running this" if at is not None and status == Status.INTERRUPTED else "")
 
 
 def say_seconds(seconds: float | None) -> str:

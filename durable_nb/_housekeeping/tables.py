@@ -54,7 +54,7 @@ class Table:
 
     def _is_numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column]]
-        return bool(cells) and all(cell[0] in _NUMERIC and "-" not in cell for cell in cells)
+        return bool(cells) and all(cell[0] in _NUMERIC and not {"-", ","} & set(cell) for cell in cells)
 
 
 def _cell(tag: str, text: str, align: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
-from durable_nb._housekeeping.tables import count, say_size
+from durable_nb._housekeeping.tables import count, say_size, say_when
 
 _STYLE = "color:var(--jp-ui-font-color2,#616161);font-size:var(--jp-ui-font-size1,13px)"
 
@@ -68,9 +68,13 @@ class StatusLine:
             text = f"ran in {say_duration(took_s)}{steps}"
         else:
             word = "failed" if status is Status.FAILED else "stopped"
-            text = f"{word} after {say_duration(took_s)}" + (
-                f", {count(kept, 'step')} kept: run the cell again to go on" if kept else ""
+            wakes = min(
+                (step.wake_at for step in run.steps if step.wake_at and step.status is Status.INTERRUPTED), default=None
             )
+            held = [f"{count(kept, 'step')} kept"] if kept else []
+            held += [f"next wake {say_when(wakes)}"] if wakes is not None and status is not Status.FAILED else []
+            text = f"{word} after {say_duration(took_s)}"
+            text += f", {', '.join(held)}: run the cell again to go on" if held else ""
         if self._live:
             self._display(status.value, text)
 

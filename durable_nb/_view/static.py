@@ -135,7 +135,7 @@ def _told(counts: dict[str, int]) -> list[str]:
 
 
 def _time(step: Step, now: float) -> str:
-    if step.wake_at is not None and step.status in {Status.SLEEPING, Status.RETRYING}:
+    if step.wake_at is not None and step.status in {Status.SLEEPING, Status.RETRYING, Status.INTERRUPTED}:
         return f"until {datetime.fromtimestamp(step.wake_at, UTC):%Y-%m-%d %H:%M:%S} UTC"
     if step.started_at is None or step.restored:
         return ""
