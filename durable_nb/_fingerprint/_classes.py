@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 import sys
 import types
+from _abc import _get_dump  # type: ignore[import-not-found]
+from abc import ABCMeta
 from typing import TYPE_CHECKING, Any
 
+from ._annotations import annotation_parts, annotations_of, own_annotations, types_in
 from ._owners import is_installed_file
-from ._values import SCALARS, named, text
+from ._values import ANNOTATIONS, DOCSTRINGS, NAMES, named, text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ._values import Walk
 
 
 def class_of(walk: Walk, cls: type) -> Iterator[Any]:
     members = vars(cls)
-    walk.out += b"class" + text(cls.__qualname__)
+    walk.out += b"class" + text(cls.__name__)
+    if NAMES in walk.graph.looks:
+        walk.out += text(cls.__module__) + text(cls.__qualname__)
     yield cls.__bases__
     yield None if type(cls) is type else type(cls)
-    if walk.graph.docstrings:
+    fields = _pydantic_fields(cls)
+    if DOCSTRINGS in walk.graph.looks or fields is not None:
         yield members.get("__doc__")
-    for name, annotation in _annotations(cls):
-        walk.out += text(name) + text(annotation_text(annotation))
+    if ANNOTATIONS in walk.graph.looks or _makes_fields_of_annotations(cls):
+        yield from annotations_of(walk, cls, _namespace(walk, cls))
     walk.out += b"special"
     if issubclass(cls, enum.Enum):
         for name, member in cls.__members__.items():
             walk.out += text(name)
             yield (member._name_, member._value_)
             yield from named(walk, {key: value for key, value in vars(member).items() if not _by_enum(key, value)})
-    fields = members.get("__dataclass_fields__")
-    if fields is not None:
-        params = members["__dataclass_params__"]
-        yield tuple(getattr(params, name) for name in ("init", "repr", "eq", "order", "unsafe_hash", "frozen"))
-        for field in fields.values():
-            walk.out += text(field.name) + text(annotation_text(field.type)) + text(field._field_type.name)
-            yield from (field.default, field.default_factory, field.metadata)
-            yield (field.init, field.repr, field.hash, field.compare, field.kw_only)
+    if isinstance(cls, ABCMeta):
+        registered = [found for reference in _get_dump(cls)[0] if (found := reference()) is not None]
+        yield from walk.elements(b"registered", registered)
+    yield from _dataclass_fields(walk, cls)
     if "__struct_fields__" in dir(cls):  # msgspec keeps its defaults outside the namespace
         yield (cls.__struct_fields__, cls.__struct_encode_fields__)  # type: ignore[attr-defined]
         for default in cls.__struct_defaults__:  # type: ignore[attr-defined]
             walk.out += text(type(default).__name__)
             yield default.factory if type(default).__name__ == "Factory" else default
-    for name, field in (members.get("__pydantic_fields__") or {}).items():
-        walk.out += text(name)
-        yield field.annotation
-        yield from (getattr(field, part, None) for part in _FIELD_INFO)
+    if fields is not None:
+        yield from _schema(walk, cls, fields)
     walk.out += b"members"
     for name, value in sorted(_members(cls)):
         walk.out += text(name)
@@ -55,7 +56,60 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
     walk.out += b"end"
 
 
-_FIELD_INFO = ("default", "default_factory", "alias", "validation_alias", "title", "description", "metadata", "frozen")
+def _namespace(walk: Walk, cls: type) -> Mapping[str, Any]:
+    """The globals of the class statement."""
+    return walk.graph.namespaces.get(cls.__module__) or vars(sys.modules.get(cls.__module__, builtins))
+
+
+def _makes_fields_of_annotations(cls: type) -> bool:
+    """Whether a framework reads what the class's annotations say: dataclasses, typing, pydantic, attrs, msgspec."""
+    members = vars(cls)
+    frameworks = {"__dataclass_fields__", "__total__", "_field_defaults", "__pydantic_fields__", "__attrs_attrs__"}
+    return bool(frameworks & members.keys()) or "__struct_fields__" in dir(cls)
+
+
+def _dataclass_fields(walk: Walk, cls: type) -> Iterator[Any]:
+    members = vars(cls)
+    fields = members.get("__dataclass_fields__")
+    if fields is None:
+        return
+    params = members["__dataclass_params__"]
+    yield tuple(getattr(params, name) for name in ("init", "repr", "eq", "order", "unsafe_hash", "frozen"))
+    for field in fields.values():
+        walk.out += text(field.name) + text(field._field_type.name)
+        if field.name not in own_annotations(cls):  # inherited, or made by make_dataclass()
+            yield from annotation_parts(walk, field.type, _namespace(walk, cls))
+        yield from (field.default, field.default_factory, field.metadata)
+        yield (field.init, field.repr, field.hash, field.compare, field.kw_only)
+
+
+def _pydantic_fields(cls: type) -> Mapping[str, Any] | None:
+    found = vars(cls).get("__pydantic_fields__")
+    return found if isinstance(found, dict) else None
+
+
+def _schema(walk: Walk, cls: type, fields: Mapping[str, Any]) -> Iterator[Any]:
+    """All that shows in the schema of a pydantic model, which may be a prompt, and that validates or dumps it."""
+    namespace = _namespace(walk, cls)
+    for name, field in fields.items():
+        walk.out += text(name)
+        yield from annotation_parts(walk, field.annotation, namespace)
+        for leaf in types_in(field.annotation):
+            if walk.graph.by_name(leaf) is None:
+                yield vars(leaf).get("__doc__")
+        yield from (getattr(field, part, None) for part in type(field).__slots__ if part[0] != "_" and part != "annotation")
+    decorators = vars(cls).get("__pydantic_decorators__")
+    for kind in getattr(decorators, "__dataclass_fields__", ()):
+        for name, decorator in sorted(getattr(decorators, kind).items()):
+            if not hasattr(decorator, "info"):
+                continue
+            walk.out += text(name)
+            yield decorator.info
+    for name, private in sorted((vars(cls).get("__private_attributes__") or {}).items()):
+        walk.out += text(name)
+        yield (getattr(private, "default", None), getattr(private, "default_factory", None))
+
+
 _NO_MEMBERS = {
     "__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__",
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__",
@@ -119,37 +173,3 @@ def _by_enum(name: str, value: Any) -> bool:
         return True
     code = getattr(value, "__code__", None)
     return name.startswith("__") and (code is None or is_installed_file(code.co_filename))
-
-
-def _annotations(cls: type) -> list[tuple[str, Any]]:
-    if sys.version_info >= (3, 14):
-        import annotationlib
-
-        if isinstance(vars(cls).get("__annotate__"), types.GetSetDescriptorType):  # a C class whose instances have some
-            return []
-        found = annotationlib.get_annotations(cls, format=annotationlib.Format.FORWARDREF)
-    else:
-        found = vars(cls).get("__annotations__", {})
-    return list(found.items()) if isinstance(found, dict) else []
-
-
-def annotation_text(annotation: Any) -> str:
-    """An annotation in words that are the same whichever Python spells its union."""
-    if isinstance(annotation, str):
-        return annotation
-    if issubclass(type(annotation), type):
-        return f"{annotation.__module__}.{annotation.__qualname__}"
-    origin, args = getattr(annotation, "__origin__", None), getattr(annotation, "__args__", None)
-    if isinstance(annotation, types.UnionType) or getattr(origin, "_name", None) == "Union":
-        origin = "typing.Union"
-    if isinstance(args, tuple) and origin is not None:
-        more = [getattr(annotation, "__metadata__", None)]
-        inner = ", ".join(annotation_text(arg) for arg in [*args, *(part for part in more if part)])
-        return f"{annotation_text(origin)}[{inner}]"
-    if isinstance(annotation, tuple | list):
-        return "(" + ", ".join(annotation_text(part) for part in annotation) + ")"
-    if type(annotation) in SCALARS:
-        return repr(annotation)
-    named_ = getattr(annotation, "__forward_arg__", None) or getattr(annotation, "__name__", None)
-    kind = type(annotation)
-    return f"{kind.__module__}.{kind.__qualname__} {named_ or getattr(annotation, '_name', '')}"

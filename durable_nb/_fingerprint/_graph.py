@@ -1,4 +1,9 @@
-"""Code as a graph: functions, classes, modules and globals, each a component, linked to each other by label."""
+"""Code as a graph: functions, classes, modules and globals, each a component, linked to each other.
+
+A component's value is its own digest and the labels it links to. The labels of roots (a call, an argument, a name that a cell
+reads) are part of an identity. Those of functions, classes and globals below them are for people: an identity holds which of
+them link to which, in the order in which they are reached, so that code may be renamed and moved.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,27 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from . import _memo
+from ._annotations import annotations_of
 from ._classes import class_of
-from ._modules import CODE, attributes_of, imports_of, module_of
+from ._modules import CODE, attributes_of, imports_of, module_of, reached
 from ._owners import installed_name, is_installed, is_installed_file, version
-from ._source import Paths, imported, normalise, read, shows_docstrings
-from ._values import DIGEST_BYTES, MISSING, PERSON, SCALARS, Opaque, Walk, look_up, named, raw, text
+from ._source import Paths, Reading, imported, looks_of, normalise, read
+from ._values import (
+    ANNOTATIONS,
+    DIGEST_BYTES,
+    DOCSTRINGS,
+    MISSING,
+    NAMES,
+    PERSON,
+    SCALARS,
+    Looks,
+    Opaque,
+    Walk,
+    look_up,
+    named,
+    raw,
+    text,
+)
 
 if TYPE_CHECKING:
     import ast
@@ -48,7 +69,7 @@ class Fingerprinter:
     def __init__(
         self,
         *,
-        docstrings: bool = False,
+        looks: Looks = frozenset(),
         memory: bool = True,
         earlier: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
         ignored: Container[str] = (),
@@ -57,11 +78,13 @@ class Fingerprinter:
         `ignored`: names of the notebook that don't count, whoever reads them."""
         self.met_ignored: set[str] = set()
         self._ignored = ignored
-        self.docstrings = docstrings
+        self.looks = looks
         self._earlier = earlier
         self._memory = self.whole = memory
-        self._shows_docstrings = False
-        self._components: dict[str, bytes] = {}
+        self._looked: Looks = frozenset()
+        self._components: dict[str, str] = {}
+        self._roots: set[str] = set()
+        self.namespaces: dict[str, Mapping[str, Any]] = {}
         self._labels: dict[int, str] = {}
         self._globals: dict[tuple[int, str], str] = {}
         self._keep: list[Any] = []
@@ -79,15 +102,15 @@ class Fingerprinter:
 
         What is found out about `tree` is kept with it: it must not be changed afterwards.
         """
-        shows, imports = _about(tree)
-        self._shows_docstrings |= shows
+        looked, imports = _about(tree)
+        self._looked |= looked
 
         def children(walk: Walk) -> Iterator[Any]:
-            walk.out += b"A" + raw(_normal(tree, self.docstrings))
+            walk.out += b"A" + raw(_normal(tree, DOCSTRINGS in self.looks))
             imports_of(walk, imports, None)
             return iter(())
 
-        self._add(self._unique(label), children)
+        self._add(self._root(label), children)
         self._added.append(lambda other: other.add_code(label, tree))
 
     def add_name(self, name: str, namespace: Mapping[str, Any], uses: Paths = None) -> None:
@@ -97,8 +120,10 @@ class Fingerprinter:
         """
         if self._is_ignored(name, namespace):
             return
+        self.namespaces.setdefault(str(namespace.get("__name__")), namespace)
         value = look_up(name, self._held_by(namespace))
         label = self._global_label(name, namespace)
+        self._roots.add(label)
         if label in self._components:
             return
         self._added.append(lambda other: other.add_name(name, namespace, uses))
@@ -116,33 +141,31 @@ class Fingerprinter:
     def add_value(self, label: str, value: Any) -> None:
         write = SCALARS.get(type(value))
         if write is not None:  # what a walk of it would give
-            self._components[self._unique(label)] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).digest()
+            self._components[self._root(label)] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
         else:
-            self._add(self._unique(label), lambda _: iter((value,)))
+            self._add(self._root(label), lambda _: iter((value,)))
         self._added.append(lambda other: other.add_value(label, value))
 
     def add_function(self, label: str, fn: Any) -> None:
         """As `add_value`, and as the first piece. One whose code and constants are what they were isn't walked again."""
-        known = _memo.KNOWN.get(id(fn)) if not self.docstrings else None
+        known = _memo.KNOWN.get(id(fn)) if not self.looks else None
         if known is not None and known.fn is fn and known.holds(self):
             self._components, self._packages = dict(known.components), set(known.packages)
             self._labels, self._globals = dict(known.labels), dict(known.globals)
-            self._taken = set(known.components)
+            self._taken, self._roots = set(known.components), {label}
             self._keep = [known]
             self._added.append(lambda other: other.add_value(label, fn))
             return
         self._packages.clear()  # of things looked at in vain
         self.add_value(label, fn)
-        sources = None if self.docstrings or self._shows_docstrings or self._opaque else _memo.sources(self, fn)
+        sources = None if self.looks or self._looked or self._opaque else _memo.sources(self, fn)
         if sources is not None and not any(walk.memos[0] or walk.arrays for walk in self._walks):
             if len(_memo.KNOWN) >= _memo.KNOWN_LIMIT:
                 _memo.KNOWN.clear()
-            parts = dict(self._components)
-            said = {part: digest.hex() for part, digest in parts.items()}
-            joined = b"".join([text(part) + parts[part] for part in sorted(parts)])
+            parts, said = dict(self._components), self._said()
             lasting = not any(part.startswith("global ") for part in parts)
             labels, names, packages = dict(self._labels), dict(self._globals), set(self._packages)
-            _memo.KNOWN[id(fn)] = _memo.Known(fn, *sources, parts, labels, names, packages, said, joined, lasting)
+            _memo.KNOWN[id(fn)] = _memo.Known(fn, *sources, parts, labels, names, packages, said, joined(said), lasting)
 
     def _add(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
         self._pending.append((label, children))
@@ -151,7 +174,7 @@ class Fingerprinter:
             label, children = self._pending.popleft()
             walk = Walk(self, label)
             try:
-                self._components[label] = walk.digest(_started(children, walk))
+                self._components[label] = "|".join((walk.digest(_started(children, walk)).hex(), *walk.edges))
             except Exception as error:
                 failed = failed or error
                 self._labels = {key: known for key, known in self._labels.items() if known != label}
@@ -171,26 +194,30 @@ class Fingerprinter:
     # ---- the result ----
 
     def result(self) -> Fingerprint:
-        if self._shows_docstrings and not self.docstrings:
-            documented = Fingerprinter(docstrings=True, memory=self._memory, earlier=self._earlier, ignored=self._ignored)
+        if self._looked - self.looks:
+            looking = Fingerprinter(
+                looks=self._looked | self.looks, memory=self._memory, earlier=self._earlier, ignored=self._ignored
+            )
             for add in self._added:
-                add(documented)
-            return documented.result()
-        components = dict(self._components)
-        aliases = _aliases(self._walks, self._memory)
+                add(looking)
+            return looking.result()
+        components = self._said()
+        aliases = _aliases(self._walks, self._memory, components)
         if aliases:
-            components["aliases"] = aliases
-        said = {label: digest.hex() for label, digest in components.items()}
+            components[ALIASES] = aliases.hex()
         return Fingerprint(
-            digest_of(said),
-            said,
+            digest_of(components),
+            components,
             tuple(sorted(self._opaque)),
             {name: found for name in sorted(self._packages) if (found := version(name))} if self._packages else {},
             not self._opaque
             and not any(walk.memos[0] or walk.arrays for walk in self._walks)
-            and not any(label.startswith("global ") for label in said),
+            and not any(label.startswith("global ") for label in components),
             self.places,
         )
+
+    def _said(self) -> dict[str, str]:
+        return {label: found if label in self._roots else "~" + found for label, found in self._components.items()}
 
     def places(self) -> Mapping[tuple[str, int], Any]:
         """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
@@ -204,10 +231,6 @@ class Fingerprinter:
 
     # ---- what a walk asks ----
 
-    def refer(self, obj: Any) -> bytes:
-        token = self.by_name(obj)
-        return token if token is not None else b"L" + text(self._node(obj))
-
     def outline(self, obj: Any) -> bytes:
         token = self.by_name(obj)
         if token is not None:
@@ -218,7 +241,7 @@ class Fingerprinter:
         held = [cell.cell_contents for cell in obj.__closure__ or () if _is_filled(cell)]
         held += [*(obj.__defaults__ or ()), *(value for _, value in sorted((obj.__kwdefaults__ or {}).items()))]
         simple = b"".join(SCALARS[type(value)](value) if type(value) in SCALARS else b"-" for value in held)
-        return b"l:" + text(obj.__code__.co_qualname) + reading.plain + raw(simple)
+        return b"l:" + text(obj.__code__.co_qualname) + reading.form()[0] + raw(simple)
 
     def by_name(self, obj: Any) -> bytes | None:
         """The token of something installed that is reached by its qualified name; None for everything else."""
@@ -257,7 +280,7 @@ class Fingerprinter:
             yield tuple(fn.registry.items())  # type: ignore[attr-defined]
             return
         if "<lambda>" in qualname:
-            walk.out += read(fn.__code__).plain
+            walk.out += read(fn.__code__).form()[0]
         if "<" in qualname:
             yield from (fn.__defaults__, fn.__kwdefaults__)
         yield fn.__closure__
@@ -273,7 +296,7 @@ class Fingerprinter:
 
     # ---- nodes ----
 
-    def _node(self, obj: Any) -> str:
+    def node(self, obj: Any) -> str:
         label = self._labels.get(id(obj))
         if label is not None:
             return label
@@ -292,6 +315,11 @@ class Fingerprinter:
         self._labels[id(obj)] = label
         self._keep.append(obj)
         self._pending.append((label, children))
+        return label
+
+    def _root(self, label: str) -> str:
+        label = self._unique(label)
+        self._roots.add(label)
         return label
 
     def _unique(self, label: str) -> str:
@@ -316,11 +344,17 @@ class Fingerprinter:
 
     def _function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any]:
         reading = read(fn.__code__)
-        self._shows_docstrings |= reading.shows_docstrings
-        walk.out += reading.documented if self.docstrings else reading.plain
-        walk.out += text(fn.__name__) + text(fn.__qualname__)
-        if self.docstrings:
+        self._looked |= reading.looks
+        self.namespaces.setdefault(str(fn.__globals__.get("__name__")), fn.__globals__)
+        found = self._resolved(reading, fn.__globals__)
+        form, order = reading.form(frozenset(found), self.looks)
+        walk.out += form
+        if NAMES in self.looks:
+            walk.out += text(fn.__name__) + text(fn.__qualname__) + text(str(fn.__module__))
+        if DOCSTRINGS in self.looks:
             yield fn.__doc__
+        if ANNOTATIONS in self.looks:
+            yield from annotations_of(walk, fn, fn.__globals__)
         yield fn.__defaults__
         keywords = fn.__kwdefaults__
         if keywords:
@@ -331,11 +365,39 @@ class Fingerprinter:
             yield cell
         walk.out += b"dict"
         yield from named(walk, fn.__dict__)
+        walk.out += b"code"
+        for path in order:
+            yield found[path]
         walk.out += b"globals"
-        for name in reading.names:
+        placed = frozenset(order)
+        for name in reading.names if ANNOTATIONS in self.looks else reading.executed:
+            uses = reading.uses.get(name)
+            left = None if uses is None else frozenset(path for path in uses if not _is_below(placed, (name, *path)))
+            if (name,) in placed or (uses and not left):
+                continue
             walk.out += text(name)
-            yield from self._global(walk, name, fn.__globals__, reading.uses.get(name))
+            yield from self._global(walk, name, fn.__globals__, left)
         imports_of(walk, reading.imports, fn.__globals__)
+
+    def _resolved(self, reading: Reading, namespace: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+        """The user's functions, classes and modules by the names by which code reads them."""
+        found: dict[tuple[str, ...], Any] = {}
+        for name in reading.renamable:
+            if self._is_ignored(name, namespace):
+                continue
+            value, uses = look_up(name, self._held_by(namespace)), reading.uses.get(name)
+            if not isinstance(value, types.ModuleType) or uses is None:
+                if self._is_followed(value):
+                    found[name,] = value
+                continue
+            for path in uses:
+                held, length = reached(value, path)
+                if self._is_followed(held):
+                    found[name, *path[:length]] = held
+        return found
+
+    def _is_followed(self, value: Any) -> bool:
+        return isinstance(value, types.FunctionType | type | types.ModuleType) and self.by_name(value) is None
 
     def _is_ignored(self, name: str, namespace: Mapping[str, Any]) -> bool:
         if name not in self._ignored or namespace.get("__name__") not in {"__main__", None}:
@@ -362,7 +424,7 @@ class Fingerprinter:
         label = self._global_label(name, namespace)
         if not known:
             self._pending.append((label, lambda _: iter((value,))))
-        walk.out += b"L" + text(label)
+        walk.link(label)
 
 
 class _Places(Mapping[tuple[str, int], Any]):
@@ -393,8 +455,8 @@ class _Places(Mapping[tuple[str, int], Any]):
 
 
 @functools.lru_cache(maxsize=256)
-def _about(tree: ast.AST) -> tuple[bool, tuple[tuple[int, str], ...]]:
-    return shows_docstrings(tree), tuple(sorted(imported(tree)))
+def _about(tree: ast.AST) -> tuple[Looks, tuple[tuple[int, str], ...]]:
+    return looks_of(tree), tuple(sorted(imported(tree)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -417,6 +479,10 @@ def _module_of(obj: Any) -> str:
     return str(getattr(obj, "__module__", None) or getattr(obj, "__name__", ""))
 
 
+def _is_below(paths: frozenset[tuple[str, ...]], path: tuple[str, ...]) -> bool:
+    return any(path[:length] in paths for length in range(1, len(path) + 1))
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018
@@ -425,7 +491,7 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def _aliases(walks: list[Walk], memory: bool) -> bytes:
+def _aliases(walks: list[Walk], memory: bool, components: Mapping[str, str]) -> bytes:
     """Where one mutable object, or one stretch of array memory, is reached from several components."""
     shared: set[int] = set()
     once: set[int] = set()
@@ -433,19 +499,21 @@ def _aliases(walks: list[Walk], memory: bool) -> bytes:
         shared |= once & walk.memos[0].keys()
         once |= walk.memos[0].keys()
     places: dict[int, list[bytes]] = {}
+    known = numbers_of(components)
+    said = {label: text(label) if value[0] != "~" else b"%d;" % known[label] for label, value in components.items()}
     for walk in walks if shared else ():
         for key in shared & walk.memos[0].keys():
-            places.setdefault(key, []).append(text(walk.label) + b"%d;" % walk.memos[0][key])
+            places.setdefault(key, []).append(said[walk.label] + b"%d;" % walk.memos[0][key])
     groups = sorted(b"".join(sorted(found)) for found in places.values())
     if memory:
-        groups += _overlaps(walks)
+        groups += _overlaps(walks, said)
     if not groups:
         return b""
     return blake2b(b"".join(raw(group) for group in groups), digest_size=DIGEST_BYTES, person=PERSON).digest()
 
 
-def _overlaps(walks: list[Walk]) -> list[bytes]:
-    arrays = [(text(walk.label) + b"%d;" % number, array) for walk in walks for number, array in walk.arrays if number >= 0]
+def _overlaps(walks: list[Walk], said: Mapping[str, bytes]) -> list[bytes]:
+    arrays = [(said[walk.label] + b"%d;" % number, array) for walk in walks for number, array in walk.arrays if number >= 0]
     if len(arrays) < 2:
         return []
     bounds = sys.modules["numpy"].lib.array_utils.byte_bounds
@@ -462,7 +530,40 @@ def _overlaps(walks: list[Walk]) -> list[bytes]:
     return sorted(found)
 
 
+ALIASES = "aliases"
+
+
 def digest_of(components: Mapping[str, str]) -> str:
-    """The digest of a fingerprint that has these components."""
-    parts = b"".join([text(label) + bytes.fromhex(components[label]) for label in sorted(components)])
-    return blake2b(parts, digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
+    """The digest of a fingerprint that has these components; what is left out of them counts as left out."""
+    return blake2b(joined(components), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
+
+
+def joined(components: Mapping[str, str]) -> bytes:
+    """The bytes that a fingerprint's digest is of. A call comes first: what follows it are its arguments."""
+    numbers = numbers_of(components)
+    out: list[bytes] = []
+    for label in numbers:
+        value = components.get(label, "")
+        own, *edges = value.lstrip("~").split("|")
+        name = b"" if value[:1] in {"~", ""} else text(label)
+        out += (name, own.encode(), b"".join([b">%d" % numbers[edge] for edge in edges]), b";")
+    return b"".join(out)
+
+
+def numbers_of(components: Mapping[str, str]) -> dict[str, int]:
+    """Components in an order that no label but those of roots has a part in: as they are reached, breadth first."""
+    roots = sorted((label for label, value in components.items() if value[0] != "~"), key=_rank)
+    numbers: dict[str, int] = {}
+    for root in roots:
+        pending = deque([root])
+        while pending:
+            label = pending.popleft()
+            if label in numbers:
+                continue
+            numbers[label] = len(numbers)
+            pending.extend(components.get(label, "").split("|")[1:])
+    return numbers
+
+
+def _rank(label: str) -> tuple[int, str]:
+    return {"call": 0, ALIASES: 2}.get(label, 1), label

@@ -11,10 +11,10 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from . import _memo
-from ._graph import Fingerprint, Fingerprinter
+from ._graph import Fingerprint, Fingerprinter, joined
 from ._owners import version
 from ._source import read
-from ._values import DIGEST_BYTES, PERSON, SCALARS, Unhashable, configure, text
+from ._values import DIGEST_BYTES, PERSON, SCALARS, Unhashable, configure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,9 +55,9 @@ def _of_known(fn: Any, args: tuple[Any, ...]) -> Fingerprint | None:
         parts[label] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON)
     if len(parts) != len(args) or not known.holds(Fingerprinter(memory=False)):
         return None
-    given = b"".join([text(label) + parts[label].digest() for label in sorted(parts)])  # "arg" sorts before the others
-    digest = blake2b(given + known.joined, digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
-    components = {label: part.hexdigest() for label, part in parts.items()} | known.said
+    given = {label: part.hexdigest() for label, part in parts.items()}
+    digest = blake2b(known.joined + joined(given), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()  # a call comes first
+    components = given | known.said
     versions = {name: found for name in sorted(known.packages) if (found := version(name))} if known.packages else {}
     return Fingerprint(digest, components, (), versions, known.lasting, dict)
 

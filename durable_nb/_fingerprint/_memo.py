@@ -20,10 +20,10 @@ class Known:
     """The components of a function, and all that they follow from. What could change without a trace here is not in them."""
 
     fn: types.FunctionType
-    functions: tuple[tuple[types.FunctionType, types.CodeType, str, str, tuple[Any, ...] | None], ...]
+    functions: tuple[tuple[types.FunctionType, types.CodeType, tuple[Any, ...] | None], ...]
     names: tuple[tuple[dict[str, Any], str, Any], ...]
     installed: tuple[tuple[Any, bytes], ...]
-    components: dict[str, bytes]
+    components: dict[str, str]
     labels: dict[int, str]
     globals: dict[tuple[int, str], str]
     packages: set[str]
@@ -35,12 +35,8 @@ class Known:
     def holds(self, graph: Graph) -> bool:
         return (
             all(
-                fn.__code__ is code
-                and fn.__name__ == name
-                and fn.__qualname__ == qualname
-                and fn.__defaults__ is defaults
-                and not (fn.__kwdefaults__ or fn.__dict__)
-                for fn, code, name, qualname, defaults in self.functions
+                fn.__code__ is code and fn.__defaults__ is defaults and not (fn.__kwdefaults__ or fn.__dict__)
+                for fn, code, defaults in self.functions
             )
             and all(look_up(name, namespace) is value for namespace, name, value in self.names)
             and all(graph.by_name(obj) == token for obj, token in self.installed)
@@ -74,7 +70,7 @@ def sources(graph: Graph, fn: Any) -> tuple[Any, Any, Any] | None:
             or any(type(value) not in SCALARS for value in found.__defaults__ or ())
         ):
             return None
-        functions[id(found)] = (found, code, found.__name__, found.__qualname__, found.__defaults__)
+        functions[id(found)] = (found, code, found.__defaults__)
         names.append((namespace, "__name__", look_up("__name__", namespace)))
         for name in reading.names:
             value = look_up(name, namespace)

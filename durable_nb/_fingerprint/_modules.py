@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._owners import is_installed, source_file
 from ._source import imported, normalise, read
-from ._values import MISSING, raw, text
+from ._values import DOCSTRINGS, MISSING, raw, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -53,9 +53,22 @@ def _attribute(walk: Walk, module: types.ModuleType, path: tuple[str, ...]) -> I
     yield owner
 
 
+def reached(module: types.ModuleType, path: tuple[str, ...]) -> tuple[Any, int]:
+    """What of the project a path leads to, and how much of the path does; MISSING where it is something installed."""
+    owner = module
+    for length, part in enumerate(path):
+        if is_installed(owner.__name__):
+            return MISSING, 0
+        value = vars(owner).get(part, MISSING)
+        if not isinstance(value, types.ModuleType):
+            return value, length + 1
+        owner = value
+    return owner, len(path)
+
+
 def module_of(walk: Walk, module: types.ModuleType) -> Iterator[Any]:
     """A project's module used as a whole: all that it holds now."""
-    walk.out += b"M" + text(module.__name__)
+    walk.out += b"M"
     for name, value in sorted(vars(module).items()):
         if name.startswith("__") and name.endswith("__") and name not in {"__getattr__", "__all__", "__version__"}:
             continue
@@ -75,7 +88,7 @@ def imports_of(walk: Walk, names: Iterable[tuple[int, str]], namespace: Mapping[
             except (ImportError, ValueError):
                 continue
         if _is_project_module(absolute):
-            walk.out += b"L" + text(_static(walk, absolute))
+            walk.link(_static(walk, absolute))
 
 
 def _is_project_module(name: str) -> bool:
@@ -97,7 +110,7 @@ def _import(walk: Walk, name: str) -> Iterator[Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         walk.out += raw(source)
         return
-    walk.out += raw(normalise(tree, docstrings=walk.graph.docstrings))
+    walk.out += raw(normalise(tree, docstrings=DOCSTRINGS in walk.graph.looks))
     package = name if os.path.basename(str(filename)) == "__init__.py" else name.rpartition(".")[0]  # noqa: PTH119
     imports_of(walk, sorted(imported(tree)), {"__package__": package})
     loaded = sys.modules.get(name)

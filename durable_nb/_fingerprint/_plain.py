@@ -144,6 +144,7 @@ def _met(walk: Walk, layer: list[Any], codes: bytes) -> tuple[bytes, list[int]]:
         if id(obj) in memo:
             found[place] = _AGAIN
             again.append(memo[id(obj)])
+            walk.again.add(id(obj))
         else:
             memo[id(obj)] = len(memo)
             walk.keep.append(obj)
@@ -157,11 +158,11 @@ def _code(walk: Walk, kind: type) -> int:
     """How instances of a class are written, which a walk asks once."""
     code = walk.layered.get(kind)
     if code is None:
-        code = walk.layered[kind] = _INSTANCE if _is_plain(walk, kind) else _ODD
+        code = walk.layered[kind] = _INSTANCE if is_plain(walk, kind) else _ODD
     return code
 
 
-def _is_plain(walk: Walk, kind: type) -> bool:
+def is_plain(walk: Walk, kind: type) -> bool:
     """Whether an instance is its class and its attributes and nothing else, for pickle and for us."""
     *bases, last = kind.__mro__
     return (
@@ -194,8 +195,7 @@ def _attributes(walk: Walk, instances: list[Any], say: Callable[[Any], bytes]) -
     found: list[Any] = []
     for kind in classes:
         those = instances if len(classes) == 1 else [obj for obj in instances if type(obj) is kind]
-        slots = _slots(kind)
-        states = [_held(obj, slots) for obj in those] if slots else list(map(attrgetter("__dict__"), those))
+        states = list(map(attributes_of_plain, those)) if _slots(kind) else list(map(attrgetter("__dict__"), those))
         shapes = {shape: sorted(shape) for shape in set(map(tuple, states))}
         if len(shapes) == 1:
             (names,) = shapes.values()
@@ -210,5 +210,7 @@ def _attributes(walk: Walk, instances: list[Any], say: Callable[[Any], bytes]) -
     return found
 
 
-def _held(obj: Any, slots: list[str]) -> dict[str, Any]:
-    return {name: getattr(obj, name) for name in slots if hasattr(obj, name)}
+def attributes_of_plain(obj: Any) -> dict[str, Any]:
+    """What an instance of a plain class consists of."""
+    slots = _slots(type(obj))
+    return {name: getattr(obj, name) for name in slots if hasattr(obj, name)} if slots else vars(obj)

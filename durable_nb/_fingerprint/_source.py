@@ -6,53 +6,104 @@ import __future__
 import ast
 import functools
 import linecache
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from ._values import DIGEST_BYTES, PERSON, constant, text
+from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, NAMES, PERSON, Looks, constant, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Paths = frozenset[tuple[str, ...]] | None
+Order = tuple[tuple[str, ...], ...]
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _LEFT_OUT = {"ctx", "type_comment", "kind", "type_ignores"}
 _FUTURE = functools.reduce(lambda mask, name: mask | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0)
-_SHOWS_DOCSTRINGS = {"__doc__", "inspect", "help", "getdoc", "pydoc"}
 _LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_CLASSDEREF"}
 
 
 def normalise(tree: ast.AST, *, docstrings: bool = False) -> bytes:
     """The same bytes for the same program text under Python 3.11 and later, whatever its comments and layout."""
-    out: list[bytes] = []
-    stack: list[Any] = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, _Token):
-            out.append(item)
-        elif isinstance(item, ast.Constant):
-            out.append(b"(C" + constant(item.value) + b")")
-        elif isinstance(item, ast.AST):
-            out.append(b"(" + type(item).__name__.encode())
-            stack.append(_Token(b")"))
-            for name in sorted(item._fields, reverse=True):
-                if name in _LEFT_OUT:
+    return _Form(docstrings, annotations=True).of(tree)
+
+
+class _Form:
+    """One way to write code down."""
+
+    def __init__(self, docstrings: bool, annotations: bool, links: frozenset[tuple[str, ...]] = frozenset()) -> None:
+        """`links`: dotted names that are written by their order only; `annotations`: those of functions and their variables."""
+        self._docstrings, self._annotations, self._links = docstrings, annotations, links
+        self.order: dict[tuple[str, ...], int] = {}
+        """The links that were written, and where each came first."""
+
+    def of(self, tree: ast.AST) -> bytes:
+        out: list[bytes] = []
+        stack: list[Any] = [tree]
+        classes = set() if self._annotations else _class_statements(tree)
+        while stack:
+            item = stack.pop()
+            if isinstance(item, _Token):
+                out.append(item)
+            elif isinstance(item, ast.Constant):
+                out.append(b"(C" + constant(item.value) + b")")
+            elif isinstance(item, ast.AST):
+                link = self._link(item)
+                if link is not None:
+                    out.append(link)
                     continue
-                value = _field(item, name, docstrings)
-                if value is not None and value != []:
-                    stack.append(value)
-                    stack.append(_Token(b":" + text(name)))
-        elif isinstance(item, list):
-            out.append(b"[")
-            stack.append(_Token(b"]"))
-            stack.extend(reversed(item))
-        else:
-            out.append(constant(item))
-    return b"".join(out)
+                bare = not self._annotations and item not in classes
+                if bare and isinstance(item, ast.AnnAssign) and item.value is not None:
+                    stack.append(ast.Assign([item.target], item.value))
+                    continue
+                out.append(b"(" + type(item).__name__.encode())
+                stack.append(_Token(b")"))
+                for name in sorted(item._fields, reverse=True):
+                    if name in _LEFT_OUT or (bare and name in {"annotation", "returns"}):
+                        continue
+                    value = _field(item, name, self._docstrings)
+                    if value is not None and value != []:
+                        stack.append(value)
+                        stack.append(_Token(b":" + text(name)))
+            elif isinstance(item, list):
+                out.append(b"[")
+                stack.append(_Token(b"]"))
+                stack.extend(reversed(item))
+            else:
+                out.append(constant(item))
+        return b"".join(out)
+
+    def _link(self, node: ast.AST) -> bytes | None:
+        path = dotted(node) if self._links and isinstance(node, ast.Name | ast.Attribute) else ()
+        if path not in self._links:
+            return None
+        return b"(G%d)" % self.order.setdefault(path, len(self.order))
+
+
+def dotted(node: ast.AST) -> tuple[str, ...]:
+    """`("a", "b")` of `a.b`, where it is read; empty for other expressions."""
+    path: list[str] = []
+    while isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        path.append(node.attr)
+        node = node.value
+    return (node.id, *reversed(path)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) else ()
+
+
+def _class_statements(tree: ast.AST) -> set[ast.AST]:
+    """What stands directly in a class inside of `tree`: annotations there make fields."""
+    found: set[ast.AST] = set()
+    for cls in ast.walk(tree):
+        pending: list[ast.AST] = list(cls.body) if isinstance(cls, ast.ClassDef) else []
+        while pending:
+            node = pending.pop()
+            if not isinstance(node, (*_DEFINITIONS, ast.ClassDef)):
+                found.add(node)
+                pending.extend(ast.iter_child_nodes(node))
+    return found
 
 
 class _Token(bytes):
@@ -159,32 +210,74 @@ def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
     return frozenset(found)
 
 
-def shows_docstrings(tree: ast.AST) -> bool:
+def looks_of(tree: ast.AST) -> Looks:
+    """What the code looks at of functions and classes beside what they do, as far as it says so."""
+    words: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in _SHOWS_DOCSTRINGS:
-            return True
-        if isinstance(node, ast.Attribute) and node.attr in _SHOWS_DOCSTRINGS:
-            return True
-        if isinstance(node, ast.Constant) and node.value == "__doc__":
-            return True
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
-            if names & _SHOWS_DOCSTRINGS:
-                return True
-    return False
+        if isinstance(node, ast.Name):
+            words.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            words |= {node.attr, f".{node.attr}"}
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and node.value.startswith("__"):
+                words |= {node.value, f".{node.value}"}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            words |= {*str(getattr(node, "module", None)).split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.keyword):
+            words.add(f"{node.arg}=")
+    return _looks(words)
+
+
+def _looks(words: set[str]) -> Looks:
+    return frozenset(look for look, by in _LOOKING.items() if words & by)
+
+
+_BY_ALL = {"inspect", "pydoc", "tool", "function_tool", "beta_tool", "bind_tools", "tools=", "functions="}
+"""Modules that look at all of a function, and the ways in which functions become tools of language models."""
+_LOOKING = {
+    DOCSTRINGS: {"__doc__", "help", "getdoc", *_BY_ALL},
+    ANNOTATIONS: {
+        "__annotations__", "__annotate__", "get_type_hints", "get_annotations", "annotationlib", "signature", "getfullargspec",
+        "create_model", "TypeAdapter", "is_typeddict", *_BY_ALL,
+    },
+    NAMES: {".__name__", ".__qualname__", ".__module__", *_BY_ALL},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reading:
     """All that is known about one code object, the same as long as it lives."""
 
-    plain: bytes  # digests of its normal form, without and with docstrings
-    documented: bytes
     names: tuple[str, ...]
+    executed: tuple[str, ...]
+    """Names without those that only annotations of functions say."""
+    renamable: tuple[str, ...]
+    """Names that nothing else in the code says: what they stand for may be called otherwise."""
     uses: dict[str, Paths]
     imports: tuple[tuple[int, str], ...]
-    shows_docstrings: bool
+    looks: Looks
     node: ast.AST | None  # None where no source was found that compiles to this very code
+    _body: ast.AST | None
+    _bytecode: bytes
+    _scope: str
+    """Of what private names belong to."""
+    _forms: dict[tuple[frozenset[tuple[str, ...]], Looks], tuple[bytes, tuple[tuple[str, ...], ...]]] = field(
+        default_factory=dict
+    )
+
+    def form(self, links: frozenset[tuple[str, ...]] = frozenset(), looks: Looks = frozenset()) -> tuple[bytes, Order]:
+        """A digest of the normal form, with `links` by their order only, and that order."""
+        known = self._forms.get((links, looks))
+        if known is None:
+            known = self._forms[links, looks] = self._form(links, looks)
+        return known
+
+    def _form(self, links: frozenset[tuple[str, ...]], looks: Looks) -> tuple[bytes, Order]:
+        if self._body is None:
+            return self._bytecode, ()
+        form = _Form(DOCSTRINGS in looks, ANNOTATIONS in looks, links)
+        written = form.of(self._body)
+        return _short(text(self._scope) + written), tuple(form.order)
 
 
 _READINGS: dict[int, tuple[CodeType, Reading]] = {}
@@ -205,24 +298,66 @@ def _read(code: CodeType) -> Reading:
     names = tuple(sorted(names_loaded(code)))
     node = _verified_node(code)
     if node is None:
-        digest = b"K" + constant(code)
-        consts = {const for inner in nested_codes(code) for const in inner.co_consts if isinstance(const, str)}
+        consts = {f".{c}" for inner in nested_codes(code) for c in inner.co_consts if isinstance(c, str) and c[:2] == "__"}
         co_names = {name for inner in nested_codes(code) for name in inner.co_names}
-        shows = bool(co_names & _SHOWS_DOCSTRINGS) or "__doc__" in consts
-        return Reading(digest, digest, names, {}, tuple(sorted(_imports_of(code))), shows, None)
+        looks = _looks(co_names | consts | {c[1:] for c in consts} | {f".{name}" for name in co_names - set(names)})
+        return Reading(names, names, (), {}, tuple(sorted(_imports_of(code))), looks, None, None, b"K" + constant(code), "")
     body = _as_written(node)
     # a private name means something else in every class: `self.__x` is `_Class__x`
     scope = code.co_qualname.split(".")[-2] if _mangles(body) and "." in code.co_qualname else ""
-    prefix = text(scope) + b"%d;" % (code.co_flags & _FUTURE)
+    annotated, said = _annotation_names(body), _names_said(body)
+    executed = tuple(name for name in names if name not in annotated)
     return Reading(
-        _short(prefix + normalise(body)),
-        _short(prefix + normalise(body, docstrings=True)),
         names,
+        executed,
+        tuple(name for name in executed if name not in said) if not _DYNAMIC & set(names) else (),
         attribute_uses(body),
         tuple(sorted(imported(body))),
-        shows_docstrings(body),
+        looks_of(body),
         node,
+        body,
+        b"",
+        scope,
     )
+
+
+_DYNAMIC = {"eval", "exec", "globals", "locals", "vars", "compile"}
+
+
+def _annotation_names(tree: ast.AST) -> set[str]:
+    """Names that only annotations of functions and of their variables say."""
+    classes = _class_statements(tree)
+    inside: set[str] = set()
+    outside: set[str] = set()
+    stack: list[tuple[ast.AST, bool]] = [(tree, False)]
+    while stack:
+        node, is_annotation = stack.pop()
+        if isinstance(node, ast.Name):
+            (inside if is_annotation else outside).add(node.id)
+        bare = node not in classes
+        for name, value in ast.iter_fields(node):
+            found = is_annotation or (bare and name in {"annotation", "returns"})
+            stack.extend(
+                (child, found) for child in (value if isinstance(value, list) else [value]) if isinstance(child, ast.AST)
+            )
+    return inside - outside
+
+
+def _names_said(tree: ast.AST) -> set[str]:
+    """Names that code binds itself, or says in a text: renaming one of them may change what it does."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        for name in ("arg", "name", "asname", "rest"):
+            value = getattr(node, name, None)
+            if isinstance(value, str) and not isinstance(node, ast.keyword):
+                found |= {value, value.partition(".")[0]}
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            found.update(node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.update(re.findall(r"[^\W\d]\w*", node.value))
+    return found
 
 
 def _short(data: bytes) -> bytes:

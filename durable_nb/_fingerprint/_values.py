@@ -19,6 +19,7 @@ import re
 import struct
 import sys
 import types
+import typing
 import uuid
 import warnings
 from hashlib import blake2b
@@ -64,15 +65,22 @@ class Opaque(NamedTuple):
         return f"{self.label} ({self.type_name})"
 
 
+Looks = frozenset[str]
+DOCSTRINGS, ANNOTATIONS, NAMES = "docstrings", "annotations", "names"
+
+
 class Graph(Protocol):
-    """What a walk asks about code: functions, classes and modules are nodes of their own, referred to by label."""
+    """What a walk asks about code: functions, classes and modules are nodes of their own, linked to by label."""
 
     whole: bool
     """Attributes that an object keeps out of its pickle count as well; a value that went through pickle has lost them."""
-    docstrings: bool
-    """Something looks at them."""
+    looks: Looks
+    """What some code looks at, and what counts therefore, though it changes nothing that is executed."""
 
-    def refer(self, obj: Any) -> bytes: ...
+    namespaces: dict[str, Mapping[str, Any]]
+    """The globals of modules that were met, by the modules' names: those of a notebook aren't always in sys.modules."""
+
+    def node(self, obj: Any) -> str: ...
     def outline(self, obj: Any) -> bytes: ...
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None: ...
     def by_name(self, obj: Any) -> bytes | None: ...
@@ -174,16 +182,32 @@ class Walk:
     """One traversal of one component. A memo maps ids of mutable objects to visit numbers; `keep` holds them alive."""
 
     __slots__ = (
-        "arrays", "deferred", "graph", "keep", "label", "later", "layered", "lenient", "memos", "opaque", "out", "own", "plain",
+        "again",
+        "arrays",
+        "deferred",
+        "edges",
+        "graph",
+        "keep",
+        "label",
+        "later",
+        "layered",
+        "lenient",
+        "memos",
+        "opaque",
+        "out",
+        "own",
+        "plain",
         "sinks",
-    )  # fmt: skip
+    )
 
     def __init__(self, graph: Graph, label: str) -> None:
         self.graph = graph
         self.label = label
         self.out = bytearray()
+        self.edges: list[str] = []  # labels of the components that it refers to, in order; no label is in its digest
         self.sinks = [blake2b(digest_size=DIGEST_BYTES, person=PERSON)]
         self.memos: list[dict[int, int]] = [{}]
+        self.again: set[int] = set()  # ids of mutable objects that were met more than once
         self.keep: list[Any] = []
         self.arrays: list[tuple[int, Any]] = []
         self.opaque: set[Opaque] = set()
@@ -245,6 +269,7 @@ class Walk:
             number = memos[-1 - up].get(key)
             if number is not None:
                 self.out += b"r%d.%d;" % (up, number)
+                self.again.add(key)
                 return True
         memos[-1][key] = len(memos[-1])
         self.keep.append(obj)
@@ -255,8 +280,17 @@ class Walk:
         if self.deferred:
             self.out += self.graph.outline(obj)
             self.deferred[-1].append(obj)
+            return
+        token = self.graph.by_name(obj)
+        if token is not None:
+            self.out += token
         else:
-            self.out += self.graph.refer(obj)
+            self.link(self.graph.node(obj))
+
+    def link(self, label: str) -> None:
+        """Write that the component `label` comes here: which one it is shows in the order of links only."""
+        self.out += b"L"
+        self.edges.append(label)
 
     def by_type(self, obj: Any, configuration: str | None = None) -> None:
         kind = type(obj)
@@ -322,13 +356,17 @@ class Walk:
 class _Alone:
     """The graph of a value that holds no code, such as a constant in source."""
 
-    whole = docstrings = False
+    whole = False
+    looks: Looks = frozenset()
 
-    def refer(self, obj: Any) -> bytes:
+    def __init__(self) -> None:
+        self.namespaces: dict[str, Mapping[str, Any]] = {}
+
+    def node(self, obj: Any) -> str:
         raise TypeError(f"a constant holds {type(obj).__name__}")
 
     def outline(self, obj: Any) -> bytes:
-        return self.refer(obj)
+        return self.node(obj).encode()
 
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None:
         walk.refer(fn)
@@ -340,7 +378,7 @@ class _Alone:
 
     def value_of(self, walk: Walk, name: str, namespace: Mapping[str, Any], value: Any) -> None:
         del walk, name, namespace
-        self.refer(value)
+        self.node(value)
 
     def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
         del children
@@ -523,6 +561,12 @@ def _method(walk: Walk, obj: types.MethodType) -> Iterator[Any] | None:
     if token is not None:
         walk.out += token
         return None
+    if walk.label == "call" and not walk.graph.looks and isinstance(obj.__func__, types.FunctionType):
+        from ._methods import bound
+
+        children = bound(walk, obj)
+        if children is not None:
+            return children
     walk.out += b"Xmethod;"
     return iter((obj.__func__, obj.__self__))
 
@@ -587,6 +631,11 @@ def _function(walk: Walk, obj: types.FunctionType) -> Iterator[Any] | None:
     return walk.graph.enter_function(walk, obj)
 
 
+def _type_variable(walk: Walk, obj: Any) -> Iterator[Any] | None:
+    walk.out += b"Xtypevar;"
+    return iter((obj.__name__, obj.__bound__, obj.__constraints__, obj.__covariant__, obj.__contravariant__))
+
+
 def _weak(walk: Walk, obj: Any) -> Iterator[Any] | None:
     walk.by_type(obj)
     return None
@@ -629,6 +678,8 @@ HANDLERS: dict[type, Callable[[Walk, Any], Iterator[Any] | None]] = {
     types.ModuleType: _node,
     types.GenericAlias: _alias_type,
     types.UnionType: _union_type,
+    typing.NewType: _tagged(b"newtype", "__name__", "__supertype__"),
+    typing.TypeVar: _type_variable,
     type: _node,
     functools.partial: _partial,
     type(functools.lru_cache(len)): _cached,
@@ -735,8 +786,8 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if token is not None:
         walk.out += token
         return None
-    if isinstance(obj, types.FunctionType | types.BuiltinFunctionType):
-        return HANDLERS[types.FunctionType](walk, obj)
+    if isinstance(obj, types.BuiltinFunctionType):  # such as `re.compile("x").sub`, whose type is another one
+        return _builtin(walk, obj)
     if not callable(obj):
         walk.plain.add(kind)
     return _reduced(walk, obj)
