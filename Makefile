@@ -25,10 +25,10 @@ demo: $(VENV)/wheel
 test: $(VENV)/test browser
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --installed --known-skips-only $(ARGS)
 
-# Processes killed at 2,000 random moments; SEED=7 chooses other ones.
+# Processes killed at 2,000 random moments, SEED=7 chooses other ones; a journal opened, checkpointed and closed by three at once.
 SEED ?= 1
 stress: $(VENV)/test
-	DURABLE_NB_KILLS=2000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
+	DURABLE_NB_KILLS=2000 DURABLE_NB_OPENINGS=4000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
 
 # Ratios against raw SQLite, fdatasync, pickle, xxh3, DBOS, joblib and marimo in the same run: about 8 minutes and 6 GB of memory.
 # DURABLE_NB_BENCH_MANY=2000 DURABLE_NB_BENCH_STEPS=100 DURABLE_NB_BENCH_BYTES=100000000 make bench: under a minute.

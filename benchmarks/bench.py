@@ -10,15 +10,16 @@ import os
 import platform
 import sqlite3
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from durable_nb._journal.disk import journal_mode
+from durable_nb._disks import file_system_of
 
-MODE = journal_mode(sqlite3.sqlite_version_info)
+MODE = "wal" if file_system_of(Path(tempfile.gettempdir())).is_fit else "persist"
 
 
 def size(name: str, default: int) -> int:

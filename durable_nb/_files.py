@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterable
@@ -14,24 +13,6 @@ def default_store() -> Path:
     return Path(os.environ.get("DURABLE_NB_DIR") or ".durable_nb").absolute()
 
 
-def is_locked(path: Path, *, else_remove: bool = False) -> bool:
-    """Does a process hold an exclusive `flock` on this file? `else_remove`: it is removed where none does, and none can get
-    the lock before it is gone."""  # fmt: skip
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask at once don't mistake each other
-        if else_remove:
-            path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def write_file(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o400) -> None:
     """Make `path` hold these parts, replacing what was there; on disk when this returns. OSError leaves no draft behind."""
     draft = _draft(path, parts, mode)
@@ -40,7 +21,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o40
     except OSError:
         draft.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -54,7 +35,7 @@ def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _draft(path: Path, parts: Iterable[bytes | memoryview], mode: int) -> Path:
@@ -71,7 +52,7 @@ def _draft(path: Path, parts: Iterable[bytes | memoryview], mode: int) -> Path:
     return draft
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is lost in a power cut otherwise."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

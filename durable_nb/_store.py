@@ -8,41 +8,57 @@
         cells/          restored cells
         locks/          one file for each live process, held by an OS lock
 
-`store.json` is written last when a store is made, so a folder without it is a store that was never finished.
+The journal's first row holds the store's id. Everything is made in this order, so that a kill at any instant leaves either a
+store or something that the next opening completes: .gitignore (whose folder is ours), locks, values, cells, the journal,
+its first row, and last store.json. Where store.json is, all the others must be: a journal that is gone, or without its first
+row, is damage and not a new store, since finished steps would run again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from durable_nb._codec import Seal, load_key
-from durable_nb._files import is_locked, write_new
+from durable_nb._disks import file_system_of
+from durable_nb._files import sync_folder, write_new
+from durable_nb._journal import Commit, Journal
 from durable_nb._journal.disk import DiskJournal
 from durable_nb._journal.writer import Writer
-from durable_nb.errors import CorruptStoreError, StoreError
+from durable_nb._locks import LockFile, is_locked, let_go_in_children
+from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
 
 FORMAT = 1
+ID_KEY = "store"
+"""The journal's first row: the store's id."""
+_FOLDERS = ("locks", "values", "cells", "journal")
+_OURS = re.compile(rf"{'|'.join(_FOLDERS)}|values\.lock|\.gitignore|\.\.gitignore\..*|\.store\.json\..*")
+_IGNORE_ALL = b"*\n"
 
 
 class Store:
     """An open store."""
 
-    def __init__(self, path: Path) -> None:
-        """Open `path`, making it (mode 0700) where it isn't there.
+    def __init__(self, path: str | Path) -> None:
+        """Opens `path`, and makes it (mode 0700) where it isn't there, or is an empty folder.
 
-        StoreError where the folder can't be written or was written by a newer format; then nothing in it is changed.
+        StoreError where the folder can't be used, is something else, or was written in a newer format, and CorruptStoreError
+        where a part of it is gone; then nothing in it is changed.
         """
-        self.path = path.absolute()
+        if not str(path):
+            raise StoreError("'' is no folder; nothing was made. Name the store's folder, as in open('.durable_nb')")
+        self.path = Path(path).absolute()
         self.cells = self.path / "cells"
         self.seal = Seal(load_key())
         try:
-            self.id = _prepare(self.path)
+            known = _known(self.path)
+            if known is None:
+                _make_folders(self.path)
             self.process = Process(self.path / "locks")
         except OSError as error:
             raise StoreError(
@@ -50,16 +66,59 @@ class Store:
                 "DURABLE_NB_DIR to a folder you may write and restart the kernel"
             ) from error
         try:
-            self.journal = DiskJournal(self.path / "journal", self.path / "values")
-        except StoreError:
+            self.journal, self.id = self._opened(known)
+        except BaseException:
             self.process.end()
             raise
         self.writer = Writer(self.journal)
         self._database = self._found()
-        os.register_at_fork(after_in_child=self.writer.abandon)
+        let_go_in_children(self.writer)
+
+    def _opened(self, known: str | None) -> tuple[Journal, str]:
+        """The journal and the id; `known`: what store.json says, None where the store is just being made."""
+        try:
+            journal = DiskJournal(self.path / "journal", self.path / "values", must_exist=known is not None)
+        except CorruptStoreError as error:
+            raise self._lost(str(error)) from error
+        try:
+            return journal, self._identified(journal, known)
+        except BaseException:
+            journal.close()
+            raise
+
+    def _identified(self, journal: Journal, known: str | None) -> str:
+        """The id in the journal's first row, which is made, and store.json after it, where the store is just being made."""
+        if known is None:
+            journal.apply([Commit(inserts=((ID_KEY, self.seal.close(ID_KEY, secrets.token_hex(8).encode())),))])
+        row = journal.get(ID_KEY)
+        if row is None:
+            raise self._lost("the journal is empty")
+        try:
+            first = self.seal.open(ID_KEY, row).decode()
+        except UntrustedStoreError:
+            if known is None:
+                raise
+            return known  # the rows that matter are refused one by one; `trust` must be able to open the store
+        if known is None:
+            write_new(self.path / "store.json", json.dumps({"format": FORMAT, "id": first}).encode())
+        elif first != known:
+            raise self._lost(f"the journal is another store's ({first})")
+        return first
+
+    def _lost(self, what: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"the store {self.path} has lost its journal, which store.json says it had: {what}. Nothing was run or changed: "
+            "finished steps would run again. Restore the folder from a backup; or delete all of it to begin anew, or set "
+            "DURABLE_NB_DIR to another folder"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What its users should know of the disk that it is on; '' where there is nothing to say."""
+        return file_system_of(self.path).advice
 
     def is_in_place(self) -> bool:
-        """Is the store still where it was opened? What goes on in a folder that was deleted is lost."""
+        """Is the store still where it was opened? What is written in a folder that was deleted is lost."""
         return self._found() == self._database
 
     def _found(self) -> tuple[int, int] | None:
@@ -76,36 +135,28 @@ class Store:
 
 
 class Process:
-    """This process's sign of life: a file held with flock, which the kernel frees at death, however it comes.
-
-    flock belongs to the open file, so a forked child would keep it alive: the child closes it (`register_at_fork`), and a
-    child of exec never has it (Python's files are close-on-exec). lockf won't do: any other close of the file frees it.
-    """
+    """This process's sign of life: a file that it keeps locked, which the system frees at death, however it comes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._descriptor: int | None = None
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.id = self._signed_in()
-        os.register_at_fork(after_in_child=self._close)
+        self.id, self._file = self._signed_in()
         self.others()  # what killed ones have left goes
 
-    def _signed_in(self) -> str:
+    def _signed_in(self) -> tuple[str, LockFile]:
         while True:
             process_id = f"{os.getpid()}-{secrets.token_hex(6)}"
             path = self._path(process_id)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                    self._descriptor = descriptor
-                    return process_id
-            os.close(descriptor)  # another process asked in between, and took it for a dead one's
+            file = LockFile(path, new=True)
+            with contextlib.suppress(FileNotFoundError):
+                if file.try_lock() and path.stat().st_ino == os.fstat(file.descriptor).st_ino:
+                    return process_id, file
+            file.close()  # another process asked in between, and took it for a dead one's
 
     def is_alive(self, process_id: str) -> bool:
         """Does the process of this id still run? '' is nobody."""
         if process_id == self.id:
-            return self._descriptor is not None
+            return self._file.is_open
         if not process_id:
             return False
         return is_locked(self._path(process_id), else_remove=True)  # ids are never used again
@@ -117,26 +168,35 @@ class Process:
 
     def end(self) -> None:
         """Give the sign of life up."""
-        self._close()
+        self._file.close()
         self._path(self.id).unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
     def _path(self, process_id: str) -> Path:
         return self._folder / f"{process_id}.lock"
 
 
-def _prepare(path: Path) -> str:
-    """The id of the store in `path`, which is made where it isn't there."""
+def _known(path: Path) -> str | None:
+    """The id that store.json says; None where there is none."""
     file = path / "store.json"
-    if not file.exists():
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_new(path / ".gitignore", b"*\n")
-        write_new(file, json.dumps({"format": FORMAT, "id": secrets.token_hex(8)}).encode())
-    return _check(path, file.read_bytes())
+    return _check(path, file.read_bytes()) if file.exists() else None
+
+
+def _make_folders(path: Path) -> None:
+    """Make all but the journal and store.json. What a killed process made of it is taken; another folder is not."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    there = {child.name for child in path.iterdir()}
+    ignore = path / ".gitignore"
+    begun = ignore.read_bytes() == _IGNORE_ALL if ignore.exists() else all(name.startswith("..") for name in there)
+    if not begun or not all(map(_OURS.fullmatch, there)):
+        raise StoreError(
+            f"the folder {path} is not empty and not a store; nothing in it was changed. Name a folder of the store's own, as "
+            f"in {str(path / '.durable_nb')!r}"
+        )
+    path.chmod(0o700)
+    write_new(ignore, _IGNORE_ALL)
+    for name in _FOLDERS[:-1]:
+        (path / name).mkdir(mode=0o700, exist_ok=True)
+    sync_folder(path.parent)
 
 
 def _check(path: Path, text: bytes) -> str:

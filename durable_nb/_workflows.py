@@ -360,5 +360,5 @@ def open_store(path: str | Path) -> None:
 
     A notebook needs none of this: `%load_ext durable_nb` opens its store. StoreError where the folder can't be used.
     """
-    opened = Workflows(Engine(Store(Path(path))))
+    opened = Workflows(Engine(Store(path)))
     use_engine(lambda: opened)

@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import math
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -143,12 +143,33 @@ class CrashingJournal:
         self._check()
         return self.inner.scan(prefix)
 
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        self._check()
+        return self.inner.get_many(keys)
+
     def get_blob(self, digest: str) -> bytes:
         self._check()
         return self.inner.get_blob(digest)
 
+    @property
+    def mode(self) -> str:
+        """Of the inner journal."""
+        return self.inner.mode
+
+    def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
+        self._check()
+        return self.inner.sizes(prefix)
+
+    def problems(self) -> list[str]:
+        self._check()
+        return self.inner.problems()
+
+    def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
+        self._check()
+        return self.inner.drop_blobs(before, needed)
+
     def close(self) -> None:
-        """Release what the calling thread holds of the inner journal."""
+        """Release the inner journal's files."""
         self.inner.close()
 
     def _is_reached(self, matches: bool) -> bool:

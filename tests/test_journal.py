@@ -12,6 +12,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from durable_nb._journal import Commit, Verdict
+from durable_nb._journal import database as database_module
 from durable_nb._journal import disk as disk_module
-from durable_nb._journal.disk import DiskJournal, journal_mode
+from durable_nb._journal.disk import DiskJournal
 from durable_nb._journal.memory import MemoryJournal
 from durable_nb._journal.writer import GROUP_LIMIT, Writer
 from durable_nb.errors import CorruptStoreError, StoreError
@@ -178,6 +181,43 @@ def test_a_scan_gives_the_rows_of_its_prefix_in_key_order(journal, prefix):
     assert journal.scan(prefix) == [(key, key.encode()) for key in wanted]
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 499, 500, 501, 1200])
+def test_many_rows_are_read_at_once(journal, n):
+    journal.apply([Commit(puts=tuple((f"k{i}", b"%d" % i) for i in range(n)))])
+    wanted = [f"k{i}" for i in range(n)]
+    assert journal.get_many([*wanted, "none", "k", "%"]) == {f"k{i}": b"%d" % i for i in range(n)}
+    assert journal.get_many(iter(wanted[:3] * 2)) == {key: key[1:].encode() for key in wanted[:3]}
+
+
+def test_sizes_are_told_without_reading_values(journal):
+    journal.apply([Commit(puts=(("b", b"xyz"), ("a/1", b""), ("a/2", bytes(100_000))))])
+    assert journal.sizes("a/") == [("a/1", 0), ("a/2", 100_000)]
+    assert journal.sizes() == [("a/1", 0), ("a/2", 100_000), ("b", 3)]
+
+
+def test_large_values_that_nobody_needs_are_dropped(journal):
+    old, kept = journal.put_blob(b"old"), journal.put_blob(b"kept")
+    assert journal.drop_blobs(0.0, lambda _: False) == 0
+    assert journal.drop_blobs(time.time() + 10, lambda digest: digest == kept) == 3
+    assert journal.get_blob(kept) == b"kept"
+    with pytest.raises(CorruptStoreError):
+        journal.get_blob(old)
+
+
+def test_a_sound_journal_has_no_problems(journal):
+    journal.apply([Commit(puts=rows(a="1", b="2"), deletes=("c",)), Commit(deletes=("a",))])
+    assert journal.problems() == []
+
+
+def test_a_closed_journal_is_opened_by_the_next_that_is_asked_of_it(journal):
+    journal.apply([Commit(puts=rows(a="1"))])
+    for _ in range(2):
+        journal.close()
+        assert journal.get("a") == b"1"
+        journal.close()
+        assert journal.apply([Commit(puts=rows(a="1"))]) == [APPLIED]
+
+
 def test_large_values_are_found_by_their_digest(journal):
     data = os.urandom(3 << 20)
     digest = journal.put_blob(data)
@@ -236,8 +276,11 @@ def test_both_journals_say_and_hold_the_same(tmp_path_factory, groups):
             assert disk.apply(group) == memory.apply(group)
             held = {key: disk.get(key) for key in ("a", "a/b", "b", "\u00e9", "lease")}
             assert held == {key: memory.get(key) for key in held}
+            assert disk.get_many(held) == memory.get_many(held)
         for prefix in ("a", "a/", "l", "\u00e9"):
             assert disk.scan(prefix) == memory.scan(prefix)
+            assert disk.sizes(prefix) == memory.sizes(prefix)
+        assert disk.sizes() == memory.sizes()
     finally:
         disk.close()
         shutil.rmtree(folder)
@@ -255,58 +298,156 @@ def in_force(folder):
     return settings
 
 
-def test_the_settings_that_lose_no_steps_are_in_force(disk, tmp_path):
-    said = in_force(tmp_path / "journal")
-    assert {key: said[key] for key in SAFE} == SAFE
-    assert said["sqlite_mmap_size"] == 0
-    assert disk._sql("PRAGMA synchronous").fetchone() == (2,)
-    assert disk._sql("PRAGMA mmap_size").fetchone() in {(0,), None}
-    assert disk.mode == journal_mode(sqlite3.sqlite_version_info)
-
-
-def test_they_are_in_force_on_every_threads_connection(disk):
-    """A connection is opened for each thread; a commit is made on the writer's."""
-    found = []
-
-    def look():
-        found.append((disk.mode, *(disk._sql(f"PRAGMA {what}").fetchone()[0] for what in ("synchronous", "mmap_size"))))
-        disk.close()
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert found == [(journal_mode(sqlite3.sqlite_version_info), 2, 0)]
-
-
-@pytest.mark.parametrize(
-    ("version", "mode"),
-    [
-        ((3, 40, 1), "persist"),
-        ((3, 44, 5), "persist"),
-        ((3, 44, 6), "wal"),
-        ((3, 45, 0), "persist"),
-        ((3, 50, 6), "persist"),
-        ((3, 50, 7), "wal"),
-        ((3, 51, 0), "persist"),
-        ((3, 51, 2), "persist"),
-        ((3, 51, 3), "wal"),
-        ((3, 52, 0), "wal"),
-        ((4, 0, 0), "wal"),
-    ],
-)
-def test_wal_is_used_only_where_its_race_is_fixed(version, mode):
-    assert journal_mode(version) == mode
+@contextmanager
+def connections(journal):
+    """The connection that writes, and one that reads."""
+    with journal._database.writing() as writer, journal._database.reading() as reader:
+        yield writer, reader
 
 
 @pytest.mark.parametrize("wal", [True, False])
-def test_a_journal_may_be_reopened_in_the_other_mode(tmp_path, wal, monkeypatch):
-    monkeypatch.setattr(disk_module, "journal_mode", lambda _: "wal")
+def test_the_settings_that_lose_no_steps_are_in_force(tmp_path, wal):
+    disk = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal)
+    said = in_force(tmp_path / "journal")
+    assert {key: said[key] for key in SAFE} == SAFE
+    assert said["sqlite_mmap_size"] == 0
+    assert said["sqlite_journal_mode"] == disk.mode == ("wal" if wal else "persist")
+    with connections(disk) as both:
+        for sql in both:
+            assert sql.execute("PRAGMA synchronous").fetchone() == (2,)
+            assert sql.execute("PRAGMA mmap_size").fetchone() in {(0,), None}
+        assert both[0].execute("PRAGMA journal_mode").fetchone() == (disk.mode,)
+    disk.close()
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_only_one_connection_of_a_process_writes(tmp_path, wal):
+    """In WAL mode a second one is the race of old SQLites."""
+    disk = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal)
+    with connections(disk) as (_, reader):
+        for statement in ("DELETE FROM Cache", "PRAGMA user_version = 3", "VACUUM"):
+            with pytest.raises(sqlite3.OperationalError, match=r"readonly|read-only|query_only"):
+                reader.execute(statement)
+    disk.close()
+
+
+def test_a_reader_does_not_checkpoint_even_where_it_is_the_last_to_close(disk, tmp_path):
+    disk.apply([Commit(puts=rows(a="1"))])
+    assert disk.mode == "wal"
+    disk.get("a")
+    disk._database._close_writer()
+    log = (tmp_path / "journal" / "cache.db-wal").stat()
+    assert log.st_size > 0
+    disk._database._close_readers()
+    assert (tmp_path / "journal" / "cache.db-wal").stat().st_ino == log.st_ino
+    assert disk.get("a") == b"1"
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_journal_may_be_reopened_in_the_other_mode(tmp_path, wal):
     for mode in (wal, not wal, wal):
         journal = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=mode)
         journal.apply([Commit(puts=rows(k="v"))])
         assert journal.get("k") == b"v"
         assert journal.mode == ("wal" if mode else "persist")
         journal.close()
+
+
+@pytest.mark.parametrize("left", ["wal", "delete", "persist", "truncate"])
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_store_that_another_sqlite_left_in_any_mode_opens(tmp_path, wal, left):
+    """Killed in the middle of a write, too: what it had committed is there."""
+    DiskJournal(tmp_path / "journal", tmp_path / "values", wal=not wal).close()
+    source = """
+        import os, signal, sqlite3, sys
+        sql = sqlite3.connect(sys.argv[1], isolation_level=None)
+        print(sql.execute(f"PRAGMA journal_mode = {sys.argv[2]}").fetchone())
+        sql.execute("PRAGMA cache_size = 1")
+        put = "INSERT INTO Cache(key, raw, value, mode) VALUES (?, 1, ?, 1)"
+        sql.execute(put, ("kept", b"v"))
+        sql.execute("BEGIN")
+        sql.executemany(put, [(f"lost/{n}", bytes(3000)) for n in range(100)])
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source), str(tmp_path / "journal" / "cache.db"), left]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal)
+    assert journal.mode == ("wal" if wal else "persist")
+    assert journal.scan("kept") == [("kept", b"v")]
+    assert journal.scan("lost") == []
+    assert journal.problems() == []
+    journal.close()
+
+
+def test_an_open_journal_survives_a_copy_of_its_folder_in_its_own_process(tmp_path):
+    """Closing a file drops SQLite's locks on it: another process then removes the log (WAL) that this one writes to."""
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
+    journal.apply([Commit(puts=rows(a="1", lease="l"))])
+    source = "import sys; from pathlib import Path; from durable_nb._journal.disk import DiskJournal\n"
+    source += "j = DiskJournal(Path(sys.argv[1], 'journal'), Path(sys.argv[1], 'values')); print(*dict(j.scan('a'))); j.close()"
+    for name, commit in (("aa", Commit(puts=rows(aa="2"))), ("aaa", Commit(("lease", b"l"), inserts=rows(aaa="3")))):
+        shutil.copytree(tmp_path / "journal", tmp_path / f"copy-{name}")
+        subprocess.run([sys.executable, "-c", source, str(tmp_path)], check=True, capture_output=True)
+        assert journal.get("a") == b"1"
+        assert journal.apply([commit]) == [APPLIED]
+    seen = subprocess.run([sys.executable, "-c", source, str(tmp_path)], check=True, capture_output=True, text=True).stdout
+    assert seen.split() == ["a", "aa", "aaa"]
+    journal.close()
+
+
+@pytest.mark.parametrize("wal", [True, False])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_what_is_written_after_the_folder_was_deleted_is_not_acknowledged(tmp_path, wal, how):
+    """And nobody is told that what was recorded in it is safe."""
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal)
+    journal.apply([Commit(puts=rows(lease="l"))])
+    shutil.rmtree(tmp_path / "journal")
+    if how == "replaced":
+        DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal).close()
+    for commit in (Commit(puts=rows(b="2")), Commit(("lease", b"l"), inserts=rows(b="2"))):
+        with pytest.raises(StoreError, match="was deleted or replaced") as caught:
+            journal.apply([commit])
+        assert "safe" not in str(caught.value)
+    with pytest.raises(StoreError, match="was deleted or replaced"):
+        journal.get("lease")
+    journal.close()
+
+
+@pytest.mark.parametrize("wal", [True, False])
+def test_a_journal_that_is_only_looked_at_shows_everything_and_changes_nothing(tmp_path, wal):
+    def files():
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "journal").iterdir() if file.suffix != ".db-shm"}
+
+    journal = DiskJournal(tmp_path / "journal", tmp_path / "values", wal=wal)
+    journal.apply([Commit(puts=rows(a="1"))])
+    before = files()
+    for left in ("open", "closed"):
+        look = DiskJournal(tmp_path / "journal", tmp_path / "values", only_look=True)
+        assert look.scan("a") == [("a", b"1")]
+        with pytest.raises(StoreError, match="nothing was written"):
+            look.apply([Commit(puts=rows(b="2"))])
+        look.close()
+        assert files() == before, left
+        journal.close()
+        before = files()
+
+
+def test_where_there_is_no_journal_looking_makes_none(tmp_path):
+    for option in ("only_look", "must_exist"):
+        with pytest.raises(CorruptStoreError, match=r"cache\.db is missing or empty"):
+            DiskJournal(tmp_path / "journal", tmp_path / "values", **{option: True})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_row_is_among_the_problems(disk, tmp_path):
+    """SQLite's check doesn't see it where table and index lost it together; its triggers have counted."""
+    disk.apply([Commit(puts=rows(a="1", b="2"))])
+    assert disk.problems() == []
+    with closing(sqlite3.connect(tmp_path / "journal" / "cache.db")) as sql:
+        sql.execute("DROP TRIGGER Settings_count_delete")
+        sql.execute("DELETE FROM Cache WHERE key = 'a'")
+        sql.commit()
+    assert disk.problems() == ["1 rows are there, 2 were counted"]
 
 
 @pytest.mark.parametrize("commit", [Commit(puts=rows(n="1")), Commit(("lease", b"mine"), inserts=rows(n="1"))])
@@ -320,14 +461,14 @@ def test_settings_that_another_program_changed_are_repaired_by_the_next_commit(d
     assert {key: said[key] for key in SAFE} == SAFE
 
 
-def test_more_than_a_gigabyte_of_rows_would_stay(disk):
+def test_more_than_a_gigabyte_of_rows_would_stay(disk, tmp_path):
     """diskcache culls above its size limit: none of ours is ever in reach of it."""
-    assert disk._cache.size_limit >= 2**60
-    for i in range(100):
-        disk.apply([Commit(puts=((f"k{i:03}", b"x"),))])
-    disk._cache.cull()
-    disk._cache.expire()
-    disk._cache.evict(None)
+    disk.apply([Commit(puts=tuple((f"k{i:03}", b"x") for i in range(100)))])
+    with diskcache.Cache(str(tmp_path / "journal")) as stock:
+        assert stock.size_limit >= 2**60
+        stock.cull()
+        stock.expire()
+        stock.evict(None)
     assert len(disk.scan("k")) == 100
 
 
@@ -415,7 +556,7 @@ def test_no_acknowledged_row_is_missing_after_sigkill(tmp_path):
         process.wait()
     journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
     kept = {key for key, value in journal.scan("k/") if value == b"v" * 100}
-    assert journal._sql("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert journal.problems() == []
     journal.close()
     acknowledged = told.read_text().split()
     assert len(acknowledged) > 100
@@ -460,25 +601,26 @@ def test_processes_that_commit_at_once_all_succeed(tmp_path):
 )
 def test_a_disk_that_refuses_is_a_store_error_and_what_was_there_stays_readable(disk, group):
     disk.apply([Commit(puts=rows(lease="mine", old="o"))])
-    disk._sql("PRAGMA query_only = 1")
+    with connections(disk) as (writer, _):
+        writer.execute("PRAGMA query_only = 1")
     with pytest.raises(StoreError, match=r"could not be written.*Steps acknowledged before are safe.*DURABLE_NB_DIR"):
         disk.apply(group)
     assert disk.get("old") == b"o"
     assert disk.scan("new") == []
-    assert not disk._in_transaction()
-    disk._sql("PRAGMA query_only = 0")
+    assert not writer.in_transaction
+    writer.execute("PRAGMA query_only = 0")
     assert disk.apply(group) == [APPLIED] * len(group)
 
 
 def test_a_refusal_in_the_middle_of_a_group_applies_none_of_it(disk, monkeypatch):
-    real = DiskJournal._apply
+    real = disk_module._applied
 
-    def apply(self, commit):
+    def applied(sql, commit):
         if commit.puts == rows(bad="b"):
             raise sqlite3.OperationalError("database or disk is full")
-        return real(self, commit)
+        return real(sql, commit)
 
-    monkeypatch.setattr(DiskJournal, "_apply", apply)
+    monkeypatch.setattr(disk_module, "_applied", applied)
     with pytest.raises(StoreError, match="disk is full"):
         disk.apply([Commit(puts=rows(good="g")), Commit(puts=rows(bad="b"))])
     assert disk.get("good") is None
@@ -522,7 +664,7 @@ def test_a_file_that_is_no_database_is_a_store_error(tmp_path):
 
 
 def test_a_writer_that_never_lets_go_is_a_store_error_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_module, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database_module, "PATIENCE_S", 0.05)
     journal = DiskJournal(tmp_path / "journal", tmp_path / "values")
     journal.apply([Commit(puts=rows(a="1", lease="l"))])
     other = sqlite3.connect(tmp_path / "journal" / "cache.db", isolation_level=None)
@@ -710,7 +852,7 @@ def test_a_future_resolves_after_its_commit_is_on_disk(disk, tmp_path):
 def test_diskcache_is_met_in_one_module_only():
     package = Path(disk_module.__file__).parents[1]
     users = {file.relative_to(package).as_posix() for file in package.rglob("*.py") if "import diskcache" in file.read_text()}
-    assert users == {"_journal/disk.py"}
+    assert users == {"_journal/database.py"}
 
 
 @pytest.mark.parametrize(("expected", "most"), [(100, 10), (3, 40)], ids=["many are at work", "few are"])

@@ -1,7 +1,8 @@
 """What survives when processes are killed, stopped, doubled, and when their disk is full or damaged.
 
 Real processes, a real journal on disk, real signals. What step bodies did is told by a file outside the store, the oracle
-(see `workers`). `DURABLE_NB_KILLS` says how often a process is killed at a random moment: `make stress` kills 2,000 times.
+(see `workers`). `DURABLE_NB_KILLS` says how often a process is killed at a random moment, `DURABLE_NB_OPENINGS` how often the
+journal is opened by several at once: `make stress` kills 2,000 times, and opens 4,000 times.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
+import tempfile
 import time
 from contextlib import ExitStack, closing, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from workers import ForkServer, predicted, read_oracle, until
 
+from durable_nb._journal.disk import DiskJournal
+from durable_nb._locks import LockFile
+
 KILLS = int(os.environ.get("DURABLE_NB_KILLS", "60"))
+OPENINGS = int(os.environ.get("DURABLE_NB_OPENINGS", "40"))
 FLIPS = max(40, KILLS // 4)
 SEED = int(os.environ.get("DURABLE_NB_SEED", "1"))
 
@@ -111,6 +119,32 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server
         assert broken_promises(read_oracle(oracle), values) == [], f"seed {SEED}, {run_id}, in {store}"
         assert len(values) == 13
     assert len(set(moments)) > min(KILLS / 4, 30), "the kills came at many different moments"
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in memory where there is one: fsync takes no time there, and a kill doesn't need it."""
+    parent = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=parent if os.access(parent, os.W_OK) else tmp_path))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_kill_at_any_instant_of_making_a_store_leaves_no_damage(server, memory):
+    """Whoever opens it next completes it, and the id that was known stays."""
+    instants = server.do("make_store", store=str(memory / "whole"))["instants"]
+    killed = 0
+    for n in range(1, instants + 1, max(1, 3 * instants // KILLS)):
+        store = memory / str(n)
+        with server.start("make_store", store=str(store), dies_at=n) as worker:
+            until(lambda worker=worker: worker.exit_code() is not None, "the worker's death")
+            killed += worker.exit_code() == -signal.SIGKILL
+        file = store / "store.json"
+        known = json.loads(file.read_text())["id"] if file.exists() else None
+        opened = server.do("make_store", store=str(store))["id"]
+        assert opened == (known or opened)
+        assert server.do("make_store", store=str(store))["id"] == opened == json.loads(file.read_text())["id"]
+    assert killed > min(KILLS / 3, instants) / 2
 
 
 def test_a_step_that_is_tried_at_most_once_is_not_run_again_after_a_kill(server, store, tmp_path, oracle):
@@ -446,12 +480,17 @@ def test_a_truncated_database_is_an_error_or_a_miss(server, sound, tmp_path):
 
 
 def test_two_processes_work_in_a_store_while_a_third_opens_it_as_a_forgetful_cache(server, store, oracle):
-    """Nothing is evicted: each of them finds the others' runs complete."""
-    server.do("predict", store=store)
-    groups = [[f"{side}-{n}" for n in range(25)] for side in ("left", "right")]
+    """Nothing is evicted: each of them finds the others' runs complete.
+
+    With a rollback journal: a program that doesn't take turns may corrupt a database in WAL mode where SQLite has its race.
+    """
+    without_wal = {"without_wal": True}
+    server.do("predict", store=store, **without_wal)
+    groups = [[f"{side}-{n}" for n in range(12)] for side in ("left", "right")]
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(server.start("many_journeys", store=store, oracle=str(oracle), names=names)) for names in groups
+            stack.enter_context(server.start("many_journeys", store=store, oracle=str(oracle), names=names, **without_wal))
+            for names in groups
         ]
         meddler = stack.enter_context(server.start("meddle", journal=str(store + "/journal")))
         assert meddler.said() == "meddling"
@@ -468,7 +507,126 @@ def test_two_processes_work_in_a_store_while_a_third_opens_it_as_a_forgetful_cac
     }
     assert len([line for line in read_oracle(oracle) if line[1] == "begin"]) == 2 * len(found)
     for names, values in zip(groups, results, strict=True):
-        with server.start("many_journeys", store=store, oracle=str(oracle), names=names) as again:
+        with server.start("many_journeys", store=store, oracle=str(oracle), names=names, **without_wal) as again:
             again.said()
             again.tell("go")
             assert again.result() == values
+    with closing(sqlite3.connect(f"{store}/journal/cache.db")) as sql:
+        assert sql.execute("PRAGMA journal_mode").fetchone() == ("delete",), "not WAL, which the file would remember"
+
+
+# -- whose turn it is to write ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meeting(tmp_path):
+    file = tmp_path / "meeting"
+    file.write_bytes(bytes(4096))
+    return str(file)
+
+
+@pytest.fixture(params=[False, True], ids=["WAL", "rollback journal"])
+def journal(server, store, request):
+    """What jobs that use the journal by itself are given."""
+    (Path(store)).mkdir()
+    given = {"store": store, "without_wal": request.param}
+    server.do("commit", **given, key="first")
+    return given
+
+
+def keys_of(journal):
+    """The keys in the journal, which is sound."""
+    looked_at = DiskJournal(Path(journal["store"], "journal"), Path(journal["store"], "values"), wal=not journal["without_wal"])
+    try:
+        assert looked_at.problems() == []
+        return {key for key, _ in looked_at.sizes()}
+    finally:
+        looked_at.close()
+
+
+def test_processes_that_open_write_checkpoint_and_close_at_the_same_moment_leave_the_journal_sound(server, journal, meeting):
+    """Which is when an SQLite with the race corrupts a database in WAL mode, were it not for the turns."""
+    others = 3
+    times = OPENINGS if not journal["without_wal"] else min(OPENINGS, 20)
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(server.start("open_write_close", **journal, meeting=meeting, me=me, others=others, times=times))
+            for me in range(others)
+        ]
+        assert [worker.result(30 + times) for worker in workers] == [[]] * others
+    assert keys_of(journal) >= {f"{me}/{times - 1:06}" for me in range(others)}
+
+
+@pytest.mark.parametrize("during", ["nothing", "write", "checkpoint"])
+def test_a_process_that_is_killed_during_its_turn_keeps_nobody_waiting(server, journal, during):
+    """What it had not committed is not there, and the journal is sound."""
+    for n in range(3):
+        with server.start("hold_the_turn", **journal, during=during) as holder:
+            assert holder.said() == "holding"
+            with server.start("commit", **journal, key=f"next/{n}") as waiting:
+                assert holder.kill()
+                assert waiting.result() == ["applied"]
+        assert keys_of(journal) == {"first", *(f"next/{k}" for k in range(n + 1))}
+
+
+def test_a_process_that_was_stopped_during_its_turn_is_named(server, journal):
+    """By those whose commits waited for it in vain; when it goes on, so do they."""
+    with server.start("hold_the_turn", **journal, during="write") as holder:
+        assert holder.said() == "holding"
+        holder.stop()
+        with server.start("commit", **journal, key="vain", patience_s=0.3) as waiting:
+            heard = waiting.hear()
+        assert heard["error"] == "StoreError"
+        assert f"process {holder.pid} (stopped) holds its lock" in heard["text"]
+        assert f"kill -CONT {holder.pid}" in heard["text"]
+        with server.start("commit", **journal, key="patient") as waiting:
+            holder.signal(signal.SIGCONT)
+            holder.tell("let go")
+            assert waiting.result() == ["applied"]
+    assert keys_of(journal) == {"first", "patient"}
+
+
+def test_a_process_that_was_stopped_while_it_waited_for_its_turn_keeps_nobody_waiting(server, journal):
+    with server.start("hold_the_turn", **journal, during="nothing") as holder:
+        assert holder.said() == "holding"
+        with server.start("commit", **journal, key="stopped") as waiting:
+            until(lambda: _is_waited_for(journal), "somebody to wait for the turn")
+            waiting.stop()
+            holder.tell("let go")
+            assert holder.result() is None
+            assert server.do("commit", **journal, key="another") == ["applied"]
+            waiting.signal(signal.SIGCONT)
+            assert waiting.result() == ["applied"]
+    assert keys_of(journal) == {"first", "stopped", "another"}
+
+
+def _is_waited_for(journal):
+    return is_locked_at_all(Path(journal["store"], "journal", "cache.db.waiting"))
+
+
+def is_locked_at_all(path):
+    file = LockFile(path)
+    try:
+        return not file.try_lock()
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("rows", [1, 60], ids=["small commits", "large ones"])
+def test_of_four_processes_that_write_flat_out_none_starves(server, journal, meeting, rows):
+    """Between two commits of one, the others make few, and no commit waits longer than they take."""
+    others, times = 4, 150 if rows == 1 else 40
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                server.start("commit_flat_out", **journal, meeting=meeting, me=me, others=others, times=times, rows=rows)
+            )
+            for me in range(others)
+        ]
+        told = [worker.result(120) for worker in workers]
+    order = sorted((rowid, me) for me in range(others) for rowid in told[me]["rowids"])
+    assert len(order) == others * times
+    for me in range(others):
+        mine = [place for place, (_, whose) in enumerate(order) if whose == me]
+        assert max(after - before for before, after in pairwise(mine)) < times
+    keys_of(journal)

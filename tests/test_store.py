@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
+import diskcache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from durable_nb import _store
+import durable_nb as durable
+from durable_nb import _locks, _store
+from durable_nb._disks import FileSystem
 from durable_nb._files import default_store
+from durable_nb._journal import Commit, database
+from durable_nb._locks import LockFile
 from durable_nb._store import FORMAT, Process, Store
 from durable_nb.errors import CorruptStoreError, StoreError
 
@@ -105,6 +111,177 @@ def test_a_store_whose_making_was_cut_short_is_made_whole(path):
         assert store.id
 
 
+def only_gitignore(path):
+    (path / ".gitignore").write_text("*\n")
+
+
+def only_a_draft(path):
+    (path / "..gitignore.12.abcd").write_text("")
+
+
+def up_to_the_journal(path):
+    for name in ("locks", "values", "cells", "journal"):
+        (path / name).mkdir()
+    only_gitignore(path)
+
+
+def without_store_json(path):
+    Store(path).close()
+    (path / "store.json").unlink()
+
+
+@pytest.mark.parametrize("left", [lambda path: None, only_gitignore, only_a_draft, up_to_the_journal, without_store_json])
+def test_an_empty_folder_or_what_was_left_of_making_a_store_becomes_one(path, left):
+    path.mkdir(mode=0o755)
+    left(path)
+    with opened(path) as store:
+        assert json.loads((path / "store.json").read_text())["id"] == store.id
+        assert path.stat().st_mode & 0o777 == 0o700
+
+
+def of_a_project(path):
+    (path / "notebook.ipynb").write_text("{}")
+
+
+def of_a_virtual_environment(path):
+    (path / ".gitignore").write_text("*\n")
+    (path / "bin").mkdir()
+
+
+def with_an_ignore_file(path):
+    (path / ".gitignore").write_text("*.pyc\n")
+
+
+def with_a_folder_of_values(path):
+    (path / "values").mkdir()
+
+
+@pytest.mark.parametrize(
+    "filled", [of_a_project, of_a_virtual_environment, with_an_ignore_file, with_a_folder_of_values], ids=lambda f: f.__name__
+)
+def test_a_folder_that_is_something_else_is_refused_and_not_touched(path, filled):
+    path.mkdir(mode=0o755)
+    filled(path)
+    before = contents(path)
+    with pytest.raises(StoreError, match=r"is not empty and not a store; nothing in it was changed.*\.durable_nb"):
+        Store(path)
+    assert contents(path) == before
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+def test_no_name_is_no_folder(tmp_path, monkeypatch):
+    """The working directory isn't meant, even where it is empty."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="'' is no folder"):
+        durable.open("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def database_deleted(path):
+    (path / "journal" / "cache.db").unlink()
+
+
+def journal_deleted(path):
+    shutil.rmtree(path / "journal")
+
+
+def all_but_store_json_deleted(path):
+    for child in path.iterdir():
+        if child.name != "store.json":
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+
+def database_truncated(path):
+    (path / "journal" / "cache.db").write_bytes(b"")
+
+
+def another_database(path):
+    database_deleted(path)
+    with closing(sqlite3.connect(path / "journal" / "cache.db")) as sql:
+        sql.execute("CREATE TABLE t (x)")
+
+
+def a_new_cache(path):
+    journal_deleted(path)
+    diskcache.Cache(str(path / "journal")).close()
+
+
+def emptied_by_sql(path):
+    with closing(sqlite3.connect(path / "journal" / "cache.db")) as sql:
+        sql.execute("DELETE FROM Cache")
+        sql.commit()
+
+
+def cleared_by_diskcache(path):
+    with diskcache.Cache(str(path / "journal")) as cache:
+        cache.clear()
+
+
+def another_stores_journal(path):
+    Store(path.parent / "other").close()
+    journal_deleted(path)
+    shutil.copytree(path.parent / "other" / "journal", path / "journal")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        database_deleted,
+        journal_deleted,
+        all_but_store_json_deleted,
+        database_truncated,
+        another_database,
+        a_new_cache,
+        emptied_by_sql,
+        cleared_by_diskcache,
+        another_stores_journal,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_a_journal_that_is_gone_or_empty_is_damage_and_never_a_new_store(path, damage):
+    """Else finished steps would run, and charge, again without a word."""
+    with opened(path) as store:
+        store.journal.apply([Commit(inserts=(("step/a", b"1"),))])
+    damage(path)
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError, match=r"has lost its journal.*Nothing was run.*[Rr]estore.*backup"):
+            Store(path)
+    assert not list((path / "locks").glob("*.lock"))
+    assert json.loads((path / "store.json").read_text())["id"] == store.id
+
+
+def test_a_store_that_was_deleted_while_open_does_not_claim_that_its_steps_are_safe(path):
+    with opened(path) as store:
+        store.journal.apply([Commit(inserts=(("step/a", b"1"),))])
+        shutil.rmtree(path)
+        assert not store.is_in_place()
+        with pytest.raises(StoreError, match="what was recorded there is gone with it") as caught:
+            store.writer.commit_and_wait(Commit(inserts=(("step/b", b"1"),)))
+        assert "safe" not in str(caught.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "advice"),
+    [
+        ("ext", "wal", ""),
+        ("overlay", "wal", ""),
+        ("nfs", "persist", "on a network file system (nfs)"),
+        ("9p", "persist", "on a network file system (9p)"),
+        ("fuse", "persist", "a file system not known to be fit for SQLite's WAL (fuse)"),
+        ("", "persist", "a file system not known to be fit for SQLite's WAL,"),
+    ],
+)
+def test_wal_is_used_on_file_systems_known_to_be_fit_and_others_are_told(path, monkeypatch, name, mode, advice):
+    found = FileSystem(name)
+    monkeypatch.setattr(database, "file_system_of", lambda _: found)
+    monkeypatch.setattr(_store, "file_system_of", lambda _: found)
+    with opened(path) as store:
+        assert store.journal.mode == mode
+        assert advice in store.advice
+        assert bool(advice) == ("DURABLE_NB_DIR" in store.advice)
+
+
 OPENS = """
     import sys
     from pathlib import Path
@@ -134,7 +311,7 @@ def test_a_newer_format_is_refused_and_nothing_in_the_folder_is_changed(path):
     (path / "store.json").unlink()
     (path / "store.json").write_text(json.dumps({"format": FORMAT + 1, "id": "x", "news": 1}))
     before = contents(path)
-    with pytest.raises(StoreError, match=r"newer durable_nb \(store format 2.*pip install -U durable-nb"):
+    with pytest.raises(StoreError, match=rf"newer durable_nb \(store format {FORMAT + 1}.*pip install -U durable-nb"):
         Store(path)
     assert contents(path) == before
 
@@ -320,16 +497,17 @@ def test_two_who_ask_at_once_do_not_take_each_other_for_the_dead_one(tmp_path, m
     """Asking takes a lock for a moment; another's question must not be answered by that."""
     dead = Process(tmp_path / "locks")
     asking, another = Process(tmp_path / "locks"), Process(tmp_path / "locks")
-    dead._close()
-    answers, real = [], _store.fcntl.flock
+    dead._file.close()
+    answers, real = [], _locks._try_lock
 
-    def flock(descriptor, how):
-        real(descriptor, how)
+    def try_lock(descriptor, *, shared):
+        got = real(descriptor, shared=shared)
         if not answers:
             answers.append(None)
             answers[0] = another.is_alive(dead.id)
+        return got
 
-    monkeypatch.setattr(_store.fcntl, "flock", flock)
+    monkeypatch.setattr(_locks, "_try_lock", try_lock)
     assert not asking.is_alive(dead.id)
     assert answers == [False]
     asking.end()
@@ -374,7 +552,7 @@ def test_what_killed_processes_left_behind_goes_when_a_store_is_opened(tmp_path)
     folder = tmp_path / "locks"
     dead = [Process(folder) for _ in range(3)]
     for process in dead:
-        process._close()
+        process._file.close()
     living = []
     threads = [threading.Thread(target=lambda: living.extend(Process(folder) for _ in range(20))) for _ in range(4)]
     for thread in threads:
@@ -391,12 +569,11 @@ def test_a_process_that_is_about_to_sign_in_is_never_taken_for_dead_behind_its_b
     """While its file is being removed it can't get the lock: it notices, and takes another id."""
     asking = Process(tmp_path / "locks")
     path = tmp_path / "locks" / "1-abc.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    file = LockFile(path, new=True)
     tried, unlink = [], type(path).unlink
 
     def remove(self, **options):
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not file.try_lock()
         tried.append(self)
         unlink(self, **options)
 
@@ -404,5 +581,5 @@ def test_a_process_that_is_about_to_sign_in_is_never_taken_for_dead_behind_its_b
     assert not asking.is_alive("1-abc")
     monkeypatch.undo()
     assert tried == [path]
-    os.close(descriptor)
+    file.close()
     asking.end()

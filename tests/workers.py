@@ -33,6 +33,10 @@ import diskcache
 
 import durable_nb as durable
 from durable_nb._current import engine as current_engine
+from durable_nb._disks import FileSystem
+from durable_nb._journal import Commit, database
+from durable_nb._journal.disk import DiskJournal
+from durable_nb._store import Store
 
 PATIENCE_S = 30.0
 """After so long a condition that a test waits for counts as never coming."""
@@ -224,6 +228,8 @@ def _work(channel, job, args):
     code = 1
     try:
         warnings.simplefilter("ignore")  # notices of retries and the like
+        if args.pop("without_wal", False):
+            database.file_system_of = lambda _: FileSystem("")
         channel.send(_outcome(globals()[job](channel, **args)))
         code = 0
     except BaseException:
@@ -774,8 +780,122 @@ async def meddle(channel, journal):
             times += 1
             if times == 1:
                 channel.say("meddling")
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
     return times
+
+
+# -- the journal by itself ------------------------------------------------------------------------------------------------
+
+
+def _journal(store):
+    return DiskJournal(Path(store) / "journal", Path(store) / "values")
+
+
+async def open_write_close(channel, store, meeting, me, others, times):
+    """Open a journal, commit, checkpoint and close it, each in the same moment as other processes do; what was wrong then."""
+    together = _Together(meeting, me, others)
+    trouble = []
+    for n in range(times):
+        together.wait()
+        journal = _journal(store)
+        journal.apply([Commit(inserts=((f"{me}/{n:06}", bytes(n % 5 * 3000)),), deletes=(f"{me}/{n - 20:06}",))])
+        if n % 3 != 2:
+            with journal._database.writing() as sql:
+                sql.execute(f"PRAGMA wal_checkpoint({('PASSIVE', 'TRUNCATE')[n % 2]})").fetchone()
+        if n % 4 == 3:
+            together.wait()  # all close at once
+        journal.close()
+        together.wait()
+        if me == n % others:
+            journal = _journal(store)
+            trouble += [f"{n}: {problem}" for problem in journal.problems()]
+            kept = {key for key, _ in journal.sizes()}
+            trouble += [f"{n}: {other} lost its row" for other in range(others) if f"{other}/{n:06}" not in kept]
+            journal.close()
+    return trouble
+
+
+async def make_store(channel, store, dies_at=0):
+    """Make or open a store, and be killed at that of the instants at which something changes on the disk; its id otherwise."""
+    instants = 0
+
+    def instant(event, _):
+        nonlocal instants
+        if event in {"open", "os.mkdir", "os.chmod", "os.link", "os.rename", "os.remove", "sqlite3.connect", "sql"}:
+            instants += 1
+            if instants == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    class Connection(sqlite3.Connection):
+        def execute(self, *args):
+            instant("sql", ())
+            return super().execute(*args)
+
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **options: connect(*args, **options, factory=Connection)
+    sys.addaudithook(instant)
+    opened = Store(store)
+    told = {"id": opened.id, "instants": instants}
+    opened.close()
+    return told
+
+
+async def hold_the_turn(channel, store, during):
+    """Have the journal for oneself, until told to let go."""
+    journal = _journal(store)
+    with journal._database.writing() as sql:
+        if during == "write":
+            sql.execute("PRAGMA cache_size = 1")  # so that unfinished pages reach the disk
+            sql.execute("BEGIN IMMEDIATE")
+            for n in range(50):
+                sql.execute("INSERT INTO Cache(key, raw, value, mode) VALUES (?, 1, ?, 1)", (f"half/{n}", bytes(3000)))
+        elif during == "checkpoint":
+            sql.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+        channel.say("holding")
+        channel.wait()
+
+
+async def commit(channel, store, key, patience_s=60):
+    database.PATIENCE_S = patience_s
+    journal = _journal(store)
+    try:
+        return [verdict.value for verdict in journal.apply([Commit(inserts=((key, b"v"),))])]
+    finally:
+        journal.close()
+
+
+async def commit_flat_out(channel, store, meeting, me, others, times, rows):
+    """As many commits as there can be; the rowid of each one's last row, and how long it took."""
+    journal = _journal(store)
+    _Together(meeting, me, others).wait()
+    took = []
+    for n in range(times):
+        began = time.monotonic()
+        journal.apply([Commit(inserts=((f"{me}/{n:06}/{row}", b"v" * 200),)) for row in range(rows)])
+        took.append(time.monotonic() - began)
+    with journal._database.reading() as sql:
+        mine = sql.execute(
+            "SELECT max(rowid) FROM Cache WHERE key LIKE ? GROUP BY substr(key, 1, 8) ORDER BY 1", (f"{me}/%",)
+        ).fetchall()
+    journal.close()
+    return {"rowids": [rowid for (rowid,) in mine], "took": took}
+
+
+class _Together:
+    """Where processes wait until all have come, as often as they like."""
+
+    def __init__(self, meeting, me, others):
+        with open(meeting, "r+b") as file:  # noqa: PTH123
+            self._arrivals = mmap.mmap(file.fileno(), 0)
+        self._me, self._others, self._n = me, others, 0
+
+    def wait(self):
+        self._n += 1
+        self._arrivals[8 * self._me : 8 * self._me + 8] = self._n.to_bytes(8, "little")
+        while any(
+            int.from_bytes(self._arrivals[8 * other : 8 * other + 8], "little") < self._n for other in range(self._others)
+        ):
+            os.sched_yield()
 
 
 async def many_journeys(channel, store, oracle, names):

@@ -133,11 +133,11 @@ def default_max_size() -> int | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below it."""
+    """Bytes of all files below it, without those that SQLite keeps only while somebody uses the database."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
+            if path.is_file() and not path.name.startswith("cache.db-"):
                 total += path.stat().st_size
     return total
 

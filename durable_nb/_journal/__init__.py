@@ -1,12 +1,12 @@
 """The journal: rows of bytes under text keys, changed by one primitive, the guarded commit.
 
-Implementations know nothing of runs and steps. `disk` survives a kill and a power cut, `memory` is its twin for tests;
-`writer` is the one thread that calls `apply`.
+Implementations know nothing of runs and steps. `disk` survives a kill and a power cut, on connections from `database` and with
+large values in `blobs`; `memory` is its twin for tests; `writer` is the one thread that calls `apply`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -39,6 +39,11 @@ class Verdict(Enum):
 class Journal(Protocol):
     """Durable rows. Every method may be called from any thread; none knows asyncio."""
 
+    @property
+    def mode(self) -> str:
+        """How rows are made durable: SQLite's journal mode, or `memory`."""
+        ...
+
     def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
         """Apply each commit that may be applied, in order; all are on disk when this returns.
 
@@ -54,6 +59,18 @@ class Journal(Protocol):
         """All rows whose key begins with `prefix`, in key order."""
         ...
 
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Those of the rows that there are, all as they were at one moment."""
+        ...
+
+    def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
+        """Keys that begin with `prefix`, in order, and the bytes of each row."""
+        ...
+
+    def problems(self) -> list[str]:
+        """What is wrong with the journal as a whole, a line each; empty where it is sound."""
+        ...
+
     def put_blob(self, data: bytes) -> str:
         """Keep a large value; its digest, by which `get_blob` finds it. On disk and fsynced when this returns."""
         ...
@@ -62,6 +79,10 @@ class Journal(Protocol):
         """What `put_blob` was given; CorruptStoreError where it is gone or altered."""
         ...
 
+    def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
+        """Remove large values that were put before that unix time and that no row needs; how many bytes that was."""
+        ...
+
     def close(self) -> None:
-        """Release what the calling thread holds."""
+        """Release the files. What is asked after that opens them again."""
         ...

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from durable_nb._files import write_file
+from durable_nb._locks import LockFile
 from durable_nb.errors import CorruptStoreError, StoreError
 
 
@@ -29,7 +29,7 @@ class Blobs:
         path = self._folder / digest
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            with self._locked(fcntl.LOCK_SH):
+            with self._locked(shared=True):
                 if self._holds(digest):
                     os.utime(path)  # a row that names it is about to be written
                 else:
@@ -51,7 +51,7 @@ class Blobs:
             with contextlib.suppress(FileNotFoundError):  # another process is making room too
                 if path.stat().st_mtime >= before or needed(path.name):
                     continue
-                with self._locked(fcntl.LOCK_EX):
+                with self._locked():
                     found = path.stat()
                     if found.st_mtime < before:
                         path.unlink()
@@ -59,16 +59,13 @@ class Blobs:
         return freed
 
     @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        descriptor = os.open(self._folder, os.O_RDONLY)
+    def _locked(self, *, shared: bool = False) -> Iterator[None]:
+        file = LockFile(self._folder.with_name(f"{self._folder.name}.lock"))
         try:
-            fcntl.flock(descriptor, how)
-            try:
+            with file.locked(shared=shared):
                 yield
-            finally:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing wouldn't: a child forked meanwhile has it open too
         finally:
-            os.close(descriptor)
+            file.close()
 
     def _holds(self, digest: str) -> bool:
         try:

@@ -1,114 +1,103 @@
-"""The journal on disk: a diskcache directory that is kept from losing anything.
+"""The journal on disk: rows in a diskcache directory that is kept from losing anything, and large values beside it.
 
-diskcache gives the schema, the settings and a connection per thread; rows go through its connection directly, since its
-own `set` costs several statements, and its `get` would unpickle what a stranger's store tells it to (CVE-2025-69872). Its
-defaults make a cache, which may forget: eviction and culling are switched off, and because settings live in the database,
-where any other program that opens the folder may change them, every commit checks that they still are.
+Statements are given to SQLite directly: diskcache's own `set` costs several, and its `get` would unpickle what a stranger's
+store tells it to (CVE-2025-69872).
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diskcache
-
 from durable_nb._journal import Commit, Verdict
 from durable_nb._journal.blobs import Blobs
+from durable_nb._journal.database import FORGETS, Database, keep_settings
+from durable_nb._locks import HeldTooLongError
 from durable_nb.errors import StoreError
-
-BUSY_TIMEOUT_S = 60.0
 
 _COLUMNS = "key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value"
 _RAW_MODE = 1  # diskcache.core.MODE_RAW: the value itself is in the row
 _ROW = f"?, 1, ?, NULL, ?, 0, NULL, 0, {_RAW_MODE}, NULL, ?"
-_NEVER_FORGET = {"eviction_policy": "none", "cull_limit": 0}
-_SETTINGS_HOLD = (
-    "NOT EXISTS (SELECT 1 FROM Settings WHERE (key = 'eviction_policy' AND value <> 'none') "
-    "OR (key = 'cull_limit' AND value <> 0))"
-)
+_SETTINGS_HOLD = f"NOT EXISTS (SELECT 1 FROM Settings WHERE {FORGETS})"
 _INSERT = f"INSERT INTO Cache({_COLUMNS}) SELECT {_ROW} WHERE NOT EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1)"
 _HOLDS = "EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1 AND value = ?)"
 _IS_THERE = "EXISTS (SELECT 1 FROM Cache WHERE key = ? AND raw = 1)"
-_PUT = f"INSERT OR REPLACE INTO Cache({_COLUMNS}) VALUES ({_ROW})"
+_PUT = (  # INSERT OR REPLACE deletes without a trigger, and then diskcache's count of the rows is wrong
+    f"INSERT INTO Cache({_COLUMNS}) VALUES ({_ROW}) ON CONFLICT(key, raw) DO UPDATE SET "
+    "store_time = excluded.store_time, expire_time = NULL, size = 0, mode = excluded.mode, filename = NULL, "
+    "value = excluded.value"
+)
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
 _SIZES = "SELECT key, length(value) FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
+_AT_ONCE = 500
+_GET_MANY = f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * _AT_ONCE)})"
 _BEYOND = chr(0x10FFFF)
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1"
-
-
-def journal_mode(version: tuple[int, int, int]) -> str:
-    """WAL where this SQLite is free of its WAL-reset race, else a rollback journal.
-
-    SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at the same moment; fixed in
-    3.51.3, and in 3.44.6 and 3.50.7 (https://sqlite.org/wal.html#walresetbug).
-    """
-    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
-    return "wal" if fixed else "persist"
 
 
 class DiskJournal:
     """Rows in a diskcache directory `folder`, large values in files beside it."""
 
-    def __init__(self, folder: Path, blobs: Path, *, wal: bool = True) -> None:
-        self._blobs = Blobs(blobs)
-        mode = journal_mode(sqlite3.sqlite_version_info) if wal else "persist"
+    def __init__(
+        self, folder: Path, blobs: Path, *, wal: bool | None = None, must_exist: bool = False, only_look: bool = False
+    ) -> None:
+        """`wal`: None chooses by the file system. `must_exist`: CorruptStoreError where there is no journal; else it is made.
+        `only_look`: nothing is made, written or waited for, and where that is not possible, StoreError."""  # fmt: skip
+        self._blobs, self._folder = Blobs(blobs), folder
         with _told(folder, "opened"):
-            self._cache = _opened(
-                str(folder),
-                timeout=BUSY_TIMEOUT_S,
-                statistics=0,
-                tag_index=0,
-                size_limit=2**62,
-                sqlite_journal_mode=mode,
-                sqlite_synchronous=2,  # FULL: an acknowledged commit survives a power cut
-                sqlite_mmap_size=0,  # mapped, a full disk is a SIGBUS
-                **_NEVER_FORGET,
-            )
-        self._folder = folder
+            self._database = Database(folder, wal=wal, must_exist=must_exist, only_look=only_look)
 
     @property
     def mode(self) -> str:
         """SQLite's journal mode in force: `wal` or `persist`."""
-        return str(self._sql("PRAGMA journal_mode").fetchone()[0])
+        return self._database.mode
 
     def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
-        with _told(self._folder, "written"):
-            if len(commits) == 1 and self._apply_as_one_statement(commits[0]):
+        with _told(self._folder, "written"), self._database.writing() as sql:
+            if len(commits) == 1 and _applied_as_one_statement(sql, commits[0]):
                 return [Verdict.APPLIED]
-            with self._transaction():
-                self._keep_settings()
-                return [self._apply(commit) for commit in commits]
+            with _transaction(sql):
+                keep_settings(sql)
+                return [_applied(sql, commit) for commit in commits]
 
     def get(self, key: str) -> bytes | None:
-        with _told(self._folder, "read"):
-            row = self._sql(_GET, (key,)).fetchone()
+        with _told(self._folder, "read"), self._database.reading() as sql:
+            row = sql.execute(_GET, (key,)).fetchone()
         return row[0] if row and isinstance(row[0], bytes) else None
 
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        wanted, found = list(keys), []
+        with _told(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
+            for start in range(0, len(wanted), _AT_ONCE):
+                some = wanted[start : start + _AT_ONCE]
+                found += sql.execute(_GET_MANY, some + [None] * (_AT_ONCE - len(some))).fetchall()
+        return {key: value for key, value in found if isinstance(value, bytes)}
+
     def scan(self, prefix: str) -> list[tuple[str, bytes]]:
-        with _told(self._folder, "read"):
-            rows = self._sql(_SCAN, (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))).fetchall()
+        with _told(self._folder, "read"), self._database.reading() as sql:
+            rows = sql.execute(_SCAN, (prefix, _beyond(prefix))).fetchall()
         return [(key, value) for key, value in rows if isinstance(value, bytes)]
 
     def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
-        """Keys that begin with `prefix`, in order, and the bytes of each row."""
-        beyond = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else _BEYOND
-        with _told(self._folder, "read"):
-            return [(key, size or 0) for key, size in self._sql(_SIZES, (prefix, beyond)).fetchall()]
+        with _told(self._folder, "read"), self._database.reading() as sql:
+            return [(key, size or 0) for key, size in sql.execute(_SIZES, (prefix, _beyond(prefix))).fetchall()]
 
     def problems(self) -> list[str]:
-        """What SQLite's own check finds wrong with the database; empty where it is sound."""
-        with _told(self._folder, "read"):
-            found = [str(row[0]) for row in self._sql("PRAGMA integrity_check").fetchall()]
+        """SQLite's own check; and are there as many rows as its triggers have counted?"""
+        with _told(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
+            found = [str(row[0]) for row in sql.execute("PRAGMA integrity_check").fetchall()]
+            (counted,) = sql.execute("SELECT value FROM Settings WHERE key = 'count'").fetchone() or (None,)
+            (there,) = sql.execute("SELECT count(*) FROM Cache").fetchone()
+        if counted != there:
+            found.append(f"{there} rows are there, {counted} were counted")
         return [line for line in found if line != "ok"]
 
     def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
-        """Remove large values that were put before that unix time and that no row needs; how many bytes that was."""
         return self._blobs.drop(before, needed)
 
     def put_blob(self, data: bytes) -> str:
@@ -118,77 +107,53 @@ class DiskJournal:
         return self._blobs.get(digest)
 
     def close(self) -> None:
-        self._cache.close()
-
-    @property
-    def _sql(self) -> Callable[..., sqlite3.Cursor]:
-        """Runs a statement on this thread's connection: diskcache's private door, used in this class only."""
-        return self._cache._sql  # type: ignore[no-any-return]
-
-    def _apply_as_one_statement(self, commit: Commit) -> bool:
-        """The usual commit, one new row under a guard, needs no BEGIN and COMMIT. False: nothing done, reason unknown."""
-        if len(commit.inserts) != 1 or commit.puts or commit.deletes or commit.guard is None or commit.guard[1] is None:
-            return False
-        ((key, value),) = commit.inserts
-        now = time.time()
-        statement = f"{_INSERT} AND {_HOLDS} AND {_SETTINGS_HOLD}"
-        bindings: tuple[Any, ...] = (key, now, now, value, key, *commit.guard)
-        if commit.follows is not None:
-            statement, bindings = f"{statement} AND {_IS_THERE}", (*bindings, commit.follows)
-        return self._sql(statement, bindings).rowcount == 1
-
-    def _apply(self, commit: Commit) -> Verdict:
-        if commit.guard is not None:
-            key, wanted = commit.guard
-            row = self._sql(_GET, (key,)).fetchone()
-            if (row[0] if row else None) != wanted:
-                return Verdict.GUARD_FAILED
-        if commit.follows is not None and not self._sql(_GET, (commit.follows,)).fetchone():
-            return Verdict.MISSING
-        if any(self._sql(_GET, (key,)).fetchone() for key, _ in commit.inserts):
-            return Verdict.EXISTS
-        now = time.time()
-        for key, value in (*commit.inserts, *commit.puts):
-            self._sql(_PUT, (key, now, now, value))
-        for key in commit.deletes:
-            self._sql(_DELETE, (key,))
-        return Verdict.APPLIED
-
-    def _keep_settings(self) -> None:
-        for key, value in _NEVER_FORGET.items():
-            self._sql("UPDATE Settings SET value = ? WHERE key = ? AND value <> ?", (value, key, value))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._sql("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._sql("COMMIT")
-        except BaseException:
-            if self._in_transaction():  # a full disk may have rolled back already
-                self._sql("ROLLBACK")
-            raise
-
-    def _in_transaction(self) -> bool:
-        connection: Any = self._cache._con
-        return bool(connection.in_transaction)
+        self._database.close()
 
 
-def _opened(folder: str, **options: Any) -> Any:
-    """Several processes that make a store at once get in each other's way: diskcache changes the schema without waiting."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        cache = diskcache.Cache.__new__(diskcache.Cache)
-        try:
-            cache.__init__(folder, **options)
-        except BaseException as error:
-            cache.close()  # the connection that the failing constructor had opened
-            locked = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
-            if not locked or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return cache
+def _applied_as_one_statement(sql: sqlite3.Connection, commit: Commit) -> bool:
+    """The usual commit, one new row under a guard, needs no BEGIN and COMMIT. False: nothing done, reason unknown."""
+    if len(commit.inserts) != 1 or commit.puts or commit.deletes or commit.guard is None or commit.guard[1] is None:
+        return False
+    ((key, value),) = commit.inserts
+    now = time.time()
+    statement = f"{_INSERT} AND {_HOLDS} AND {_SETTINGS_HOLD}"
+    bindings: tuple[Any, ...] = (key, now, now, value, key, *commit.guard)
+    if commit.follows is not None:
+        statement, bindings = f"{statement} AND {_IS_THERE}", (*bindings, commit.follows)
+    return sql.execute(statement, bindings).rowcount == 1
+
+
+def _applied(sql: sqlite3.Connection, commit: Commit) -> Verdict:
+    if commit.guard is not None:
+        key, wanted = commit.guard
+        row = sql.execute(_GET, (key,)).fetchone()
+        if (row[0] if row else None) != wanted:
+            return Verdict.GUARD_FAILED
+    if commit.follows is not None and not sql.execute(_GET, (commit.follows,)).fetchone():
+        return Verdict.MISSING
+    if any(sql.execute(_GET, (key,)).fetchone() for key, _ in commit.inserts):
+        return Verdict.EXISTS
+    now = time.time()
+    sql.executemany(_PUT, [(key, now, now, value) for key, value in (*commit.inserts, *commit.puts)])
+    sql.executemany(_DELETE, [(key,) for key in commit.deletes])
+    return Verdict.APPLIED
+
+
+@contextmanager
+def _transaction(sql: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    sql.execute(begin)
+    try:
+        yield
+        sql.execute("COMMIT")
+    except BaseException:
+        if sql.in_transaction:  # a full disk may have rolled back already
+            sql.execute("ROLLBACK")
+        raise
+
+
+def _beyond(prefix: str) -> str:
+    """The first key after those that begin with `prefix`."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else _BEYOND
 
 
 @contextmanager
@@ -198,6 +163,12 @@ def _told(folder: Path, what: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
+    except HeldTooLongError as error:
+        raise StoreError(
+            f"the journal {folder} could not be {what}: {error} holds its lock, and did so for too long. Let that process "
+            f"go on (a stopped one by 'kill -CONT {error.pid}') or end it, and run the cell again; steps acknowledged before "
+            "are safe"
+        ) from error
     except Exception as error:  # a damaged schema makes diskcache raise whatever comes
         raise StoreError(
             f"the journal {folder} could not be {what}: {error or type(error).__name__}. Steps acknowledged before are safe; "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from durable_nb._journal import Commit, Verdict
 from durable_nb._journal.blobs import blob_digest
@@ -13,9 +14,12 @@ from durable_nb.errors import CorruptStoreError
 class MemoryJournal:
     """Rows in a dict."""
 
+    mode = "memory"
+
     def __init__(self) -> None:
         self.rows: dict[str, bytes] = {}
         self.blobs: dict[str, bytes] = {}
+        self._put_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
@@ -42,9 +46,25 @@ class MemoryJournal:
         with self._lock:
             return sorted((k, v) for k, v in self.rows.items() if k.startswith(prefix))
 
+    def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
+        with self._lock:
+            return {key: self.rows[key] for key in keys if key in self.rows}
+
+    def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
+        return [(key, len(value)) for key, value in self.scan(prefix)]
+
+    def problems(self) -> list[str]:
+        return []
+
+    def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
+        with self._lock:
+            dropped = [d for d in self.blobs if self._put_at[d] < before and not needed(d)]
+            return sum(len(self.blobs.pop(digest)) for digest in dropped)
+
     def put_blob(self, data: bytes) -> str:
         digest = blob_digest(data)
-        self.blobs[digest] = data
+        with self._lock:
+            self.blobs[digest], self._put_at[digest] = data, time.time()
         return digest
 
     def get_blob(self, digest: str) -> bytes:

@@ -82,7 +82,7 @@ class Writer:
         self._jobs.put(None)
         self._thread.join()
 
-    def abandon(self) -> None:
+    def let_go(self) -> None:
         """In a forked child, which has no such thread: refuse what is handed over."""
         self.closed = True
 
