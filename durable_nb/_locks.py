@@ -178,11 +178,14 @@ class Turn:
         return self._files
 
     def close(self) -> None:
-        """Close the files; taking the turn opens them again."""
-        if self._files is not None:
-            for file in self._files:
-                file.close()
-            self._files = None
+        """Close the files, unless a thread has the turn or waits for it; taking the turn opens them again."""
+        if self._thread.acquire(blocking=False):
+            try:
+                for file in self._files or ():
+                    file.close()
+                self._files = None
+            finally:
+                self._thread.release()
 
     def let_go(self) -> None:
         """In a forked child, which may have been forked while another thread had the turn."""

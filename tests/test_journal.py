@@ -241,7 +241,7 @@ def test_every_method_may_be_called_from_any_thread(journal):
         except BaseException as error:
             failures.append(error)
         finally:
-            journal.close()  # this thread's connection
+            journal.close()  # the others' calls open it again
 
     threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(4)]
     for thread in threads:

@@ -107,9 +107,11 @@ class Database:
             try:
                 with self._turn.taken(_PATIENCE_OF_CLOSING_S):
                     self._close_writer()
-            except HeldTooLongError:
-                # The turn is for the last connection: it checkpoints in closing. Somebody has the turn, so there is another.
-                self._close_writer()
+            except HeldTooLongError as error:
+                # The turn is for the last connection, which checkpoints in closing. Where another process has it, this one
+                # isn't the last.
+                if error.pid != os.getpid():
+                    self._close_writer()
         self._turn.close()
 
     def let_go(self) -> None:
