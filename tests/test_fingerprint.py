@@ -879,6 +879,50 @@ def test_an_http_client_counts_by_its_address():
         assert fp.of_value(a).opaque[0].configured
 
 
+def test_a_figure_is_what_it_shows_drawn_or_not_and_survives_pickle():
+    """matplotlib's registries of callbacks count how often they were asked for their state; its transforms go by address."""
+    from matplotlib.figure import Figure
+
+    def drawn(*heights):
+        figure = Figure()
+        axes = figure.add_subplot(projection="polar")
+        axes.plot(heights, label="a")
+        axes.legend()
+        return figure
+
+    figure = drawn(1, 2)
+    before = hashed(figure)
+    assert hashed(figure) == before == hashed(drawn(1, 2)) != hashed(drawn(1, 3))
+    figure.savefig(os.devnull, format="png")
+    after = hashed(figure)
+    assert after == hashed(pickle.loads(pickle.dumps(figure))) == hashed(figure)
+
+
+def test_numpys_global_generator_counts_by_name_whoever_holds_it():
+    holder = {"generator": np.random.mtrand._rand, "bound": np.random.rand}
+    before = hashed(holder)
+    np.random.rand()  # noqa: NPY002
+    assert hashed(holder) == before != hashed({**holder, "generator": np.random.RandomState(0)})
+
+
+def test_search_trees_count_by_what_they_search():
+    """The state of scipy's holds addresses."""
+    from scipy.spatial import KDTree
+    from sklearn.neighbors import KNeighborsClassifier
+
+    points = np.random.default_rng(0).random((100, 3))
+    assert hashed(KDTree(points)) == hashed(pickle.loads(pickle.dumps(KDTree(points)))) != hashed(KDTree(points[1:]))
+    assert hashed(KDTree(points)) != hashed(KDTree(points, leafsize=5))
+    fitted = KNeighborsClassifier(algorithm="kd_tree").fit(points, points[:, 0] > 0.5)
+    assert hashed(fitted) == hashed(pickle.loads(pickle.dumps(fitted)))
+
+
+def test_an_integer_type_counts_by_its_size():
+    """C's long long comes back from pickle as an int64."""
+    whole = np.arange(3).astype(np.longlong)
+    assert hashed(whole) == hashed(pickle.loads(pickle.dumps(whole))) != hashed(whole.astype(np.ulonglong))
+
+
 def test_identify_adds_a_configuration():
     class Robot:
         def __init__(self, address):

@@ -31,7 +31,8 @@ def handler(lineage_name: str, obj: Any) -> Handler | None:
 
 
 def _dtype_text(dtype: Any) -> bytes:
-    out = text(dtype.str) + text(f"{dtype.type.__module__}.{dtype.type.__qualname__}") + b"%d;" % dtype.itemsize
+    kind = f"{dtype.type.__module__}.{dtype.type.__qualname__}" if dtype.kind not in "iu" else ""  # a long long is an int64
+    out = text(dtype.str) + text(kind) + b"%d;" % dtype.itemsize
     if dtype.kind == "T":
         out += text(repr(dtype))
     if dtype.subdtype is not None:
@@ -132,6 +133,8 @@ def _random_state(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if walk.seen(obj):
         return None
     walk.out += b"Xrs;"
+    if obj is getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None):
+        return None  # the global one: many objects hold it, and what it draws next is no part of them
     walk.refer(type(obj))
     return iter((obj.get_state(legacy=False),))
 

@@ -761,6 +761,8 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     for name in lineage:
         if name == "enum.Enum":
             return _member(walk, obj)
+        if name in _IN_THEIR_OWN_WAY:
+            return _IN_THEIR_OWN_WAY[name](walk, obj)
         if name == "zoneinfo.ZoneInfo" and obj.key is not None:
             walk.out += b"Z" + text(obj.key)
             return None
@@ -791,6 +793,31 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if not callable(obj):
         walk.plain.add(kind)
     return _reduced(walk, obj)
+
+
+def _callbacks(walk: Walk, obj: Any) -> Iterator[Any] | None:
+    """matplotlib's registry, which every figure, axes and norm has: its state counts how often it was asked for its state."""
+    if walk.seen(obj):
+        return None
+    walk.out += b"Xcallbacks;"
+    kept = obj._pickled_cids
+    found = [(name, [way() for cid, way in ways.items() if cid in kept]) for name, ways in obj.callbacks.items()]
+    return iter(([(name, functions) for name, functions in found if functions],))
+
+
+def _kd_tree(walk: Walk, obj: Any) -> Iterator[Any] | None:
+    """scipy's, whose state holds addresses."""
+    if walk.seen(obj):
+        return None
+    walk.out += b"Xkdtree;"
+    walk.refer(type(obj))
+    return iter((obj.data, obj.leafsize, obj.indices, obj.boxsize, getattr(obj, "__dict__", {})))
+
+
+_IN_THEIR_OWN_WAY: dict[str, Callable[[Walk, Any], Iterator[Any] | None]] = {
+    "matplotlib.cbook.CallbackRegistry": _callbacks,
+    "scipy.spatial._ckdtree.cKDTree": _kd_tree,
+}
 
 
 def _member(walk: Walk, obj: enum.Enum) -> Iterator[Any] | None:
@@ -867,7 +894,7 @@ def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], 
     if state is not None and hasattr(kind, "__setstate__"):
         if isinstance(state, dict) and isinstance(state.get("__dict__"), dict):
             state = {**state, "__dict__": _attributes(walk, obj, state["__dict__"])}
-        yield state
+        yield _without_passing(walk, kind, state) if isinstance(state, dict) else state
     else:
         yield from _state(walk, obj, state)
     for found in (items, pairs_of):
@@ -913,15 +940,24 @@ def _attributes(walk: Walk, obj: Any, found: Mapping[str, Any]) -> dict[str, Any
     """`found` without what functools.cached_property left there: having been looked at is no part of a value."""
     kind = type(obj)
     own = walk.is_own(kind)
-    later = walk.later.get(kind)
-    if later is None:
+    return {
+        name: value
+        for name, value in _without_passing(walk, kind, found).items()
+        if own or type(_static(kind, name)) is not functools.cached_property
+    }
+
+
+def _without_passing(walk: Walk, kind: type, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    passing = walk.later.get(kind)
+    if passing is None:
         names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
-        later = walk.later[kind] = dict(chain.from_iterable(_LATER.get(name, {}).items() for name in names))
+        passing = walk.later[kind] = dict(chain.from_iterable(_LATER.get(name, {}).items() for name in names))
+    if not passing:
+        return found
     return {
         name: value
         for name, value in found.items()
-        if (own or type(_static(kind, name)) is not functools.cached_property)
-        and not (name in later and (later[name] is MISSING or later[name] is value))
+        if not (name in passing and (passing[name] is MISSING or passing[name] is value))
     }
 
 
@@ -930,8 +966,15 @@ _LATER: dict[str, dict[str, Any]] = {
     "queue.Queue": {"is_shutdown": False},  # from 3.13
     "asyncio.queues.Queue": {"_is_shutdown": False},
     "functools.singledispatchmethod": {"_method_cache": MISSING},
+    "matplotlib.artist.Artist": {"_stale": MISSING},  # whether it is drawn as it is now
+    "matplotlib.transforms.TransformNode": {
+        "_parents": MISSING,
+        "_invalid": MISSING,
+        "_inverted": MISSING,
+    },  # by address; caches
 }
-"""Attributes that only later Pythons have, by type: they count where they are not this; MISSING: they never do."""
+"""Attributes that only later Pythons have, or that say nothing lasting, by type: they count where they are not this; MISSING:
+they never do."""
 
 
 def _static(kind: type, name: str) -> Any:
