@@ -8,7 +8,10 @@ from __future__ import annotations
 import ast
 import base64
 import collections
+import concurrent.futures
+import contextvars
 import copy
+import csv
 import dataclasses
 import datetime
 import decimal
@@ -17,11 +20,13 @@ import fractions
 import functools
 import importlib
 import importlib.util
+import io
 import itertools
 import linecache
 import os
 import pathlib
 import pickle
+import queue
 import re
 import sqlite3
 import subprocess
@@ -30,11 +35,14 @@ import textwrap
 import threading
 import types
 import uuid
+import weakref
 
+import httpx
 import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -853,9 +861,230 @@ class Lying:
     "answer",
     [RuntimeError("no"), 5, None, (), (1,), (int, 5), ("int", ()), (int, (), 1, 2, 3, 4, 5), (int, (), None, 5)],
 )
-def test_a_reduction_that_fails_or_lies_makes_a_value_opaque(answer):
+def test_an_instance_whose_reduction_fails_or_lies_counts_by_its_attributes(answer):
     found = fp.of_value([Lying(answer)])
-    assert [str(opaque) for opaque in found.opaque] == [f"value ({Lying.__module__}.Lying)"]
+    assert found.opaque == ()
+    other = Lying(answer)
+    other.model = "b"
+    assert fp.of_value([other]).digest != found.digest == fp.of_value([Lying(answer)]).digest
+
+
+def test_what_refuses_pickling_beneath_a_users_class_is_opaque():
+    class Holder(type(threading.local())):
+        pass
+
+    class Handle(threading.Thread):
+        pass
+
+    holder = Holder()
+    holder.a = 1
+    assert [opaque.configured for opaque in fp.of_value(holder).opaque] == [False]
+    assert [opaque.configured for opaque in fp.of_value(Handle()).opaque] == [False]
+
+
+class Client(httpx.Client):
+    def __init__(self, model, **configuration):
+        super().__init__(**configuration)
+        self.model = model
+
+
+def sdk(kind, **configuration):
+    return getattr(importlib.import_module("anthropic" if "nthropic" in kind else "openai"), kind)(**configuration)
+
+
+AZURE = {"api_key": "k", "azure_endpoint": "https://x.example", "api_version": "2024-06-01"}
+
+
+@pytest.mark.parametrize(
+    ("make", "one", "others"),
+    [
+        (httpx.Client, {"base_url": "https://a"}, [{"base_url": "https://b"}, {}, {"base_url": "https://a", "headers": {"X-Team": "a"}},
+            {"base_url": "https://a", "params": {"v": "1"}}, {"base_url": "https://a", "timeout": 7}, {"base_url": "https://a", "follow_redirects": True},
+            {"base_url": "https://a", "headers": {"User-Agent": "me"}}]),
+        (httpx.AsyncClient, {"base_url": "https://a"}, [{"base_url": "https://b"}]),
+        (Client, {"model": "a"}, [{"model": "b"}, {"model": "a", "base_url": "https://a"}]),
+        (functools.partial(sdk, "OpenAI"), {"api_key": "k"}, [{"api_key": "k", "organization": "o"}, {"api_key": "k", "project": "p"},
+            {"api_key": "k", "default_headers": {"X": "1"}}, {"api_key": "k", "default_query": {"a": "1"}}, {"api_key": "k", "base_url": "http://b"},
+            {"api_key": "k", "max_retries": 7}, {"api_key": "k", "timeout": 7.0}]),
+        (functools.partial(sdk, "AzureOpenAI"), AZURE, [AZURE | {"api_version": "2023-01-01"}, AZURE | {"azure_endpoint": "https://y.example"},
+            AZURE | {"azure_deployment": "d"}]),
+        (functools.partial(sdk, "AsyncOpenAI"), {"api_key": "k"}, [{"api_key": "k", "organization": "o"}]),
+        (functools.partial(sdk, "Anthropic"), {"api_key": "k"}, [{"api_key": "k", "base_url": "http://b"}, {"api_key": "k", "default_headers": {"X": "1"}}]),
+        (lambda **names: contextvars.ContextVar("model", **names), {"default": "a"}, [{"default": "b"}, {}]),
+    ],
+)  # fmt: skip
+def test_all_known_configuration_of_an_object_counts(make, one, others):
+    digests = [hashed(make(**configuration)) for configuration in [one, *others]]
+    assert len(set(digests)) == len(digests)
+    assert hashed(make(**one)) == digests[0]
+    assert all(opaque.configured for opaque in fp.of_value(make(**one)).opaque)
+
+
+@pytest.mark.parametrize(
+    ("make", "one", "other"),
+    [
+        (httpx.Client, {"headers": {"Authorization": "a"}, "params": {"key": "a"}}, {"headers": {"Authorization": "b"}, "params": {"key": "b"}}),
+        (httpx.Client, {"base_url": "https://me:a@x"}, {"base_url": "https://me:b@x"}),
+        (functools.partial(sdk, "OpenAI"), {"api_key": "a"}, {"api_key": "b"}),
+        (functools.partial(sdk, "OpenAI"), {"api_key": "a", "default_headers": {"X-Api-Key": "a"}}, {"api_key": "a", "default_headers": {"X-Api-Key": "b"}}),
+        (pydantic.SecretStr, {"secret_value": "a"}, {"secret_value": "b"}),
+    ],
+)  # fmt: skip
+def test_a_rotated_key_changes_nothing(make, one, other):
+    assert hashed(make(**one)) == hashed(make(**other))
+
+
+def finished(value, kind=concurrent.futures.Future):
+    future = kind()
+    future.set_exception(value) if isinstance(value, Exception) else future.set_result(value)
+    return future
+
+
+def test_objects_that_pickle_refuses_count_by_what_they_hold(tmp_path):
+    def thing(value):
+        made = Point(value, None)
+        kept.append(made)
+        return made
+
+    kept = []
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    (tmp_path / "b.csv").write_text("a\n2\n")
+
+    def opened(name, read=0):
+        file = (tmp_path / f"{name}.csv").open()
+        file.read(read)
+        kept.append(file)
+        return file
+
+    def reader(name, rows=0, **dialect):
+        found = csv.reader((tmp_path / f"{name}.csv").read_text().splitlines(), **dialect)
+        for _ in range(rows):
+            next(found)
+        return found
+
+    def queued(*values):
+        held = queue.Queue()
+        for value in values:
+            held.put(value)
+        return held
+
+    makers = [
+        lambda: weakref.ref(thing(1)), lambda: weakref.ref(thing(2)), lambda: weakref.proxy(thing(1)), lambda: weakref.proxy(thing(2)),
+        lambda: weakref.WeakSet([thing(1)]), lambda: weakref.WeakSet([thing(2)]),
+        lambda: weakref.WeakValueDictionary(a=thing(1)), lambda: weakref.WeakValueDictionary(a=thing(2)),
+        lambda: finished(1), lambda: finished(2), lambda: finished(ValueError("a")), lambda: finished(ValueError("b")),
+        lambda: reader("a"), lambda: reader("b"), lambda: reader("a", 1), lambda: reader("a", delimiter=";"),
+        lambda: csv.DictReader(["a", "1"]), lambda: csv.DictReader(["a", "2"]),
+        lambda: queued(1), lambda: queued(2), lambda: re.match("a(b)", "abc"), lambda: re.match("a(b)", "abd"),
+        lambda: pydantic.validate_call(lambda x: x),
+    ]  # fmt: skip
+    digests = [hashed(make()) for make in makers]
+    assert len(set(digests)) == len(digests)
+    assert [hashed(make()) for make in makers] == digests
+    assert all(fp.of_value(make()).opaque == () for make in makers)
+    files = [lambda: opened("a"), lambda: opened("b"), lambda: opened("a", 1)]
+    digests = [hashed(make()) for make in files]
+    assert len(set(digests)) == len(digests)
+    assert [hashed(make()) for make in files] == digests
+    file = opened("a", 2)
+    hashed(file)
+    assert file.read() == "1\n"
+    for held in kept:
+        if isinstance(held, io.IOBase):
+            held.close()
+    assert [opaque.configured for opaque in fp.of_value([concurrent.futures.Future(), file]).opaque] == [False, False]
+
+
+def test_a_context_variable_counts_by_its_value():
+    source = "import contextvars\nv = contextvars.ContextVar('v')\nv.set({})\ndef f(): return v.get()"
+    differ(source.format(1), source.format(2))
+    space = cell(source.format(1))
+    before = fp.of_call(space["f"]).digest
+    space["v"].set(2)
+    assert fp.of_call(space["f"]).digest != before
+
+
+VALIDATED = "import pydantic\n@pydantic.validate_call(validate_return=True)\ndef g(x: int): return x\ndef f(): return g(1)"
+
+
+def test_functions_whose_calls_pydantic_validates_count_by_code_and_annotations():
+    differ(
+        VALIDATED,
+        VALIDATED.replace("int", "str"),
+        VALIDATED.replace("return x", "return -x"),
+        VALIDATED.replace("=True", "=False"),
+    )
+    same(VALIDATED, VALIDATED.replace("def g(x", "# one\ndef g(x"))
+
+
+MODEL = """
+import enum, pydantic
+from typing import Annotated, Optional
+class Colour(enum.Enum):
+    "A colour."
+    RED = 1
+class Inner(pydantic.BaseModel):
+    "Inside."
+    q: int = 1
+class Model(pydantic.BaseModel):
+    "Extract the price."
+    model_config = pydantic.ConfigDict(title="A title")
+    a: int = pydantic.Field(1, examples=["e"], json_schema_extra={"x": "y"}, alias="al", exclude=False, description="What")
+    b: list[Inner] = []
+    c: Colour = Colour.RED
+    d: Optional[Annotated[str, pydantic.Field(min_length=2)]] = None
+    _p: int = pydantic.PrivateAttr(3)
+    @pydantic.field_validator("a")
+    @classmethod
+    def check(cls, x): return x
+    @pydantic.computed_field(description="Doubled")
+    @property
+    def twice(self) -> int: return self.a * 2
+def f(): return Model.model_json_schema()
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Extract the price.", "Extract the total."), ("Inside.", "Within."), ("A colour.", "The colour."), ("A title", "Another"),
+        ('"e"', '"f"'), ('"y"', '"z"'), ('"al"', '"am"'), ("exclude=False", "exclude=True"), ('"What"', '"Which"'),
+        ("min_length=2", "min_length=3"), ("Attr(3)", "Attr(4)"), ('validator("a")', 'validator("b")'), ("Doubled", "Twofold"),
+        ("* 2", "* 3"), ("q: int", "q: float"), ("return x", "return -x"), ("class Model", "class Price"), ("b: list", "z: list"),
+    ],
+)  # fmt: skip
+def test_the_schema_of_a_pydantic_model_counts_whole(old, new):
+    """It is a prompt, or part of one."""
+    assert old in MODEL
+    other = MODEL.replace(old, new)
+    differ(MODEL, other.replace("Model.model_json", "Price.model_json") if new == "class Price" else other)
+    same(MODEL, MODEL.replace("class Inner", "# a comment\nclass Inner"))
+
+
+def test_a_method_of_a_pattern_may_be_a_default():
+    source = "import re\ndef g(t, sub=re.compile('a').sub): return sub('', t)\ndef f(t): return g(t)"
+    differ(source, source.replace("'a'", "'b'"))
+
+
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        ("from sklearn.feature_extraction.text import TfidfVectorizer as M\nm = M(stop_words='english').fit({})", [["a b", "c dd"], ["a b", "c ee"]]),
+        ("from sklearn.neighbors import KNeighborsClassifier as M\nm = M(1).fit({}, [0, 1])", [[[1.0], [2.0]], [[1.0], [3.0]]]),
+        ("from sklearn.neighbors import KNeighborsClassifier as M\nm = M(1, algorithm='ball_tree').fit({}, [0, 1])", [[[1.0], [2.0]], [[1.0], [3.0]]]),
+        ("from sklearn.ensemble import RandomForestClassifier as M\nm = M(2, random_state=1).fit({}, [0, 1, 0])", [[[1.0], [2.0], [3.0]], [[10.0], [20.0], [3.0]]]),
+        ("from sklearn.pipeline import make_pipeline as P\nfrom sklearn.preprocessing import StandardScaler as S\nfrom sklearn.linear_model import LogisticRegression as M\nm = P(S(), M()).fit({}, [0, 1])", [[[1.0], [2.0]], [[1.0], [3.0]]]),
+        ("from sklearn.svm import SVC as M\nm = M().fit({}, [0, 1])", [[[1.0], [2.0]], [[1.0], [3.0]]]),
+        ("from sklearn.ensemble import GradientBoostingClassifier as M\nm = M(n_estimators=2, random_state=0).fit({}, [0, 1])", [[[1.0], [2.0]], [[1.0], [3.0]]]),
+    ],
+)  # fmt: skip
+def test_fitted_models_count_by_what_they_have_learnt(make, data):
+    one, other = (cell(make.format(rows))["m"] for rows in data)
+    again = cell(make.format(data[0]))["m"]
+    assert hashed(one) == hashed(again) != hashed(other)
+    assert hashed(pickle.loads(pickle.dumps(one))) == hashed(one)
+    assert hashed(copy.deepcopy(one)) == hashed(one)
+    assert fp.of_value(one).opaque == ()
 
 
 def test_opaque_values_are_listed_and_count_by_type_and_configuration(tmp_path):
@@ -869,14 +1098,6 @@ def test_opaque_values_are_listed_and_count_by_type_and_configuration(tmp_path):
     assert fp.of_value(one).opaque == (fp.Opaque("value", "sqlite3.Connection", True),)
     for connection in (one, two, again):
         connection.close()
-
-
-def test_an_http_client_counts_by_its_address():
-    import httpx
-
-    with httpx.Client(base_url="https://a") as a, httpx.Client(base_url="https://b") as b:
-        assert hashed(a) != hashed(b)
-        assert fp.of_value(a).opaque[0].configured
 
 
 def test_a_figure_is_what_it_shows_drawn_or_not_and_survives_pickle():

@@ -39,7 +39,7 @@ def _dtype_text(dtype: Any) -> bytes:
         base, shape = dtype.subdtype
         out += b"sub" + text(repr(shape)) + _dtype_text(base)
     if dtype.names is not None:
-        out += b"fields%d:%d;" % (len(dtype.names), dtype.isalignedstruct)
+        out += b"fields%d:" % len(dtype.names)
         for name in dtype.names:
             field, offset, *title = dtype.fields[name]
             out += text(name) + b"%d;" % offset + text(repr(title)) + _dtype_text(field)

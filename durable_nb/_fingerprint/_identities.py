@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import _memo
 from ._graph import Fingerprint, Fingerprinter, joined
+from ._objects import configure
 from ._owners import version
 from ._source import read
-from ._values import DIGEST_BYTES, PERSON, SCALARS, Unhashable, configure
+from ._values import DIGEST_BYTES, PERSON, SCALARS, Unhashable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -22,12 +22,14 @@ import types
 import typing
 import uuid
 import warnings
+from contextlib import suppress
 from hashlib import blake2b
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128_digest
 
+from ._objects import CONFIGURED, HOLDS, OPAQUE_TYPES, added, configuration
 from ._owners import public_module
 from ._plain import WORTH_IT, layers, plain_members
 
@@ -292,13 +294,15 @@ class Walk:
         self.out += b"L"
         self.edges.append(label)
 
-    def by_type(self, obj: Any, configuration: str | None = None) -> None:
+    def by_type(self, obj: Any, *, configured: bool = False) -> None:
+        """Write the type of something that is not known by content. `configured`: all that counts of it follows."""
         kind = type(obj)
         if not self.lenient:
-            self.opaque.add(Opaque(self.label, f"{kind.__module__}.{kind.__qualname__}", configuration is not None))
-        self.out += (
-            b"?" + text(f"{public_module(kind)}.{kind.__qualname__}") + (b"N" if configuration is None else text(configuration))
-        )
+            self.opaque.add(Opaque(self.label, f"{kind.__module__}.{kind.__qualname__}", configured))
+        if self.graph.by_name(kind) is None:
+            self.out += b"?own" + text(kind.__name__)
+        else:
+            self.out += b"?" + text(f"{public_module(kind)}.{kind.__qualname__}")
 
     def is_own(self, kind: type) -> bool:
         """Whether the user defined `kind`, and all that its instances hold counts."""
@@ -310,9 +314,11 @@ class Walk:
     def is_known_by_reduction(self, kind: type) -> bool:
         """Whether instances of a class that reduces as object does are no special case of this module's."""
         lineage = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-        if not lineage.isdisjoint(CONFIGURED.keys() | OPAQUE_TYPES | _LATER.keys()) or {"numpy", "pandas", "pyarrow"} & {
-            name.partition(".")[0] for name in lineage
-        }:
+        if not lineage.isdisjoint(HOLDS.keys() | CONFIGURED.keys() | OPAQUE_TYPES | _LATER.keys()) or {
+            "numpy",
+            "pandas",
+            "pyarrow",
+        } & {name.partition(".")[0] for name in lineage}:
             return False
         return not any(type(found) is functools.cached_property for base in kind.__mro__ for found in vars(base).values())
 
@@ -698,55 +704,6 @@ HANDLERS: dict[type, Callable[[Walk, Any], Iterator[Any] | None]] = {
 
 # ---- everything else: by what its type inherits from ----
 
-OPAQUE_TYPES = {  # stateful neighbours of the outer world whose reduction, where they have one, says nothing lasting
-    "threading.Thread",
-    "_thread._local",
-    "subprocess.Popen",
-    "concurrent.futures._base.Executor",
-    "concurrent.futures._base.Future",
-    "asyncio.events.AbstractEventLoop",
-    "_asyncio.Future",
-    "asyncio.futures.Future",
-    "weakref.ReferenceType",
-    "weakref.ProxyType",
-    "weakref.WeakKeyDictionary",
-    "weakref.WeakValueDictionary",
-    "_weakrefset.WeakSet",
-    "multiprocessing.process.BaseProcess",
-    "multiprocessing.pool.Pool",
-    "requests.sessions.Session",
-    "aiohttp.client.ClientSession",
-    "ipykernel.kernelbase.Kernel",
-}
-
-
-def _database_file(obj: Any) -> str:
-    return repr([tuple(row)[1:] for row in obj.execute("PRAGMA database_list").fetchall()])
-
-
-CONFIGURED: dict[str, Callable[[Any], str]] = {  # by the qualified name of the type or of one it inherits from
-    "sqlite3.Connection": _database_file,
-    "sqlalchemy.engine.base.Engine": lambda obj: obj.url.render_as_string(hide_password=True),
-    "sqlalchemy.ext.asyncio.engine.AsyncEngine": lambda obj: obj.url.render_as_string(hide_password=True),
-    "httpx._client.BaseClient": lambda obj: str(obj.base_url),
-    "httpx.Client": lambda obj: str(obj.base_url),
-    "httpx.AsyncClient": lambda obj: str(obj.base_url),
-    "openai._base_client.BaseClient": lambda obj: str(obj.base_url),
-    "anthropic._base_client.BaseClient": lambda obj: str(obj.base_url),
-    "IPython.core.interactiveshell.InteractiveShell": lambda _: "the notebook's own",
-    "_contextvars.ContextVar": lambda obj: str(obj.name),
-    "_io.FileIO": lambda obj: f"{obj.name!r} {obj.mode}",
-    "_io.TextIOWrapper": lambda obj: f"{obj.name!r} {obj.mode}",
-    "_io.BufferedReader": lambda obj: f"{obj.name!r} {obj.mode}",
-    "_io.BufferedWriter": lambda obj: f"{obj.name!r} {obj.mode}",
-    "_io.BufferedRandom": lambda obj: f"{obj.name!r} {obj.mode}",
-}
-
-
-def configure(kind: type, configuration: Callable[[Any], str]) -> None:
-    """From now on values of `kind` count by their type and the text `configuration(value)`."""
-    CONFIGURED[f"{kind.__module__}.{kind.__qualname__}"] = configuration
-
 
 def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     kind = type(obj)
@@ -766,17 +723,12 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
         if name == "zoneinfo.ZoneInfo" and obj.key is not None:
             walk.out += b"Z" + text(obj.key)
             return None
-        configuration = CONFIGURED.get(name)
-        if configuration is not None:
-            try:
-                found: str | None = str(configuration(obj))
-            except Exception:  # a closed connection, a file without a name
-                found = None
-            walk.by_type(obj, found)
-            return None
-        if name in OPAQUE_TYPES:
-            walk.by_type(obj)
-            return None
+        holds = HOLDS.get(name)
+        if holds is not None:
+            return _parts_held(walk, obj, name, holds)
+        asked = configuration(name)
+        if asked is not None or name in OPAQUE_TYPES:
+            return _outer(walk, obj, asked)
         root = name.partition(".")[0]
         if root in {"numpy", "pandas", "pyarrow"}:
             from . import _arrays
@@ -820,6 +772,43 @@ _IN_THEIR_OWN_WAY: dict[str, Callable[[Walk, Any], Iterator[Any] | None]] = {
 }
 
 
+def _parts_held(walk: Walk, obj: Any, name: str, holds: Callable[[Any], Any]) -> Iterator[Any] | None:
+    if walk.seen(obj):
+        return None
+    found: tuple[Any, ...] | None = None
+    with suppress(Exception):
+        found = holds(obj)
+    if found is None:
+        walk.by_type(obj)
+        return None
+    walk.out += b"Xholds;" + text(name)
+    walk.keep.append(found)
+    return iter(found)
+
+
+def _outer(walk: Walk, obj: Any, asked: Callable[[Any], Any] | None) -> Iterator[Any] | None:
+    """Something of the outer world, by its type and configuration, and by what a user's class adds to it."""
+    if walk.seen(obj):
+        return None
+    found, unknown = None, asked is None
+    if asked is not None:
+        try:
+            found = asked(obj)
+        except Exception:  # a closed connection, a file without a name
+            unknown = True
+    walk.by_type(obj, configured=not unknown)
+    own = {} if walk.graph.by_name(type(obj)) is not None else added(obj)
+    walk.keep.append((found, own))
+    return _told(walk, obj, found, own)
+
+
+def _told(walk: Walk, obj: Any, found: Any, own: Mapping[str, Any]) -> Iterator[Any]:
+    yield found
+    if walk.graph.by_name(type(obj)) is None:
+        walk.refer(type(obj))
+        yield from named(walk, own)
+
+
 def _member(walk: Walk, obj: enum.Enum) -> Iterator[Any] | None:
     walk.out += b"Xenum;"
     walk.refer(type(obj))
@@ -854,10 +843,21 @@ def _reduced(walk: Walk, obj: Any) -> Iterator[Any] | None:
             return named(walk, left_out) if (left_out := _left_out(walk, obj, None)) else None
         parts = _checked(reduction)
     except Exception:
-        walk.by_type(obj)
-        return None
+        return _refusing(walk, obj, kind)
     walk.keep.append(reduction)
     return _parts(walk, obj, kind, parts)
+
+
+def _refusing(walk: Walk, obj: Any, kind: type) -> Iterator[Any] | None:
+    """Something that can't be pickled: an instance of a user's class is still its attributes, anything else its type."""
+    if walk.graph.by_name(kind) is not None:
+        walk.by_type(obj)
+        return None
+    if any(walk.graph.by_name(base) is not None for base in kind.__mro__[:-1]):
+        walk.by_type(obj)  # what an installed class keeps beneath can't be seen
+    walk.out += b"Xrefuses;"
+    walk.refer(kind)
+    return named(walk, added(obj))
 
 
 def _reduction(obj: Any, kind: type) -> Any:
