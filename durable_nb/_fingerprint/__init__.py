@@ -1,5 +1,6 @@
 """Identities: what a call, a cell or a value is, as digests the same in every process and for all time."""
 
+from ._formats import in_format
 from ._graph import Fingerprint, Fingerprinter, digest_of
 from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
 from ._source import attribute_uses, names_loaded, nested_codes, normalise
@@ -16,6 +17,7 @@ __all__ = [
     "globals_stored",
     "hash_value",
     "identify",
+    "in_format",
     "names_loaded",
     "nested_codes",
     "normalise",

@@ -26,6 +26,7 @@ from ._values import (
     ANNOTATIONS,
     DIGEST_BYTES,
     DOCSTRINGS,
+    FORMAT,
     MISSING,
     NAMES,
     PERSON,
@@ -41,7 +42,7 @@ from ._values import (
 
 if TYPE_CHECKING:
     import ast
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Fingerprint:
     """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
     places: Callable[[], Mapping[tuple[str, int], Any]] = field(compare=False, repr=False)
     """The mutable objects met, by component and number within it."""
+    earlier: Callable[[], Iterable[Fingerprint]] = field(default=tuple, compare=False, repr=False)
+    """What earlier formats give to the same call or value, the oldest first. It is worked out when asked for, so it is to be
+    asked before the body runs."""
+    format: int = FORMAT
 
 
 class Fingerprinter:

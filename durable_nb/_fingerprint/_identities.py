@@ -7,10 +7,12 @@ import dis
 import functools
 import sys
 import types
+from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from . import _memo
+from ._formats import EARLIER, in_earlier_formats, in_format
 from ._graph import Fingerprint, Fingerprinter, joined
 from ._objects import configure
 from ._owners import version
@@ -68,6 +70,13 @@ _VARIABLE_KEYWORDS = 0x08
 
 def of_call(fn: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Fingerprint:
     """The identity of a call: the code of `fn`, followed transitively, and its arguments by parameter name."""
+    found = _of_call(fn, args, kwargs)
+    if not EARLIER:
+        return found
+    return replace(found, earlier=lambda: in_earlier_formats(lambda fingerprinter: fingerprinter.of_call(fn, args, kwargs)))
+
+
+def _of_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Fingerprint:
     if not kwargs and (quick := _of_known(fn, args)) is not None:
         return quick
     found = Fingerprinter(memory=False)
@@ -100,7 +109,9 @@ def of_value(value: Any) -> Fingerprint:
     """The identity of one value; its content is component "value", code that it holds has components of its own."""
     found = Fingerprinter(memory=False)
     found.add_value("value", value)
-    return found.result()
+    if not EARLIER:
+        return found.result()
+    return replace(found.result(), earlier=lambda: in_earlier_formats(lambda fingerprinter: fingerprinter.of_value(value)))
 
 
 def identify(type: type, fn: Callable[[Any], Any], /) -> None:  # noqa: A002  the word users say
@@ -123,6 +134,8 @@ def identify(type: type, fn: Callable[[Any], Any], /) -> None:  # noqa: A002  th
         return found.digest
 
     configure(type, configuration)
+    for number in EARLIER:
+        in_format(number).identify(type, fn)
 
 
 _TYPE = type

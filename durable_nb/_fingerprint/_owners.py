@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _ABSENT = object()
 _HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
+_HERE = os.path.dirname(os.path.abspath(str(sys.modules[__name__.partition(".")[0]].__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
 _STDLIB = tuple({os.path.dirname(os.__file__) + os.sep, os.path.realpath(os.path.dirname(os.__file__)) + os.sep})  # noqa: PTH120
 
 
