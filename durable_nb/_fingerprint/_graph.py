@@ -254,7 +254,7 @@ class Fingerprinter:
         if found is None:
             return None
         module, qualname = found
-        self._met(module)
+        self.met(module)
         return b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
 
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None:
@@ -269,7 +269,8 @@ class Fingerprinter:
             return None
         return self._installed_function(walk, fn, str(module))
 
-    def _met(self, module: str) -> None:
+    def met(self, module: str) -> None:
+        """Something of an installed package counts: which one is recorded, its version doesn't count."""
         root = module.partition(".")[0]
         if root not in sys.stdlib_module_names and root != "durable_nb":
             self._packages.add(root)
@@ -277,7 +278,7 @@ class Fingerprinter:
     def _installed_function(self, walk: Walk, fn: types.FunctionType, module: str) -> Iterator[Any]:
         """A function that an installed package made for the user: by name, and by what it carries of theirs."""
         qualname = fn.__code__.co_qualname
-        self._met(module)
+        self.met(module)
         walk.out += b"Xmade;" + text(module) + text(qualname)
         if walk.seen(fn):
             return

@@ -82,6 +82,7 @@ class Graph(Protocol):
     namespaces: dict[str, Mapping[str, Any]]
     """The globals of modules that were met, by the modules' names: those of a notebook aren't always in sys.modules."""
 
+    def met(self, module: str) -> None: ...
     def node(self, obj: Any) -> str: ...
     def outline(self, obj: Any) -> bytes: ...
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None: ...
@@ -367,6 +368,9 @@ class _Alone:
 
     def __init__(self) -> None:
         self.namespaces: dict[str, Mapping[str, Any]] = {}
+
+    def met(self, module: str) -> None:
+        del module
 
     def node(self, obj: Any) -> str:
         raise TypeError(f"a constant holds {type(obj).__name__}")
@@ -733,6 +737,7 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
         if root in {"numpy", "pandas", "pyarrow"}:
             from . import _arrays
 
+            walk.graph.met(root)
             handler = _arrays.handler(name, obj)
             if handler is not None:
                 return handler(walk, obj)
