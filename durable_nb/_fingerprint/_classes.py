@@ -116,7 +116,7 @@ _NO_MEMBERS = {
     "__parameters__", "__orig_bases__", "__abstractmethods__", "__dataclass_fields__", "__dataclass_params__",
     "__slotnames__", "__signature__", "__class_vars__", "__private_attributes__", "__type_params__",
     "__classcell__", "__classdictcell__", "__mutable_keys__", "__readonly_keys__", "__closed__", "__extra_items__",
-    "__protocol_attrs__", "__non_callable_proto_members__",
+    "__protocol_attrs__", "__non_callable_proto_members__", "__callable_proto_members_only__",
 }  # fmt: skip
 
 

@@ -18,6 +18,10 @@ _HERE = os.path.dirname(os.path.abspath(str(sys.modules[__name__.partition(".")[
 _STDLIB = tuple({os.path.dirname(os.__file__) + os.sep, os.path.realpath(os.path.dirname(os.__file__)) + os.sep})  # noqa: PTH120
 
 
+RENAMED = {("numpy", "bool_"): "bool"}
+"""Public names that another version gave."""
+
+
 @functools.lru_cache(maxsize=4096)
 def is_installed_file(filename: str) -> bool:
     if filename.startswith("<frozen"):
@@ -69,7 +73,7 @@ def installed_name(obj: Any) -> tuple[str, str] | None:
     public = _public(module, qualname, obj)
     if public is None and isinstance(obj, type) and not obj.__flags__ & _HEAP_TYPE:
         public = _bare(module)
-    return None if public is None else (public, qualname)
+    return None if public is None else (public, RENAMED.get((public, qualname), qualname))
 
 
 def public_module(kind: type) -> str:
@@ -80,8 +84,8 @@ def public_module(kind: type) -> str:
 def _public(module: str, qualname: str, obj: Any) -> str | None:
     """The module nearest to the package's root that offers `obj` under that name; None where none does."""
     for name in _above(module):
-        if _offers(name, qualname, name == module) is obj:
-            return name if name != module else _bare(name)
+        if (name == module or "._" not in name) and _offers(name, qualname, name == module) is obj:
+            return _bare(name)
     return None
 
 

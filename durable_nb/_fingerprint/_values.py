@@ -820,14 +820,14 @@ def _member(walk: Walk, obj: enum.Enum) -> Iterator[Any] | None:
     return iter((obj._name_, obj._value_))
 
 
-_IMMUTABLE_NAMES = {"Timestamp", "Timedelta", "Period", "Interval", "NaTType", "NAType"}
+_IMMUTABLE_NAMES = {"Period", "Interval"}
 
 
 def _is_plain_immutable(obj: Any, kind: type) -> bool:
-    """Whether the identity of `obj` can't matter: a namedtuple, a plain str subclass, a pandas Timestamp."""
+    """Whether the identity of `obj` can't matter: a namedtuple, a plain str subclass, a pandas Period."""
     if isinstance(obj, tuple | str | int | float | complex | bytes | dt.date | dt.time | dt.tzinfo):
         return not getattr(obj, "__dict__", None)
-    return kind.__module__.startswith("pandas.") and kind.__name__ in _IMMUTABLE_NAMES
+    return kind.__module__.partition(".")[0] == "pandas" and kind.__name__ in _IMMUTABLE_NAMES
 
 
 def _reduced(walk: Walk, obj: Any) -> Iterator[Any] | None:
@@ -884,12 +884,12 @@ def _checked(reduction: Any) -> tuple[Any, tuple[Any, ...], Any, Any, Any]:
 
 def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], Any, Any, Any]) -> Iterator[Any]:
     make, args, state, items, pairs_of = parts
-    default = make is copyreg.__newobj__  # type: ignore[attr-defined]  # private to the stubs
+    default = make is copyreg.__newobj__ or make is kind  # type: ignore[attr-defined]  # private to the stubs
     walk.out += b"o" if default else b"O"
     walk.refer(kind)
     if not default:
         yield make
-    if default and args[:1] == (kind,):
+    if default and make is not kind and args[:1] == (kind,):
         args = args[1:]
     if isinstance(obj, list) and default:
         items = list(list.__iter__(obj))
