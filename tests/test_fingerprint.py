@@ -141,6 +141,9 @@ Other = collections.namedtuple("Other", "a b")
 
 # ---- values ----
 
+# in pandas 2 a column of texts is one of objects, so the second is no other value there
+_TEXTS_AS_OBJECTS = [pd.Series(["a"], dtype=object)] if pd.Series(["a"]).dtype != object else []
+
 DISTINCT = [
     None, False, True, 0, 1, -1, 0.0, -0.0, 1.0, float("nan"), float("inf"), -float("inf"), 1j, complex(0.0, -0.0), 0j,
     2**63, 2**64, -(2**63), -(2**63) - 1, 2**100, 10**5000, "", "1", "a", "\ud800", b"", b"a", b"1", bytearray(b"a"),
@@ -174,7 +177,7 @@ DISTINCT = [
     np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 4]], order="F"), np.array([[1, 3], [2, 4]]),
     pd.Timestamp("2020"), pd.Timestamp("2020", tz="UTC"), pd.Timedelta(1), pd.NaT, pd.NA, pd.Period("2020"),
     pd.Series([1]), pd.Series([1], name="a"), pd.Series([1], index=[1]), pd.Series([1.0]), pd.Series([1], dtype="Int64"),
-    pd.Series([1], dtype="int32"), pd.Series(["a"], dtype=object), pd.Series(["a"], dtype="str"),
+    pd.Series([1], dtype="int32"), pd.Series(["a"], dtype="str"), *_TEXTS_AS_OBJECTS,
     pd.Series(["a"], dtype="string[pyarrow]"), pd.Series(["a"], dtype="string[python]"),
     pd.Series(["a"], dtype="category"), pd.Series(["a"], dtype=pd.CategoricalDtype(["a", "b"])),
     pd.Series(["a"], dtype=pd.CategoricalDtype(["a"], ordered=True)), pd.Series([1], dtype=pd.ArrowDtype(pa.int64())),
@@ -235,6 +238,36 @@ def test_looking_changes_nothing():
     """Hashing twice gives the same digest."""
     for value in DISTINCT:
         assert hashed(value) == hashed(value)
+
+
+def test_looking_at_annotations_leaves_them_unevaluated():
+    """From Python 3.14 they are code, and what they gave when they were first asked for stays."""
+    source = """
+        import inspect, typing
+        T = int
+        class A:
+            a: T
+        class B(typing.NamedTuple):
+            a: T
+        def f(x: T = 0, y: "later" = 1): return inspect.signature(f), inspect.signature(A), B
+    """
+    space = cell(source)
+    classes = [space["A"], space["B"]]
+    before = [dict(vars(cls)) for cls in classes]
+    found = fp.of_call(space["f"]).digest
+    assert [dict(vars(cls)) for cls in classes] == before
+    assert step(source.replace("T = int", "T = str")) != found
+    if sys.version_info >= (3, 14):
+        space["T"] = str
+        assert space["f"].__annotations__ == {"x": str, "y": "later"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated when they are asked for from Python 3.14 on")
+def test_annotations_that_name_nothing_yet_are_no_hindrance():
+    space = cell(
+        "class A:\n    a: later\n    def m(self, x: later) -> A: return x\ndef f(x: later): return A, inspect\nimport inspect"
+    )
+    assert fp.of_call(space["f"]).opaque == ()
 
 
 scalars = (

@@ -26,16 +26,28 @@ def annotations_of(walk: Walk, owner: Any, namespace: Mapping[str, Any]) -> Iter
 
 
 def own_annotations(owner: Any) -> Mapping[str, Any]:
-    """The annotations that a function, class or module has itself."""
+    """The annotations that a function, class or module has itself. Looking leaves nothing behind."""
     if sys.version_info >= (3, 14):
-        import annotationlib
-
-        if isinstance(vars(owner).get("__annotate__"), types.GetSetDescriptorType):  # a C class whose instances have some
-            return {}
-        found = annotationlib.get_annotations(owner, format=annotationlib.Format.FORWARDREF)
+        found = _evaluated(owner)
     else:
         found = vars(owner).get("__annotations__", {}) if isinstance(owner, type) else getattr(owner, "__annotations__", {})
     return found if isinstance(found, dict) else {}
+
+
+def _evaluated(owner: Any) -> Any:
+    """From Python 3.14 annotations are code. Asking for `__annotations__` would run it and keep what it gives now for good."""
+    held = vars(owner)
+    if not isinstance(owner, type):
+        annotate = getattr(owner, "__annotate__", None)
+        found = getattr(owner, "__annotations__", {}) if annotate is None else None
+    else:
+        annotate = held.get("__annotate__", held.get("__annotate_func__"))
+        found = held.get("__annotations__", held.get("__annotations_cache__"))
+    if sys.version_info >= (3, 14) and found is None and isinstance(annotate, types.FunctionType):  # in a C class it is none
+        import annotationlib
+
+        found = annotationlib.call_annotate_function(annotate, annotationlib.Format.FORWARDREF, owner=owner)
+    return found
 
 
 def annotation_parts(walk: Walk, annotation: Any, namespace: Mapping[str, Any]) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._annotations import annotation_parts, annotations_of, own_annotations, types_in
 from ._owners import is_installed_file
+from ._source import docstring
 from ._values import ANNOTATIONS, DOCSTRINGS, NAMES, named, text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
     yield None if type(cls) is type else type(cls)
     fields = _pydantic_fields(cls)
     if DOCSTRINGS in walk.graph.looks or fields is not None:
-        yield members.get("__doc__")
+        yield docstring(members.get("__doc__"))
     if ANNOTATIONS in walk.graph.looks or _makes_fields_of_annotations(cls):
         yield from annotations_of(walk, cls, _namespace(walk, cls))
     walk.out += b"special"
@@ -96,7 +97,7 @@ def _schema(walk: Walk, cls: type, fields: Mapping[str, Any]) -> Iterator[Any]:
         yield from annotation_parts(walk, field.annotation, namespace)
         for leaf in types_in(field.annotation):
             if walk.graph.by_name(leaf) is None:
-                yield vars(leaf).get("__doc__")
+                yield docstring(vars(leaf).get("__doc__"))
         yield from (getattr(field, part, None) for part in type(field).__slots__ if part[0] != "_" and part != "annotation")
     decorators = vars(cls).get("__pydantic_decorators__")
     for kind in getattr(decorators, "__dataclass_fields__", ()):

@@ -21,7 +21,7 @@ from ._annotations import annotations_of
 from ._classes import class_of
 from ._modules import CODE, attributes_of, imports_of, module_of, reached
 from ._owners import installed_name, is_installed, is_installed_file, version
-from ._source import Paths, Reading, imported, looks_of, normalise, read
+from ._source import Paths, Reading, docstring, imported, looks_of, normalise, read
 from ._values import (
     ANNOTATIONS,
     DIGEST_BYTES,
@@ -263,8 +263,8 @@ class Fingerprinter:
         if not (is_installed(module) if filename.startswith("<") else is_installed_file(filename)):
             walk.refer(fn)
             return None
-        token = None if fn.__closure__ or fn.__dict__ else self.by_name(fn)
-        if token is not None:
+        token = self.by_name(fn)
+        if token is not None and not _carries_users_code(fn):
             walk.out += token
             return None
         return self._installed_function(walk, fn, str(module))
@@ -358,7 +358,7 @@ class Fingerprinter:
         if NAMES in self.looks:
             walk.out += text(fn.__name__) + text(fn.__qualname__) + text(str(fn.__module__))
         if DOCSTRINGS in self.looks:
-            yield fn.__doc__
+            yield docstring(fn.__doc__)
         if ANNOTATIONS in self.looks:
             yield from annotations_of(walk, fn, fn.__globals__)
         yield fn.__defaults__
@@ -487,6 +487,14 @@ def _module_of(obj: Any) -> str:
 
 def _is_below(paths: frozenset[tuple[str, ...]], path: tuple[str, ...]) -> bool:
     return any(path[:length] in paths for length in range(1, len(path) + 1))
+
+
+def _carries_users_code(fn: types.FunctionType) -> bool:
+    """Whether something of the user's was registered with an installed function: then its name doesn't say enough."""
+    held = [*(cell.cell_contents for cell in fn.__closure__ or () if _is_filled(cell)), *fn.__dict__.values()]
+    held += [value for found in held if isinstance(found, dict | types.MappingProxyType) for value in found.values()]
+    held += [value for found in held if isinstance(found, list | tuple) for value in found]
+    return any(isinstance(found, types.FunctionType) and not is_installed_file(found.__code__.co_filename) for found in held)
 
 
 def _is_filled(cell: types.CellType) -> bool:

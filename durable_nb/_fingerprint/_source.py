@@ -5,6 +5,7 @@ import __future__
 
 import ast
 import functools
+import inspect
 import linecache
 import re
 from dataclasses import dataclass, field
@@ -143,6 +144,11 @@ def _joined(node: ast.JoinedStr) -> list[ast.expr]:
                 continue
         parts.append(part)
     return parts
+
+
+def docstring(found: Any) -> Any:
+    """A docstring without its margin, which Python itself takes away from 3.13 on."""
+    return inspect.cleandoc(found) if isinstance(found, str) else found
 
 
 def nested_codes(code: CodeType) -> Iterator[CodeType]:
