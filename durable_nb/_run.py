@@ -27,6 +27,7 @@ from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
+from durable_nb._forks import children_end_here
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Attempts, Lease, Outcome, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import CutOff, Perform, Recall, Retry, Wait, decide, decide_sleep
@@ -608,8 +609,10 @@ class Run:
             value = await self.engine.workers.submit(asked.request.body, copy_context())
             self.engine.works[asked.key.outcome].in_thread = False
         else:
-            value = asked.request.body()
-        return await value if isawaitable(value) else value
+            with children_end_here():
+                value = asked.request.body()
+        with children_end_here():
+            return await value if isawaitable(value) else value
 
     async def _note_beginning(self, asked: Request, attempt: int, began: float) -> None:
         """Written before the body of a step that is tried at most once: without an end, it was cut off."""

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
+from durable_nb._forks import children_end_here
+
 MOST = 64
 
 _Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
@@ -42,7 +44,8 @@ class Workers:
         while True:
             job, context, loop, future = self._jobs.get()
             try:
-                result, error = context.run(job), None
+                with children_end_here():
+                    result, error = context.run(job), None
             except BaseException as raised:
                 result, error = None, raised
             with self._lock:

@@ -672,6 +672,12 @@ def test_loading_says_where_the_store_is_and_a_later_chdir_does_not_move_it(tmp_
         assert k.run(LOAD).stdout == f"durable_nb: this notebook's store is {tmp_path / '.durable_nb'}\n"
         k.run("%cd -q elsewhere\n")
         assert k.run("%%durable a\ny = 1").status == "ok"
+        k.restart()
+        k.run("import durable_nb._disks as disks\ndisks._name = lambda path: 'nfs'")
+        assert k.run(LOAD).stdout.splitlines()[1].startswith("durable_nb: the store is on a network file system (nfs), so its")
+        assert "set DURABLE_NB_DIR to a folder on a local disk" in k.run("%reload_ext durable_nb").stdout
+        assert k.run("%%durable a --rerun\ny = 1").status == "ok"
+        assert (tmp_path / ".durable_nb" / "journal" / "cache.db-journal").exists(), "a rollback journal, not WAL"
     assert (tmp_path / ".durable_nb" / "store.json").exists()
     assert (tmp_path / ".durable_nb").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / ".durable_nb" / ".gitignore").read_text() == "*\n"
@@ -863,6 +869,32 @@ def test_a_run_started_by_a_cell_is_started_once_however_often_the_cell_goes_on(
         assert k.run(cell.format(n=2, then="")).status == "ok"
         assert k.value("y") == 3
     assert (tmp_path / "ran").read_text() == "x\nx\n"
+
+
+FORKS = """%%durable forks
+import os, signal
+
+def body():
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)  # where the child goes on, not for long
+        print('of the child')
+        return 'of the child'
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+async def on_the_loop():
+    return body()
+
+x = await durable.run('in a thread', body), await durable.run('on the loop', on_the_loop)
+"""
+
+
+def test_a_child_that_a_steps_body_forks_in_a_kernel_ends_where_the_body_ends(tmp_path):
+    """It answers no message of the kernel's, and the kernel goes on as if there had been none."""
+    with kernel(tmp_path) as k:
+        assert k.run(FORKS).status == "ok"
+        assert k.value("x") == (0, 0)
+        assert k.run("1 + 1").result == "2"
 
 
 def test_loading_says_what_waits_to_be_gone_on_with(tmp_path):

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from durable_nb._journal import Commit, Verdict
 from durable_nb._journal import database as database_module
 from durable_nb._journal import disk as disk_module
+from durable_nb._journal.database import has_race
 from durable_nb._journal.disk import DiskJournal
 from durable_nb._journal.memory import MemoryJournal
 from durable_nb._journal.writer import GROUP_LIMIT, Writer
@@ -377,6 +378,27 @@ def test_a_store_that_another_sqlite_left_in_any_mode_opens(tmp_path, wal, left)
     assert journal.scan("lost") == []
     assert journal.problems() == []
     journal.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "race"),
+    [
+        ((3, 6, 23), False),
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 0), True),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 52, 0), False),
+        ((4, 0, 0), False),
+    ],
+)
+def test_which_sqlites_have_the_race_of_wal(version, race):
+    assert has_race(version) is race
 
 
 def test_an_open_journal_survives_a_copy_of_its_folder_in_its_own_process(tmp_path):

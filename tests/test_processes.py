@@ -213,6 +213,13 @@ def test_a_forked_child_that_starts_a_run_without_opening_the_store_is_served_or
 # -- a stopped owner ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["thread", "inline", "loop"])
+@pytest.mark.parametrize(("how", "status"), [("return", 0), ("raise", 1), ("exit", 3)])
+def test_a_child_that_a_steps_body_forks_ends_where_the_body_ends(server, store, where, how, status):
+    """It doesn't go on in the parent's place, nor wait for jobs of the parent's for ever."""
+    assert server.do("fork_in_a_step", store=store, how=how, where=where) == [status, ["forks"]]
+
+
 @pytest.mark.parametrize("thread", [False, True], ids=["coroutine", "thread"])
 @pytest.mark.parametrize("returns", ["while the run goes on", "after the run's end"])
 def test_a_stopped_owner_is_not_robbed_but_may_be_taken_over(server, store, tmp_path, oracle, thread, returns):

@@ -747,6 +747,35 @@ async def look_slowly(channel, store, oracle, run_id):
     return await durable.Run(run_id)
 
 
+def forking(how):
+    pid = os.fork()
+    if not pid:
+        signal.alarm(10)  # where it goes on, not for long
+        if how == "raise":
+            raise ValueError("the child's")
+        if how == "exit":
+            sys.exit(3)
+        return "the child's"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+async def forking_on_the_loop(how):
+    await asyncio.sleep(0)
+    return forking(how)
+
+
+@durable.workflow
+async def forks(how, where):
+    if where == "loop":
+        return await durable.run("forks", forking_on_the_loop, how)
+    return await durable.run("forks", durable.step(forking, thread=where == "thread"), how)
+
+
+async def fork_in_a_step(channel, store, how, where):
+    durable.open(store)
+    return [await forks.start(how, where, id="run"), [step.name for step in durable.get_run("run").steps]]
+
+
 async def use_in_a_child(channel, store):
     """Start a run in a process that was forked from one with an open store: its exit code."""
     durable.open(store)

@@ -105,7 +105,7 @@ def _doctor(commands: Any) -> None:
                 (count(found.rows, "record"), count(found.values, "large value"), count(found.entries, "entry", "entries"))
             )
             title = f"{path}: {seen}; " + (count(len(rows), "finding") if rows else "sound")
-            _say(Table(title, ("where", "found", "what to do"), rows))
+            _say(Table(title, ("where", "found", "what to do"), rows, [f"note: {note}" for note in found.notes]))
         return 1 if found.findings else 0
 
     parser.set_defaults(run=run)

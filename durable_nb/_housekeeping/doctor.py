@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from durable_nb._cellcache.entries import Entries
 from durable_nb._journal import Commit, Verdict
+from durable_nb._journal.database import has_race
 from durable_nb._records import Outcome, RunRecord, unpack
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
@@ -32,6 +35,8 @@ class Examined:
     values: int
     entries: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    """What is as it should be, and yet to be known."""
 
 
 def examine(store: Store, *, verify: bool = False) -> Examined:
@@ -85,7 +90,17 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
             )
         except CorruptStoreError as error:
             findings.append(Finding(name, str(error), "nothing to do: the cell will run, and is stored anew"))
-    return Examined(len(rows), len(blobs), len(kept), tuple(findings))
+    return Examined(len(rows), len(blobs), len(kept), tuple(findings), tuple(_notes(store)))
+
+
+def _notes(store: Store) -> Iterator[str]:
+    if store.advice:
+        yield store.advice
+    if store.journal.mode == "wal" and has_race():
+        yield (
+            f"SQLite {sqlite3.sqlite_version} can corrupt the journal when a program other than durable_nb writes to it while "
+            "a kernel does; reading it is safe"
+        )
 
 
 def _remedy_for(key: str) -> str:

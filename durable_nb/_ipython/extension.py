@@ -214,7 +214,14 @@ def load(shell: Any) -> None:
     session = Session(shell)
     session.load()
     shell._durable_session = session
-    print(f"durable_nb: this notebook's store is {session.path}{_waiting(session.path)}")  # noqa: T201  what loading says
+    print(f"durable_nb: this notebook's store is {session.path}{_on_disk(session.path)}{_waiting(session.path)}")  # noqa: T201  what loading says
+
+
+def _on_disk(store: Path) -> str:
+    from durable_nb._disks import file_system_of
+
+    advice = file_system_of(store).advice
+    return f"\ndurable_nb: {advice}" if advice else ""
 
 
 def _waiting(store: Path) -> str:

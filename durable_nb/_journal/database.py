@@ -43,6 +43,12 @@ _inherited: list[sqlite3.Connection] = []
 """A forked child's copies of its parent's connections. Closing one hangs where a thread of the parent was just using it."""
 
 
+def has_race(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
+    """Can this SQLite corrupt a database in WAL mode when two write at once, as a program that takes no turns may?"""
+    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
+    return version >= (3, 7, 0) and not fixed
+
+
 class Database:
     """The database in the diskcache directory `folder`."""
 
