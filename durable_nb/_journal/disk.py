@@ -35,7 +35,9 @@ _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
 _SIZES = "SELECT key, length(value) FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
 _AT_ONCE = 500
-_GET_MANY = f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * _AT_ONCE)})"
+_GET_MANY = {  # few statements, so that sqlite3 keeps them prepared
+    n: f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * n)})" for n in (4, 40, _AT_ONCE)
+}
 _BEYOND = chr(0x10FFFF)
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1"
 
@@ -75,7 +77,8 @@ class DiskJournal:
         with _told(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
             for start in range(0, len(wanted), _AT_ONCE):
                 some = wanted[start : start + _AT_ONCE]
-                found += sql.execute(_GET_MANY, some + [None] * (_AT_ONCE - len(some))).fetchall()
+                n = next(n for n in _GET_MANY if n >= len(some))
+                found += sql.execute(_GET_MANY[n], some + [None] * (n - len(some))).fetchall()
         return {key: value for key, value in found if isinstance(value, bytes)}
 
     def scan(self, prefix: str) -> list[tuple[str, bytes]]:
