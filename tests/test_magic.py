@@ -237,7 +237,73 @@ def test_plan_in_a_new_kernel_compares_the_files_that_cells_read(tmp_path):
         (tmp_path / "data.csv").write_text("2\n")
         text = tell(k, "%durable plan")
     assert re.search(r"reads +run +data.csv changed", text), text
-    assert re.search(r"counts +\? ", text), text
+    assert re.search(r"counts +hit ", text), text
+
+
+CHAIN = {
+    "setup": "n = 3",
+    "load": "%%durable load\nrows = list(range(n))",
+    "clean": "%%durable clean\nclean = [row + 1 for row in rows]",
+    "apart": "%%durable apart\nz = open('data').read()",
+    "total": "%%durable total\ntotal = sum(clean) + len(z)",
+    "grow": "%%durable grow\nclean.append(total)",
+    "fails": "%%durable fails\nclean.index('x')",
+    "last": "%%durable last\nlast = clean[-1]",
+}
+
+
+def as_planned(k, cells: dict[str, str]) -> dict[str, str]:
+    """What is planned in a new kernel; Run All shows that it was right."""
+    k.restart()
+    planned = plan_of(k)
+    done = {name: k.run(cell) for name, cell in cells.items()}
+    ran = {name: any("· running: " in line for line in shown.told) for name, shown in done.items()}
+    for name, what in planned.items():
+        if what != "depends" and name in ran:
+            assert ran[name] == (what == "run"), (name, planned, ran)
+    return planned
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["headless", "with a notebook's file"])
+def test_plan_right_after_a_restart_says_what_run_all_then_does(tmp_path, told):
+    """In the notebook's order; also where cells depend on each other, and some were executed apart from the rest."""
+    cells = dict(CHAIN)
+    file = tmp_path / "n.ipynb"
+
+    def save() -> None:
+        code = [nbformat.v4.new_code_cell(cell) for cell in cells.values()]
+        nbformat.write(nbformat.v4.new_notebook(cells=code), file)
+
+    (tmp_path / "data").write_text("1")
+    with kernel(tmp_path, env={"JPY_SESSION_NAME": str(file)} if told else {}) as k:
+        for cell in cells.values():
+            k.run(cell)
+        save()
+        hits = dict.fromkeys(("load", "clean", "apart", "total", "grow"), "hit")
+        whole = {**hits, "fails": "run", "last": "hit"}
+        planned = as_planned(k, cells)
+        assert planned == whole
+        assert list(planned) == list(whole), "not in the notebook's order"
+        assert list(as_planned(k, {name: cells[name] for name in ("setup", "load", "apart", "clean")})) == list(whole)
+
+        (tmp_path / "data").write_text("22")
+        depends = {"total": "depends", "grow": "depends", "last": "depends"}
+        assert as_planned(k, {name: cells[name] for name in ("setup", "load", "clean")}) == {**whole, "apart": "run", **depends}
+        (tmp_path / "data").write_text("1")
+
+        cells["load"] += " + [7]"
+        k.run(cells["setup"])
+        k.run(cells["load"])  # and nothing of what reads it
+        save()
+        assert as_planned(k, cells) == {**whole, "clean": "depends", **depends}
+        assert as_planned(k, cells) == whole
+        text = tell(k, "%durable plan")
+        assert re.search(r"1 cell would run; 6 cells would be restored, which saves \d+ ms", text), text
+        if told:
+            cells["apart"] += " + '!'"
+            cells["new"] = "%%durable new  # not yet executed\nx = 1"
+            save()
+            assert as_planned(k, cells) == {**whole, "apart": "run", **depends, "new": "run"}
 
 
 # -- doing ------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ class Hit:
         found: list[Any] = self.values[_RESULTS]
         return found
 
+    @property
+    def patched(self) -> list[Any]:
+        """Objects of earlier cells that it changes."""
+        return [obj for obj, _ in self.values[_PATCHES]]
+
     def apply(self, namespace: MutableMapping[str, Any]) -> None:
         """Leave the namespace, and what lies beyond it, as the cell left them."""
         for (module, name), value in self.values[_ELSEWHERE].items():

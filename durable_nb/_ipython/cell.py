@@ -59,6 +59,7 @@ class Story:
     kept: Manifest | None = None
     """The entry that holds how it went: restored from, or stored now."""
     opaque: tuple[str, ...] = ()
+    key: str = ""
     components: dict[str, str] = field(default_factory=dict)
     """Of its key, before it ran."""
     changed: tuple[str, ...] = ()
@@ -111,7 +112,7 @@ class CellExecution:
         key = self.cache.key(self.code, self.shell.user_ns)
         for name in sorted(self.options.ignore - key.ignored):
             self.status.advise(f"--ignore {name}: neither the cell nor a helper of it reads that name")
-        self.story.components = key.components
+        self.story.key, self.story.components = key.key, key.components
         run, waited, parts = None, False, None
         while run is None:
             options = self.options
@@ -160,6 +161,9 @@ class CellExecution:
         if manifest.skipped:
             self.status.advise(f"without {', '.join(manifest.skipped)}, as --skip says")
         found.apply(self.shell.user_ns)
+        if found.patched:
+            names = self.shell.user_ns.items()
+            self.story.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
         took = time.perf_counter() - began
         self.status.restored(found.variables, manifest.outputs_count, manifest.size, took, manifest.took_s)
         show = lambda n, forms: self._display_again(found.results[n], forms)  # noqa: E731

@@ -16,6 +16,7 @@ from durable_nb._ipython.transform import DurableTransformer
 if TYPE_CHECKING:
     from durable_nb._engine import Engine
     from durable_nb._ipython.cell import Story
+    from durable_nb._ipython.itinerary import Itinerary
     from durable_nb._workflows import Workflows
 
 
@@ -33,6 +34,7 @@ class Session:
         """How the last execution of each named cell went, in the order in which they were executed first."""
         self.rerun_next: set[str] = set()
         """Cells that are to run anew at their next execution."""
+        self._itinerary: Itinerary | None = None
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
@@ -139,6 +141,7 @@ class Session:
             asked = replace(options, rerun=True, rerun_step="") if options.name in self.rerun_next else options
             execution = cells.CellExecution(self.shell, engine, asked, body, live=live, cell_id=cell_id, folder=self.folder)
             execution.story.options = options
+            before = dict(self.shell.user_ns)
             try:
                 await execution.run()
                 self._set_variables = execution.set_variables
@@ -150,6 +153,38 @@ class Session:
                     self.rerun_next.discard(options.name)
                 if options.name and (execution.begun or execution.story.restored):
                     self.stories[options.name] = execution.story
+                    self._note_visit(execution.story, before)
+
+    def _note_visit(self, story: Story, before: dict[str, Any]) -> None:
+        """A named cell was executed; `before`: what the notebook held."""
+        from durable_nb._ipython.itinerary import Visit
+
+        now = self.shell.user_ns
+        changed = {label.partition(" ")[2] for label in story.changed}
+        made = {name for name, value in now.items() if name in changed or before.get(name, before) is not value}
+        read = {label.partition(" ")[2] for label in story.components if label.startswith("global ")}
+        unstored = f"not stored: {story.not_stored}" if story.not_stored else "it was not completed"
+        visit = Visit(
+            story.key,
+            story.components.get("code", ""),
+            story.at,
+            self.itinerary().sources(read, before),
+            tuple(sorted(name for name in made if not name.startswith("_"))),
+            "" if story.kept is not None else unstored,
+            story.options.ttl_s,
+            story.options.rerun,
+        )
+        self.itinerary().note(story.options.name, visit, now)
+
+    def itinerary(self) -> Itinerary:
+        """What is known of the order in which this notebook's cells are executed."""
+        from durable_nb._ipython.itinerary import Itinerary
+        from durable_nb._ipython.notebook import file_of
+
+        notebook = file_of(self.shell.user_ns, self.folder)
+        if self._itinerary is None or self._itinerary.notebook != notebook:
+            self._itinerary = Itinerary(self.path, notebook)
+        return self._itinerary
 
     def engine(self) -> Engine:
         """The engine on this session's store, which is opened now if it wasn't, or is no longer where it was."""

@@ -1,13 +1,16 @@
-"""What Run All would do: for each durable cell that this kernel has executed, a hit, a run, or that it depends.
+"""What Run All would do: for each durable cell of the notebook a hit, a run, or that it depends.
 
-A cell is weighed with the values that the notebook holds now, but for names that the cell itself or a later one binds or
-changes: those stood otherwise when it ran, and Run All will make them anew; they count as at its last execution. So do the
-global random generators that it moves, which Run All will seed anew.
+A cell that this kernel has executed is weighed with the values that the notebook holds now, but for names that the cell itself
+or a later one binds or changes: those stood otherwise when it ran, and Run All will make them anew; they count as at its last
+execution. So do the global random generators that it moves, which Run All will seed anew.
+
+Of any other cell it is known how it was executed last: the entry that it had then, and by which cells and keys its inputs were
+made. Where those would be restored by the same keys, so would it. Cells that aren't durable count as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +19,17 @@ from IPython.core.error import UsageError
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.cache import ruled_out
 from durable_nb._cellcache.entries import Entries, Manifest
-from durable_nb._cellcache.keys import CellKey, changes, key_from, key_of
+from durable_nb._cellcache.keys import CellKey, Terms, changes, key_from, key_of
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.world import World
+from durable_nb._fingerprint import Fingerprinter
 from durable_nb._ipython.cell import Story, terms_of
 from durable_nb._ipython.compile import source_of
+from durable_nb._ipython.itinerary import Visit
+from durable_nb._ipython.notebook import Written, durable_cells
 from durable_nb._records import scope_of
 
-HIT, RUN, DEPENDS = "hit", "run", "depends"
+HIT, RUN, DEPENDS, UNKNOWN = "hit", "run", "depends", "?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,107 @@ class Forecast:
     why: str
     cost_s: float | None
     """What running it is known to take, and a hit to save."""
+    key: str = ""
+    """Of the entry that it would be restored from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a notebook besides what this kernel has executed."""
+
+    order: tuple[str, ...]
+    """Of its durable cells."""
+    visits: Mapping[str, Visit]
+    written: Mapping[str, Written]
+    """The cells in the notebook's file; empty where that isn't known."""
+    saved_at: float = 0.0
+
+
+def known_of(visits: Mapping[str, Visit], elsewhere: Mapping[str, Visit], executed: Iterable[str], path: str) -> Known:
+    """`executed`: cells of this kernel, in order; `path`: the notebook's file, where that is known."""
+    written, saved_at = durable_cells(path) if path else ({}, 0.0)
+    order = list(written or visits)
+    before: str | None = None
+    for name in executed:  # one that isn't in the file yet stands behind the one that was executed before it
+        if name not in order:
+            order.insert(order.index(before) + 1 if before is not None else len(order), name)
+        before = name
+    return Known(tuple(order), {**elsewhere, **visits}, written, saved_at)
+
+
+def run_all(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: set[str], known: Known) -> list[Forecast]:
+    """For all cells of the notebook, in its order."""
+    stories = {name: _as_written(stories[name], name, known) for name in known.order if name in stories}
+    weighed = {forecast.name: forecast for forecast in forecasts(shell, entries, stories, rerun)}
+    found: dict[str, Forecast] = {}
+    for name in known.order:
+        forecast, visit = weighed.get(name), known.visits.get(name)
+        if forecast is None:
+            forecast = _of_visit(shell, entries, name, visit, known) if visit else _of_stored(entries, name)
+            makers = visit.sources.values() if visit else ()
+            same = visit is not None and forecast.key == visit.key
+            unsure = {maker for maker, key in makers if not same or maker not in found or found[maker].key != key}
+        else:
+            read = {label.partition(" ")[2] for label in stories[name].components}
+            others = {maker: v for maker, v in known.visits.items() if maker in found and maker not in weighed}
+            unsure = {maker for maker, v in others.items() if found[maker].what != HIT and read.intersection(v.made)}
+        if forecast.what == HIT and unsure:
+            forecast = replace(forecast, what=DEPENDS, why=f"on what {', '.join(sorted(unsure))} makes", key="")
+        found[name] = forecast
+    return list(found.values())
+
+
+def _as_written(story: Story, name: str, known: Known) -> Story:
+    """With the cell's text from the file, where that was saved after the cell was executed."""
+    written = known.written.get(name)
+    if written is None or known.saved_at <= story.at:
+        return story
+    return replace(story, options=written.options, source=written.body)
+
+
+def _of_visit(shell: Any, entries: Entries, name: str, visit: Visit, known: Known) -> Forecast:
+    manifests = list(entries.manifests(scope_of(name), limit=1000))
+    cost_s = next((m.took_s for m in manifests if m.key == visit.key), manifests[0].took_s if manifests else None)
+    written = known.written.get(name)
+    code = _code_of(shell, written) if written and known.saved_at > visit.at else visit.code
+    if written.options.rerun or written.options.rerun_step if written else visit.rerun:
+        return Forecast(name, RUN, "asked for by --rerun", cost_s)
+    ttl_s = written.options.ttl_s if written else visit.ttl_s
+    reason = "" if code == visit.code else "code changed"
+    for manifest in manifests:
+        if manifest.key == visit.key if code == visit.code else manifest.components.get("code") == code:
+            terms = Terms(ttl_s=ttl_s, skip=frozenset(manifest.skipped))
+            why = ruled_out(terms, manifest) or ", ".join(of_machine(manifest.world).changes({})[:3])
+            if not why:
+                return Forecast(name, HIT, "", manifest.took_s, manifest.key)
+            reason = reason or why
+    return Forecast(name, RUN, reason or visit.unstored or "its entry is gone", cost_s)
+
+
+def _of_stored(entries: Entries, name: str) -> Forecast:
+    """Of a cell of which nothing is known but its entries: only files can be compared."""
+    newest = next(entries.manifests(scope_of(name), limit=1), None)
+    changes = of_machine(newest.world).changes({}) if newest is not None else ["nothing is stored of it"]
+    cost_s = newest.took_s if newest else None
+    if changes:
+        return Forecast(name, RUN, ", ".join(changes[:3]), cost_s)
+    return Forecast(name, UNKNOWN, "the files it read are as they were", cost_s)
+
+
+def of_machine(world: World) -> World:
+    """What of a world a new kernel finds as it was: what the notebook's own cells make is not there yet."""
+    return replace(world, names={}, generators={}, settings=None)
+
+
+def _code_of(shell: Any, written: Written) -> str:
+    """The digest of a cell's code, as keys have it."""
+    try:
+        tree, _ = source_of(shell, written.body)
+    except SyntaxError:
+        return ""
+    found = Fingerprinter()
+    found.add_code("code", tree)
+    return found.result().components["code"]
 
 
 def forecasts(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: set[str]) -> list[Forecast]:
@@ -53,7 +160,8 @@ def forecasts(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun:
             sources = sorted({unsure[read] for read in names.read if read in unsure})
             if sources:
                 what, why = DEPENDS, f"on what {', '.join(sources)} makes"
-        found.append(Forecast(name, what, why, manifest.took_s if manifest else None))
+        key = manifest.key if manifest and what == HIT else ""
+        found.append(Forecast(name, what, why, manifest.took_s if manifest else None, key))
         if what != HIT:
             unsure.update(dict.fromkeys(_made(names, story), name))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
@@ -13,7 +13,6 @@ from IPython.core.error import UsageError
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.entries import Manifest
 from durable_nb._cellcache.keys import said
-from durable_nb._cellcache.world import World
 from durable_nb._clock import say_duration
 from durable_nb._current import workflow_functions
 from durable_nb._facts import Status
@@ -22,7 +21,8 @@ from durable_nb._housekeeping.forget import forget
 from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, nearest
 from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, say_seconds, steps_table, store_table
 from durable_nb._housekeeping.tables import Table, count, say_when
-from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, Forecast, differences, forecasts
+from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, UNKNOWN, Forecast, differences, known_of, of_machine, run_all
+from durable_nb._ipython.notebook import file_of
 from durable_nb._ipython.options import split
 from durable_nb._records import scope_of
 from durable_nb.errors import DurableError
@@ -91,12 +91,19 @@ class LineMagic:
         return cells_table(inventory, cells, notes)
 
     def plan(self, _: list[str]) -> Table:
-        inventory = Inventory(self._engine)
-        found = forecasts(self._session.shell, inventory.entries, self._stories, self._session.rerun_next)
+        found = self._run_all()
         rows = [(f.name, f.what, f.why, say_seconds(f.cost_s)) for f in found]
-        elsewhere = [cell for cell in inventory.cells() if cell.name not in self._stories and cell.name != NAMELESS]
-        rows += [(c.name, *_of_stored(inventory, c.name), say_seconds(c.saves_s)) for c in elsewhere]
-        return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found, len(elsewhere))])
+        return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found)])
+
+    def _run_all(self) -> list[Forecast]:
+        inventory, session = Inventory(self._engine), self._session
+        shell, itinerary = session.shell, session.itinerary()
+        path = file_of(shell.user_ns, session.folder)
+        known = known_of(itinerary.visits, itinerary.elsewhere(), self._stories, path)
+        if not known.written:  # the store is all that is known
+            stored = [cell.name for cell in reversed(inventory.cells()) if cell.name != NAMELESS]
+            known = replace(known, order=tuple(dict.fromkeys((*known.order, *stored))))
+        return run_all(shell, inventory.entries, self._stories, session.rerun_next, known)
 
     def why(self, arguments: list[str]) -> Table:
         (name,) = arguments
@@ -104,14 +111,14 @@ class LineMagic:
         entries = Inventory(self._engine).entries
         story = self._stories.get(name)
         newest = next(entries.manifests(scope_of(name), limit=1), None)
-        if story is not None:
-            found = forecasts(self._session.shell, entries, self._stories, self._session.rerun_next)
-            now = next(forecast for forecast in found if forecast.name == name)
+        now = next((forecast for forecast in self._run_all() if forecast.name == name), None)
+        if story is not None and now is not None:
             return Table("", notes=[*_told(story, now), *self._differences_now(story, now)])
+        would = [f"executed now, it would {_said(now)}"] if now is not None and now.what != UNKNOWN else []
         if newest is None:
-            return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel"])
+            return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel", *would])
         notes = explain.decode(entries.notes(scope_of(name), newest))
-        return Table("", notes=_entry_tree(name, newest, notes, newest.world.changes(self._session.shell.user_ns)))
+        return Table("", notes=[*_entry_tree(name, newest, notes, of_machine(newest.world).changes({})), *would])
 
     def _differences_now(self, story: Story, now: Forecast) -> list[str]:
         """Where the cell would run now, what differs from what is stored."""
@@ -153,6 +160,7 @@ class LineMagic:
         gone = forget(self._engine, name)
         self._stories.pop(name, None)
         self._session.rerun_next.discard(name)
+        self._session.itinerary().forget(name)
         what = f"{count(gone.entries, 'entry', 'entries')}, {count(gone.steps, 'step')} and {count(gone.runs, 'run')}"
         return Table(f"{name} · forgot {what}; variables in the kernel stay")
 
@@ -245,28 +253,27 @@ def show(table: Table, command: str) -> None:
 # -- trees -------------------------------------------------------------------------------------------------------------
 
 
-def _sum(found: list[Forecast], elsewhere: int) -> str:
-    if not found and not elsewhere:
+def _sum(found: list[Forecast]) -> str:
+    if not found:
         return "no durable cell was executed in this kernel, and none is stored"
-    by = {what: [f for f in found if f.what == what] for what in (RUN, DEPENDS, HIT)}
+    by = {what: [f for f in found if f.what == what] for what in (RUN, DEPENDS, HIT, UNKNOWN)}
     cost = {what: sum(f.cost_s or 0.0 for f in some) for what, some in by.items()}
     parts = []
     if by[RUN]:
-        parts.append(f"{count(len(by[RUN]), 'cell')} would run, {say_duration(cost[RUN])} as recorded")
+        recorded = f", {say_duration(cost[RUN])} as recorded" if any(f.cost_s is not None for f in by[RUN]) else ""
+        parts.append(f"{count(len(by[RUN]), 'cell')} would run{recorded}")
     if by[DEPENDS]:
         parts.append(f"{count(len(by[DEPENDS]), 'cell')} may run, up to {say_duration(cost[DEPENDS])}")
     if by[HIT]:
         parts.append(f"{count(len(by[HIT]), 'cell')} would be restored, which saves {say_duration(cost[HIT])}")
-    if elsewhere:
-        parts.append(f"{count(elsewhere, 'cell')} not executed in this kernel yet: their code is known when they are")
+    if by[UNKNOWN]:
+        parts.append(f"{count(len(by[UNKNOWN]), 'cell')} not executed here yet: their code is known when they are")
     return "; ".join(parts)
 
 
-def _of_stored(inventory: Inventory, name: str) -> tuple[str, str]:
-    """(what, why) for a cell whose code this kernel has not seen: only files can be compared."""
-    newest = next(inventory.entries.manifests(scope_of(name), limit=1), None)
-    changes = World(newest.world.files).changes({}) if newest is not None else ["nothing is stored of it"]
-    return (RUN, ", ".join(changes[:3])) if changes else ("?", "the files it read are as they were")
+def _said(now: Forecast) -> str:
+    """What a cell would do, after 'it would'."""
+    return {HIT: "be restored", RUN: f"run: {now.why}"}.get(now.what, f"be restored or run, depending {now.why}")
 
 
 def _told(story: Story, now: Forecast) -> list[str]:
@@ -282,14 +289,7 @@ def _told(story: Story, now: Forecast) -> list[str]:
         if story.not_stored:
             lines.append(f"not stored: {story.not_stored}")
     lines += _opaque(list(story.opaque))
-    would = (
-        "be restored"
-        if now.what == HIT
-        else f"run: {now.why}"
-        if now.what == RUN
-        else f"be restored or run, depending {now.why}"
-    )
-    return [*lines, f"executed again now, it would {would}"]
+    return [*lines, f"executed again now, it would {_said(now)}"]
 
 
 def _entry_tree(name: str, manifest: Manifest, notes: explain.Notes, changes: list[str]) -> list[str]:

@@ -15,6 +15,20 @@ _MAGIC = re.compile(r"%%durable(?:\s|$)")
 _STACKED = re.compile(r"%%(time|capture)\b")
 
 
+def split_cell(lines: list[str]) -> tuple[str, str, list[str], int] | None:
+    """(what follows `%%durable` in its line, the body, the magics above it, how many lines stand above it) of a durable cell;
+    None for any other."""  # fmt: skip
+    above = 0
+    while above < len(lines) and (_STACKED.match(lines[above]) or not lines[above].strip()):
+        above += 1
+    if above == len(lines) or not _MAGIC.match(lines[above]):
+        return None
+    # The magics' lines stay as comments: line numbers are those of the user's cell, and tracebacks show it.
+    body = "".join(f"# {text}" for text in lines[: above + 1]) + "".join(lines[above + 1 :])
+    stack = [line.strip()[2:] for line in lines[:above] if line.strip()]
+    return lines[above].rstrip("\n").removeprefix("%%durable").strip(), body, stack, above
+
+
 class DurableTransformer:
     """A cleanup transform: lines in, lines out."""
 
@@ -26,17 +40,12 @@ class DurableTransformer:
         """A cell is being executed: whoever transforms now is synchronous code inside it."""
 
     def __call__(self, lines: list[str]) -> list[str]:
-        above = 0
-        while above < len(lines) and (_STACKED.match(lines[above]) or not lines[above].strip()):
-            above += 1
-        if above == len(lines) or not _MAGIC.match(lines[above]):
+        parts = split_cell(lines)
+        if parts is None:
             return lines
-        # The magics' lines stay as comments: line numbers are those of the user's cell, and tracebacks show it.
-        body = "".join(f"# {text}" for text in lines[: above + 1]) + "".join(lines[above + 1 :])
+        line, body, stack, above = parts
         if not self._compiles(body):
             return ["\n"] * (above + 1) + lines[above + 1 :]  # IPython reports it as it would
-        stack = [line.strip()[2:] for line in lines[:above] if line.strip()]
-        line = lines[above].rstrip("\n").removeprefix("%%durable").strip()
         if self.in_cell or not self._shell.autoawait:
             return [f"get_ipython()._durable_wait({line!r}, {body!r}, {stack!r})\n"]
         return [f"await get_ipython()._durable_run({line!r}, {body!r}, {stack!r})\n"]

@@ -1,0 +1,130 @@
+"""How the durable cells of a notebook were executed last, in its order: what `%durable plan` goes by in a new kernel.
+
+A small file of the store for each notebook. It holds names and digests, no code and no values, and nothing is restored by it:
+one that is lost or behind the times costs an answer. So it is written without waiting for the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+FOLDER = "plans"
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The last execution of a cell, restored or run."""
+
+    key: str
+    code: str
+    """Digest of the cell's own code."""
+    at: float
+    """When, unix seconds."""
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of the names that it read: the durable cell that had made them, and by which key."""
+    made: tuple[str, ...] = ()
+    """Names that it bound, or whose objects it changed."""
+    unstored: str = ""
+    """Why it has no entry."""
+    ttl_s: float | None = None
+    rerun: bool = False
+    """Its line says --rerun."""
+
+
+class Itinerary:
+    """The cells of one notebook, as far as they were executed."""
+
+    def __init__(self, store: Path, notebook: str) -> None:
+        """`notebook`: what it is known by; '' shares one file with all that aren't known."""
+        self.notebook = notebook
+        name = hashlib.blake2b(os.fsencode(notebook), digest_size=8).hexdigest()
+        self._path = store / FOLDER / f"{name}.json"
+        self._before: str | None = None
+        self._met: set[str] = set()
+        self._makers: dict[str, tuple[str, str, int]] = {}
+        """In this kernel: by variable, the cell and key that made it, and the object's id."""
+        self.visits = _read(self._path)
+        """By name, in the order of the notebook as far as executing it has shown it."""
+
+    def elsewhere(self) -> dict[str, Visit]:
+        """The last executions of cells that this notebook isn't known to have executed: it may have had another name."""
+        found: dict[str, Visit] = {}
+        for path in self._path.parent.glob("[!.]*.json"):
+            for name, visit in _read(path).items():
+                if name not in self.visits and (name not in found or found[name].at < visit.at):
+                    found[name] = visit
+        return found
+
+    def sources(self, read: Iterable[str], namespace: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """Which cells have made what these names hold now."""
+        found = {}
+        for name in read:
+            maker = self._makers.get(name)
+            if maker is not None and name in namespace and id(namespace[name]) == maker[2]:
+                found[name] = maker[:2]
+        return found
+
+    def note(self, name: str, visit: Visit, namespace: MutableMapping[str, Any]) -> None:
+        """A cell was executed. Where that tells anything new, it is written down."""
+        for made in visit.made:
+            if made in namespace:
+                self._makers[made] = name, visit.key, id(namespace[made])
+        moved = self._put_in_order(name)
+        known = self.visits.get(name)
+        if (
+            known is not None
+            and known.code == visit.code
+            and self._later_than(name).intersection(m for m, _ in visit.sources.values())
+        ):
+            visit = known  # it was executed once more, with what it or a later cell has made: no Run All does that
+        if moved or known is None or replace(known, at=visit.at) != visit:
+            self.visits[name] = visit
+            self._write()
+
+    def forget(self, name: str) -> None:
+        """The cell is not to be known any more."""
+        if self.visits.pop(name, None) is not None:
+            self._write()
+
+    def _later_than(self, name: str) -> set[str]:
+        """The cell itself and those after it."""
+        names = list(self.visits)
+        return set(names[names.index(name) :]) if name in names else {name}
+
+    def _put_in_order(self, name: str) -> bool:
+        """Executed for the first time in this kernel, a cell stands after the one that was so before it; was that news?"""
+        if name in self._met:
+            return False
+        before, self._before = self._before, name
+        self._met.add(name)
+        names = list(self.visits)
+        if before is None or before not in names or (name in names and names.index(name) > names.index(before)):
+            return False
+        if name in names:
+            names.remove(name)
+        names.insert(names.index(before) + 1, name)
+        placeholder = Visit("", "", 0.0)
+        self.visits = {name: self.visits.get(name, placeholder) for name in names}
+        return True
+
+    def _write(self) -> None:
+        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        with contextlib.suppress(OSError):  # a store that is only read
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)
+            draft.write_bytes(msgspec.json.encode(self.visits))
+            draft.replace(self._path)
+
+
+def _read(path: Path) -> dict[str, Visit]:
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Visit])
+    return {}
