@@ -70,8 +70,12 @@ def known_of(visits: Mapping[str, Visit], elsewhere: Mapping[str, Visit], execut
     return Known(tuple(order), {**elsewhere, **visits}, written, saved_at)
 
 
-def run_all(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: set[str], known: Known) -> list[Forecast]:
-    """For all cells of the notebook, in its order."""
+def run_all(
+    shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: set[str], known: Known, of: str = ""
+) -> list[Forecast]:
+    """For all cells of the notebook, in its order. `of`: for this one, and those that have made what it reads."""
+    if of:
+        known = replace(known, order=tuple(name for name in known.order if name in _makers(of, known.visits)))
     stories = {name: _as_written(stories[name], name, known) for name in known.order if name in stories}
     weighed = {forecast.name: forecast for forecast in forecasts(shell, entries, stories, rerun)}
     found: dict[str, Forecast] = {}
@@ -90,6 +94,17 @@ def run_all(shell: Any, entries: Entries, stories: Mapping[str, Story], rerun: s
             forecast = replace(forecast, what=DEPENDS, why=f"on what {', '.join(sorted(unsure))} makes", key="")
         found[name] = forecast
     return list(found.values())
+
+
+def _makers(name: str, visits: Mapping[str, Visit]) -> set[str]:
+    """The cell, those that made what it reads, and so on."""
+    found, waiting = {name}, [name]
+    while waiting:
+        visit = visits.get(waiting.pop())
+        new = {maker for maker, _ in visit.sources.values()} - found if visit else set()
+        found |= new
+        waiting += new
+    return found
 
 
 def _as_written(story: Story, name: str, known: Known) -> Story:

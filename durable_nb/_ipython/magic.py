@@ -95,7 +95,7 @@ class LineMagic:
         rows = [(f.name, f.what, f.why, say_seconds(f.cost_s)) for f in found]
         return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found)])
 
-    def _run_all(self) -> list[Forecast]:
+    def _run_all(self, of: str = "") -> list[Forecast]:
         inventory, session = Inventory(self._engine), self._session
         shell, itinerary = session.shell, session.itinerary()
         path = file_of(shell.user_ns, session.folder)
@@ -103,7 +103,7 @@ class LineMagic:
         if not known.written:  # the store is all that is known
             stored = [cell.name for cell in reversed(inventory.cells()) if cell.name != NAMELESS]
             known = replace(known, order=tuple(dict.fromkeys((*known.order, *stored))))
-        return run_all(shell, inventory.entries, self._stories, session.rerun_next, known)
+        return run_all(shell, inventory.entries, self._stories, session.rerun_next, known, of)
 
     def why(self, arguments: list[str]) -> Table:
         (name,) = arguments
@@ -111,7 +111,7 @@ class LineMagic:
         entries = Inventory(self._engine).entries
         story = self._stories.get(name)
         newest = next(entries.manifests(scope_of(name), limit=1), None)
-        now = next((forecast for forecast in self._run_all() if forecast.name == name), None)
+        now = next((forecast for forecast in self._run_all(name) if forecast.name == name), None)
         if story is not None and now is not None:
             return Table("", notes=[*_told(story, now), *self._differences_now(story, now)])
         would = [f"executed now, it would {_said(now)}"] if now is not None and now.what != UNKNOWN else []
