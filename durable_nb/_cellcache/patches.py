@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from durable_nb._fingerprint._arrays import byte_bounds
 from durable_nb._patches import Patch, Place, UnpatchableError, content_of
 
 
@@ -151,8 +152,7 @@ def shares_memory(values: Mapping[str, Any], places: Mapping[Place, Any]) -> str
 
 
 def _spans(arrays: Iterable[tuple[str, Any]]) -> list[tuple[int, int, str]]:
-    bounds = sys.modules["numpy"].lib.array_utils.byte_bounds
-    return sorted((*bounds(array), name) for name, array in arrays if array.size and not array.dtype.hasobject)
+    return sorted((*byte_bounds(array), name) for name, array in arrays if array.size and not array.dtype.hasobject)
 
 
 def _columns(frame: Any) -> list[Any]:

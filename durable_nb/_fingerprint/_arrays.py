@@ -32,6 +32,13 @@ def handler(lineage_name: str, obj: Any) -> Handler | None:
 # ---- numpy ----
 
 
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """Where an array's memory begins and ends."""
+    numpy = sys.modules["numpy"]
+    first, last = getattr(numpy.lib, "array_utils", numpy).byte_bounds(array)  # numpy 2 moved it
+    return int(first), int(last)
+
+
 def _dtype_text(dtype: Any) -> bytes:
     root, name = dtype.type.__module__.partition(".")[0], dtype.type.__qualname__
     kind = f"{root}.{RENAMED.get((root, name), name)}" if dtype.kind not in "iu" else ""  # a long long is an int64

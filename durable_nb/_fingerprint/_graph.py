@@ -530,8 +530,9 @@ def _overlaps(walks: list[Walk], said: Mapping[str, bytes]) -> list[bytes]:
     arrays = [(said[walk.label] + b"%d;" % number, array) for walk in walks for number, array in walk.arrays if number >= 0]
     if len(arrays) < 2:
         return []
-    bounds = sys.modules["numpy"].lib.array_utils.byte_bounds
-    spans = sorted((*bounds(array), label, id(array)) for label, array in arrays if array.size)
+    from ._arrays import byte_bounds
+
+    spans = sorted((*byte_bounds(array), label, id(array)) for label, array in arrays if array.size)
     found: list[bytes] = []
     open_spans: list[tuple[int, int, bytes, int]] = []
     for start, stop, label, key in spans:
