@@ -291,6 +291,10 @@ def main() -> None:
             print(f"    c{number:02} not stored: {why}")
         for number, why in made.needless.items():
             print(f"    c{number:02} ran again: {why} | {book.cells[number].source.splitlines()[0][:60]}")
+        if asked.verbose:
+            more = [now.cpu - before.cpu for now, before in zip(made.first, made.plain, strict=True)]
+            dear = sorted(range(len(more)), key=lambda number: -more[number])[:4]
+            print("    dearest in the first run: " + ", ".join(f"c{n:02} {more[n] * 1000:+.0f} ms" for n in dear))
         found: dict[tuple[int, str, str], Differs] = {}
         for differs in made.differs:  # what every way shows is said once
             found.setdefault((differs.cell, differs.what, differs.durable), differs)
