@@ -369,7 +369,7 @@ def process() -> dict[str, str]:
         found["decimal context"] = str(loaded["decimal"].getcontext())
     if "locale" in loaded:
         found["locale"] = str(loaded["locale"].setlocale(loaded["locale"].LC_ALL))
-    found["warnings"] = str([(f[0], f[2].__name__) for f in sys.modules["warnings"].filters])
+    found["warnings"] = str(sorted({(f[0], f[2].__name__) for f in sys.modules["warnings"].filters}))
     return found
 
 
