@@ -103,15 +103,24 @@ def play(folder: Path, book: Book, durable: Callable[[int], bool], *, edited: bo
         played = []
         for number, cell in enumerate(book.cells):
             source = cell.edited if edited else cell.source
-            shown = running.run(f"%%durable c{number:02}\n{source}" if durable(number) else source, timeout=600)
+            shown = running.run(durably(source, number) if durable(number) else source, timeout=600)
             after = float(running.value(f"__import__('describe').noted(get_ipython().user_ns, {str(notes)!r})"))
             played.append(_played(shown, json.loads(notes.read_text()), after - before))
             before = float(running.value("__import__('describe').used()"))
         return played
 
 
+def durably(source: str, number: int) -> str:
+    """With the magic; a cell magic that can't stand below it stays as it is."""
+    first, _, rest = source.partition("\n")
+    if first.startswith(("%%time", "%%capture")):
+        return f"{first}\n%%durable c{number:02}\n{rest}"
+    return source if first.startswith("%%") else f"%%durable c{number:02}\n{source}"
+
+
 def _played(shown: Shown, state: dict[str, str], cpu: float) -> Played:
     outputs = [_plain(f"stdout {shown.stdout}"), _plain(f"stderr {_warnings(shown.stderr)}"), _plain(f"result {shown.result}")]
+    outputs.append(f"error {shown.error}")
     outputs += [_plain(json.dumps([d["data"], d["metadata"]], sort_keys=True)) for d in shown.displays]
     told = shown.told or [""]
     return Played(outputs, state, shown.seconds, cpu, told[-1], told[0], shown.status, shown.error)
@@ -172,8 +181,9 @@ class Report:
 
     @property
     def can_hit(self) -> list[int]:
-        """Cells that ran to their end."""
-        return [i for i, cell in enumerate(self.plain) if cell.status == "ok"]
+        """Cells that ran to their end, and can be durable."""
+        durable = ["%%durable" in durably(cell.source, 0) for cell in self.book.cells]
+        return [i for i, cell in enumerate(self.plain) if cell.status == "ok" and durable[i]]
 
     @property
     def hits(self) -> int:
@@ -235,8 +245,8 @@ def compare(
             a, b = expected.state.get(name, "unbound"), now.state.get(name, "unbound")
             if name in _GENERATORS and not any(_GENERATORS[name].search(cell.source) for cell in book.cells[: number + 1]):
                 continue
-            if a != b and (name, b) not in told and (number, f"state {name}") not in chance:
-                told.add((name, b))
+            if a != b and name not in told and (number, f"state {name}") not in chance:
+                told.add(name)
                 found.append(Differs(way, number, f"state {name}", a, b))
     return found
 

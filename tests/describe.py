@@ -321,6 +321,9 @@ class Description:
                 obj.row_factory = factory
         return [masked(repr(obj))] if not isinstance(obj, type) else None
 
+    def _logging(self, obj, kind, path: str):
+        return [obj.name, str(obj.level), str(obj.disabled), str(len(obj.handlers))] if kind.__name__ == "Logger" else None
+
     def _decimal(self, obj, kind, path: str):
         return [repr(obj)] if not isinstance(obj, type) else None
 

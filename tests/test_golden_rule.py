@@ -572,3 +572,19 @@ def test_in_another_working_directory_a_cell_is_another_one(home, tmp_path):
     home.run("os.chdir(before)")
     assert "restored" in home.run(cell).told[-1]
     assert home.value("here == os.path.basename(before)")
+
+
+def test_a_future_import_holds_for_later_cells_of_a_new_kernel_and_is_part_of_what_they_mean(home):
+    """IPython's compiler remembers it, restored or run."""
+    imports = "%%durable future\nfrom __future__ import annotations"
+    uses = "%%durable tree\nclass Tree:\n    def grow(self) -> Tree: ..."
+    hinted = "%%durable hinted\ndef f(t: int): ..."
+    home.restart()
+    assert (home.run(imports).told[0], runs(home, uses)) == ("future · running: first run", True)
+    home.restart()
+    assert "future · restored" in home.run(imports).told[0]
+    assert (home.run("def later(t: NotThere): ...").error, runs(home, uses)) == ("", False)
+    home.restart()
+    assert (runs(home, hinted), home.value("f.__annotations__['t'] is int")) == (True, True)
+    assert "future · restored" in home.run(imports).told[0]
+    assert (runs(home, hinted), home.value("f.__annotations__")) == (True, {"t": "int"})

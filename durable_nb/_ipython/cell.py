@@ -26,7 +26,7 @@ from durable_nb._facts import Status
 from durable_nb._housekeeping.tables import say_past
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
-from durable_nb._ipython.compile import compile_body
+from durable_nb._ipython.compile import compile_body, turn_on_features
 from durable_nb._ipython.host import NotebookHost
 from durable_nb._ipython.interrupts import interruptible
 from durable_nb._ipython.notebook import origin_of
@@ -164,6 +164,7 @@ class CellExecution:
         if found.patched:
             names = self.shell.user_ns.items()
             self.story.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
+        turn_on_features(self.shell, self.code.tree)
         took = time.perf_counter() - began
         self.status.restored(found.variables, manifest.outputs_count, manifest.size, took, manifest.took_s)
         show = lambda n, forms: self._display_again(found.results[n], forms)  # noqa: E731

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import __future__
+
 import ast
 import types
 from collections.abc import Callable, Iterator
@@ -28,7 +30,24 @@ class Code:
 
 def source_of(shell: Any, body: str) -> tuple[ast.Module, Names]:
     """What a cell's key is made of: its normal tree, and the names in it."""
-    return _normal(shell.transform_cell(body))
+    return _normal(shell.transform_cell(body), _features(shell))
+
+
+def turn_on_features(shell: Any, tree: ast.Module) -> None:
+    """What `from __future__ import ...` in a cell means for later ones: IPython's compiler remembers it."""
+    for name in _imported_features(tree):
+        shell.compile.flags |= getattr(__future__, name).compiler_flag
+
+
+def _features(shell: Any) -> tuple[str, ...]:
+    """What earlier cells have turned on."""
+    flags = shell.compile.flags
+    return tuple(name for name in __future__.all_feature_names if flags & getattr(__future__, name).compiler_flag)
+
+
+def _imported_features(tree: ast.Module) -> set[str]:
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    return {alias.name for node in imports for alias in node.names}
 
 
 def compile_body(shell: Any, body: str) -> Code:
@@ -48,7 +67,7 @@ def compile_body(shell: Any, body: str) -> Code:
         return found
 
     try:
-        tree, names = _normal(source)
+        tree, names = _normal(source, _features(shell))
     except SyntaxError:
         parts()  # raises it with the user's lines
         raise
@@ -56,10 +75,14 @@ def compile_body(shell: Any, body: str) -> Code:
 
 
 @lru_cache(maxsize=256)
-def _normal(source: str) -> tuple[ast.Module, Names]:
+def _normal(source: str, features: tuple[str, ...]) -> tuple[ast.Module, Names]:
     tree = _Timed().visit(ast.parse(source))
     swallows = IPython.version_info < (9, 4)  # %time showed an error and went on
-    return tree, names_of(_Timed(swallows=True).visit(ast.parse(source)) if swallows else tree)
+    names = names_of(_Timed(swallows=True).visit(ast.parse(source)) if swallows else tree)
+    earlier = sorted(set(features) - _imported_features(tree))
+    if earlier:  # the cell means what it would mean with this line at its top
+        tree.body.insert(0, ast.ImportFrom("__future__", [ast.alias(name) for name in earlier], 0, lineno=1, col_offset=0))
+    return tree, names
 
 
 class _Timed(ast.NodeTransformer):
