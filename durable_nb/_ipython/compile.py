@@ -1,7 +1,6 @@
 """A cell's body as IPython would compile it, with top-level await."""
 
 from __future__ import annotations
-
 import __future__
 
 import ast
