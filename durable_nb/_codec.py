@@ -11,14 +11,16 @@ import hashlib
 import hmac
 import json
 import os
+import pickle
 import secrets
 import traceback
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from durable_nb import _pickling
+from durable_nb import _pickling, _readback
 from durable_nb._files import write_new
+from durable_nb._readback import DriftError
 from durable_nb.errors import CorruptStoreError, StepFailed, StoreError, UntrustedStoreError
 
 JSON, PICKLE = "json", "pickle"
@@ -31,10 +33,14 @@ _MAX_INT_BITS = 4096
 
 
 def encode(value: object) -> tuple[str, bytes]:
-    """(`json` or `pickle`, bytes). Raises whatever the value's own pickling raises."""
+    """(`json` or `pickle`, bytes). Raises whatever the value's own pickling raises, and PicklingError where it would come back
+    as another value."""  # fmt: skip
     if _json_exact(value, set(), 0):
         return JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-    return PICKLE, _pickling.dumps(value)
+    try:
+        return PICKLE, _readback.pickled(value).stream
+    except DriftError as error:
+        raise pickle.PicklingError(f"a {error} does not come back whole from its own pickle") from error
 
 
 def decode(form: str, data: bytes) -> Any:

@@ -6,14 +6,16 @@ Whoever else holds the object sees the change, as after plain execution.
 from __future__ import annotations
 
 import collections
-import io
+import functools
 import random
 import sys
 import types
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from durable_nb._pickling import Pickler, Unpickler
+from durable_nb._pickling import References, Unpickler
+from durable_nb._readback import pickled
 
 Place = tuple[str, int]
 """Where a mutable object is among the inputs: in which component, and as which one in it."""
@@ -28,7 +30,74 @@ class UnpatchableError(Exception):
 _PLAIN = (list, dict, set, collections.deque, bytearray, collections.OrderedDict, collections.defaultdict, collections.Counter)
 
 
-def content_of(obj: Any) -> Any:
+_OTHERS = (random.Random, functools.partial, types.CellType, types.SimpleNamespace)
+
+
+class Standing:
+    """What can't be told of objects any more once code has run: how arrays lay, which indexes frames had, and what those hold
+    of which the content can't be put back."""
+
+    def __init__(self, objects: Iterable[Any], digest: Callable[[Any], str]) -> None:
+        """`digest` gives '' for what can't be told by its content."""
+        numpy: Any = sys.modules.get("numpy")
+        self._sizes: dict[int, Any] = {}
+        self._axes: dict[int, list[Any]] = {}
+        self._digests: dict[int, str] = {}
+        self._digest = digest
+        self._keep = list(objects)
+        for obj in self._keep:
+            if type(obj) in _PLAIN:
+                continue
+            if numpy is not None and isinstance(obj, numpy.ndarray):
+                self._sizes[id(obj)] = obj.size, obj.dtype
+            elif _is_frame(obj):
+                self._axes[id(obj)] = obj.axes
+            elif not _is_patchable(obj):
+                self._digests[id(obj)] = self._digest_of(obj)
+
+    def _digest_of(self, obj: Any) -> str:
+        try:
+            return self._digest(obj)
+        except Exception:  # it can't be read
+            return ""
+
+    def is_unchanged(self, obj: Any) -> bool:
+        """Is it as it was, though what it holds couldn't be put back?"""
+        before = self._digests.get(id(obj), "")
+        return bool(before) and before == self._digest_of(obj)
+
+    def resized(self, array: Any) -> bool:
+        """Does an array have another size or type than before?"""
+        return bool(self._sizes.get(id(array), (array.size, array.dtype)) != (array.size, array.dtype))
+
+    def kept(self, frame: Any) -> list[bool]:
+        """Of each axis: is it the very index that the frame had?"""
+        before = self._axes.get(id(frame), [None, None])
+        return [now is old for now, old in zip(frame.axes, before, strict=False)]
+
+
+def _is_frame(obj: Any) -> bool:
+    pandas: Any = sys.modules.get("pandas")
+    return pandas is not None and type(obj) in (pandas.DataFrame, pandas.Series)
+
+
+def _is_index(obj: Any) -> bool:
+    pandas: Any = sys.modules.get("pandas")
+    return pandas is not None and isinstance(obj, pandas.Index)
+
+
+def _is_generator(obj: Any) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(obj, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def _is_patchable(obj: Any) -> bool:
+    kind = type(obj)
+    known = kind in _PLAIN or kind in _OTHERS or _is_of_python(kind)
+    return known or _is_frame(obj) or _is_index(obj) or _is_generator(obj)
+
+
+def content_of(obj: Any, standing: Standing | None = None) -> Any:
     """The content of a changed object, as a new object of plain kind; UnpatchableError where that isn't all there is."""
     kind = type(obj)
     if kind in (list, set, collections.deque, bytearray):
@@ -36,29 +105,44 @@ def content_of(obj: Any) -> Any:
     if kind in _PLAIN:
         return list(obj.items())
     numpy: Any = sys.modules.get("numpy")
-    if numpy is not None:
-        if kind is numpy.ndarray:
-            content = numpy.array(obj, copy=True)
-            content.flags.writeable = obj.flags.writeable
-            return content
-        if isinstance(obj, numpy.random.Generator):
-            return obj.bit_generator.state, getattr(obj.bit_generator.seed_seq, "n_children_spawned", 0)
+    if numpy is not None and kind is numpy.ndarray:
+        if standing is not None and standing.resized(obj):
+            raise UnpatchableError(kind.__name__)
+        content = numpy.array(obj, copy=True)
+        content.flags.writeable = obj.flags.writeable
+        return content
+    if _is_generator(obj):
         if isinstance(obj, numpy.random.RandomState):
             return obj.get_state()
-    pandas: Any = sys.modules.get("pandas")
-    if pandas is not None and kind in (pandas.DataFrame, pandas.Series):
-        return obj.copy(deep=False)
+        return obj.bit_generator.state, getattr(obj.bit_generator.seed_seq, "n_children_spawned", 0)
+    if _is_frame(obj):
+        kept = standing.kept(obj) if standing is not None else [False] * obj.ndim
+        return obj.copy(deep=False), kept
+    if _is_index(obj):
+        return list(obj.names)
     if kind is random.Random:
         return obj.getstate()
-    if kind is types.SimpleNamespace or _is_plain_instance(kind):
-        return dict(vars(obj))
+    if kind is functools.partial:
+        return obj.__reduce__()[2]
+    if kind is types.CellType:
+        return obj.cell_contents
+    if kind is types.SimpleNamespace:
+        return dict(vars(obj)), {}, None
+    if _is_of_python(kind):
+        base = next(base for base in kind.__mro__ if not base.__flags__ & _HEAPTYPE)
+        inner = None if base is object else _BASES[base](obj)
+        return dict(getattr(obj, "__dict__", {})), {name: slot.__get__(obj) for name, slot in _slots(obj)}, inner
     raise UnpatchableError(kind.__name__)
 
 
 def fits(obj: Any, content: Any) -> bool:
     """Can `content` be put into the live object as it is now?"""
-    if type(obj).__module__ == "numpy":
-        return bool(obj.shape == content.shape and obj.dtype == content.dtype and obj.flags.writeable)
+    if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
+        lies_well = obj.shape == content.shape or obj.flags.forc
+        return bool(obj.size == content.size and obj.dtype == content.dtype and obj.flags.writeable and lies_well)
+    if _is_frame(obj):
+        frame, kept = content
+        return all(live.equals(index) for live, index, same in zip(obj.axes, frame.axes, kept, strict=True) if same)
     return True
 
 
@@ -75,15 +159,16 @@ def put(obj: Any, content: Any) -> None:
         obj.clear()
         for key, value in content:  # Counter.update would count the pairs
             obj[key] = value
-    elif library == "pandas":
-        obj._update_inplace(content)
-        obj.attrs = content.attrs
-        obj.flags.allows_duplicate_labels = content.flags.allows_duplicate_labels
-        if kind.__name__ == "Series":
-            obj.name = content.name
+    elif _is_frame(obj):
+        _put_frame(obj, *content)
+    elif _is_index(obj):
+        obj.names = content
     elif library == "numpy" and kind.__name__ == "ndarray":
+        if obj.shape != content.shape:
+            obj.resize(content.shape, refcheck=False)  # of the same size: only the shape is set
         obj[...] = content
-        obj.flags.writeable = content.flags.writeable
+        if not content.flags.writeable:
+            obj.flags.writeable = False
     elif library == "numpy" and kind.__name__ == "RandomState":
         obj.set_state(content)
     elif library == "numpy":
@@ -92,45 +177,115 @@ def put(obj: Any, content: Any) -> None:
             obj.bit_generator.seed_seq.spawn(spawned - obj.bit_generator.seed_seq.n_children_spawned)
     elif kind is random.Random:
         obj.setstate(content)
+    elif kind is functools.partial:
+        obj.__setstate__(content)
+    elif kind is types.CellType:
+        obj.cell_contents = content
     else:
+        _put_attributes(obj, *content)
+
+
+def _put_frame(frame: Any, content: Any, kept: list[bool]) -> None:
+    for axis, (live, index, same) in enumerate(zip(frame.axes, content.axes, kept, strict=True)):
+        if same:  # whoever else holds the index sees its new name
+            live.names = index.names
+            content._mgr.set_axis(frame.ndim - 1 - axis, live)
+    frame._update_inplace(content)
+    frame.attrs = content.attrs
+    frame.flags.allows_duplicate_labels = content.flags.allows_duplicate_labels
+    if frame.ndim == 1:
+        frame.name = content.name
+
+
+def _put_attributes(obj: Any, attributes: dict[str, Any], slots: dict[str, Any], inner: Any) -> None:
+    if inner is not None:
+        base: Any = next(base for base in type(obj).__mro__ if base in _BASES)
+        base.clear(obj)
+        for item in inner:
+            if base is dict:
+                dict.__setitem__(obj, *item)
+            else:
+                (list.append if base is list else set.add)(obj, item)
+    for _, slot in _slots(obj):
+        slot.__delete__(obj)
+    for name, value in slots.items():
+        object.__setattr__(obj, name, value)
+    if hasattr(obj, "__dict__"):
         vars(obj).clear()
-        vars(obj).update(content)
+        vars(obj).update(attributes)
 
 
+_BASES: dict[type, Callable[[Any], list[Any]]] = {
+    list: lambda obj: list(list.__iter__(obj)),
+    set: lambda obj: list(set.__iter__(obj)),
+    dict: lambda obj: list(dict.items(obj)),
+}
+"""What a class of Python may be derived from, and the items that an instance holds."""
 _HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 
 
-def _is_plain_instance(kind: Any) -> bool:
-    """Is all that an instance holds in its `__dict__`?"""
-    if not kind.__dictoffset__ or hasattr(kind, "__setstate__"):
+def _is_of_python(kind: Any) -> bool:
+    """Is all that an instance holds in its `__dict__`, its slots, and as items of a list, dict or set?"""
+    known = _of_python.get(kind)
+    if known is None:
+        base = next(base for base in kind.__mro__ if not base.__flags__ & _HEAPTYPE)
+        own = [vars(cls) for cls in kind.__mro__ if cls.__flags__ & _HEAPTYPE]
+        slots = sum(isinstance(held, types.MemberDescriptorType) for names in own for held in names.values())
+        room = base.__basicsize__ + _POINTER * (slots + 2)  # and for __dict__ and __weakref__
+        made_in_c = [names for names in own if isinstance(names.get("__new__"), types.BuiltinFunctionType)]
+        usual = "__dict__" not in {name for names in own for name in names if isinstance(names[name], property)}
+        known = (
+            (base is object or base in _BASES) and kind is not base and kind.__basicsize__ <= room and not made_in_c and usual
+        )
+        known = known and not issubclass(kind, (type, types.ModuleType))
+        _of_python[kind] = known
+    return known
+
+
+_POINTER = 8
+_of_python: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _slots(obj: Any) -> list[tuple[str, Any]]:
+    """The slots of an instance that are filled."""
+    found = {
+        name: held
+        for cls in type(obj).__mro__
+        for name, held in vars(cls).items()
+        if isinstance(held, types.MemberDescriptorType) and cls.__flags__ & _HEAPTYPE
+    }
+    return [(name, slot) for name, slot in found.items() if _is_filled(slot, obj)]
+
+
+def _is_filled(slot: Any, obj: Any) -> bool:
+    try:
+        slot.__get__(obj)
+    except AttributeError:
         return False
-    for base in kind.__mro__[:-1]:  # but for object
-        own = vars(base)
-        if (
-            not base.__flags__ & _HEAPTYPE
-            or own.get("__slots__")
-            or {"__reduce__", "__reduce_ex__", "__getstate__"} & own.keys()
-        ):
-            return False
     return True
 
 
-def pack(patches: Iterable[tuple[Place, Any]], returned: Any, places: Mapping[Place, Any]) -> bytes:
-    """New contents of the objects at these places, and at which place `returned` is. Raises whatever pickling raises."""
-    known = {id(obj): place for place, obj in reversed(list(places.items()))}
-    file = io.BytesIO()
-    Pickler(file, reference=lambda obj: known.get(id(obj))).dump((known.get(id(returned)), list(patches)))
-    return file.getvalue()
+def pack(patches: list[tuple[Place, Any]], returned: Any, places: Mapping[Place, Any]) -> bytes | None:
+    """New contents of the objects at these places, and what was returned, if one of them is in it; None for neither. Raises
+    whatever pickling raises."""  # fmt: skip
+    keys = {id(obj): place for place, obj in reversed(list(places.items()))}
+    references = References(keys, places.values(), places.__getitem__)
+    if not references.keys:
+        return None
+    linked = pickled(returned, references, apart=True).referred
+    return pickled((linked, returned if linked else None, patches), references).stream if linked or patches else None
 
 
 def apply(packed: bytes, places: Mapping[Place, Any], value: Any) -> Any:
-    """Make the changes that `pack` wrote again, to the objects that are at these places now; what was returned: `value`, or the
-    object that it was. KeyError, and nothing is changed, where a place holds nothing that fits."""  # fmt: skip
-    returned, patches = Unpickler(io.BytesIO(packed), resolve=lambda place: places[tuple(place)]).load()
-    live = [(places[tuple(place)], content) for place, content in patches]
+    """Make the changes that `pack` wrote again, to the objects that are at these places now; what was returned: `value`, or
+    what holds the live objects. KeyError, and nothing is changed, where a place holds nothing that fits."""  # fmt: skip
+    try:
+        linked, returned, patches = Unpickler(packed, resolve=places.__getitem__).load()
+    except ValueError as error:
+        raise KeyError("an array that lies otherwise in memory") from error
+    live = [(places[place], content) for place, content in patches]
     if not all(fits(obj, content) for obj, content in live):
         raise KeyError("an array of another shape")
-    result = value if returned is None else places[tuple(returned)]
     for obj, content in live:
         put(obj, content)
-    return result
+    return returned if linked else value

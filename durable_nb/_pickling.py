@@ -8,10 +8,13 @@ back with the notebook's own namespace as its globals.
 
 from __future__ import annotations
 
+import abc
 import builtins
 import copyreg
+import enum
 import functools
 import gc
+import importlib
 import inspect
 import io
 import linecache
@@ -19,19 +22,21 @@ import os
 import pickle
 import sys
 import types
+import typing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 
-_NAMESPACE = "namespace"
-_MODULE = "module"
-_OTHER = "other"
+from durable_nb._memory import Frames, Sharing, is_frame, share
 
-Reference = Callable[[object], Any]
-"""Gives a picklable id for an object that shall be stored as a reference, else None."""
+Key = Any
+"""What a pickle holds instead of an object that is stored as a reference: a string or a tuple."""
+
+_SINGLES = ("math", "nan"), ("math", "inf"), ("numpy", "nan"), ("numpy", "inf")
+"""Objects that code compares by `is`, and finds as keys, though pickle takes them for numbers like others."""
 
 
 def main_namespace() -> dict[str, Any]:
@@ -39,102 +44,241 @@ def main_namespace() -> dict[str, Any]:
     return sys.modules["__main__"].__dict__
 
 
-class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """Protocol 5.
+class References(NamedTuple):
+    """Objects that a pickle refers to instead of holding them."""
 
-    `reference` names objects that are stored as a reference instead of by value; `copied` tells which classes of the
-    notebook are stored by value, because nothing else will define them.
+    keys: Mapping[int, Key] = {}
+    """By the object's id."""
+    objects: Iterable[Any] = ()
+    """Those that may lend their memory to the pickle's arrays."""
+    resolve: Callable[[Key], object] | None = None
+    """Gives the object for its key."""
+
+
+NO_REFERENCES = References()
+
+
+class Pickled(NamedTuple):
+    """A value as bytes."""
+
+    stream: bytes
+    buffers: list[memoryview]
+    """What lies out of band."""
+    unproven: list[Any]
+    """Objects of kinds that need not come back as they are."""
+    classes: bool
+    """Are classes of the notebook stored by value?"""
+    referred: bool
+    """Does it refer to anything?"""
+
+
+def pickled(
+    value: Any,
+    *,
+    references: References = NO_REFERENCES,
+    copied: Callable[[Any], bool] = lambda _: False,
+    apart: bool = False,
+    live_classes: dict[str, type] | None = None,
+) -> Pickled:
+    """Pickle `value` by protocol 5; raises whatever its own pickling raises.
+
+    `copied` tells which of the notebook's classes and functions are stored by value, because nothing else
+    will define them. `apart`: large buffers go out of band. `live_classes` takes in the classes of users that the pickle
+    then refers to instead of holding them.
     """
+    frames = Frames()
+    first = _pickled(value, references, None, frames, copied, apart, live_classes)
+    sharing, groups = Sharing(first.arrays, references.objects), frames.shared()
+    if not sharing and not groups:
+        return first.done()
+    return _pickled(_Together(value, groups), references, sharing, Frames(), copied, apart, live_classes).done()
+
+
+def _pickled(
+    value: Any,
+    references: References,
+    sharing: Sharing | None,
+    frames: Frames,
+    copied: Callable[[Any], bool],
+    apart: bool,
+    live_classes: dict[str, type] | None,
+) -> Pickler:
+    pickler = Pickler(references.keys, sharing, frames, copied, apart, live_classes)
+    pickler.dump(value)
+    return pickler
+
+
+class _Together:
+    """A value, and which of its frames share columns."""
+
+    def __init__(self, value: Any, groups: list[list[tuple[Any, int]]]) -> None:
+        self._made_from = value, groups
+
+    def __reduce__(self) -> Any:
+        return _together, self._made_from
+
+
+def _together(value: Any, groups: list[list[tuple[Any, int]]]) -> Any:
+    share(groups)
+    return value
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    """One pass over a value."""
 
     def __init__(
         self,
-        file: io.BytesIO,
-        *,
-        reference: Reference | None = None,
-        copied: Callable[[type], bool] = lambda _cls: False,
-        buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None,
+        references: Mapping[int, Key],
+        sharing: Sharing | None,
+        frames: Frames,
+        copied: Callable[[Any], bool],
+        apart: bool,
+        live_classes: dict[str, type] | None,
     ) -> None:
-        super().__init__(file, protocol=5, buffer_callback=buffer_callback)
+        self._file = io.BytesIO()
+        self._buffers: list[memoryview] = []
+        super().__init__(self._file, protocol=5, buffer_callback=self._out_of_band if apart else None)
         self._namespace = main_namespace()
-        self._reference = reference
-        self._copied = copied
-        self.by_own_reduction: list[Any] = []
-        """Instances of users' classes that pickle themselves in a way of their own: what comes back need not be the same."""
+        # Asked for every single object, numbers included: one look into one dict.
+        self._known = {**references, id(self._namespace): _NAMESPACE, **_singles()}.get
+        self._refers, self._referred = bool(references), False
+        self._sharing, self._frames = sharing, frames
+        self._copied, self._live_classes = copied, live_classes
+        self._plain: set[type] = set()
+        self._unproven: list[Any] = []
+        self._classes = False
+        self.arrays: list[Any] = []
+        """Arrays met, references left out."""
+
+    def done(self) -> Pickled:
+        return Pickled(self._file.getvalue(), self._buffers, self._unproven, self._classes, self._referred)
+
+    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        self._buffers.append(buffer.raw())
+        return False
 
     def persistent_id(self, obj: object) -> Any:
-        if obj is self._namespace:
-            return (_NAMESPACE,)
-        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
-            return (_MODULE, obj.__name__)
-        if self._reference is not None and (key := self._reference(obj)) is not None:
-            return (_OTHER, key)
-        return None
+        key = self._known(id(obj))
+        if key is not None and type(key) is not int:
+            self._referred = True
+        return key
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if isinstance(obj, type):
-            if not self._is_live(obj):
-                return _with_slots(obj, super().reducer_override(obj))
-            if not self._copied(obj):
-                return _live_class, (obj.__qualname__, dumps(obj, copied=lambda _cls: True))
-            return _with_slots(obj, super().reducer_override(obj), anew=self._reference is not None)
-        if isinstance(obj, types.FunctionType) and obj.__globals__ is self._namespace:
-            return _reduce_function(obj)
+        if kind in self._plain:
+            return NotImplemented
+        if issubclass(kind, type):
+            return self._class(obj)
+        if kind is types.FunctionType:
+            return self._function(obj)
+        if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
+            return importlib.import_module, (obj.__name__,)
         reduce = _REDUCERS.get(kind)
         if reduce is not None:
             return reduce(obj)
-        if kind in _FILES and obj.closed:
-            return _closed_file, (kind.__name__, obj.name, obj.mode, getattr(obj, "encoding", None))
-        if kind.__module__ == "numpy":
-            return _reduce_array(obj)
         if isinstance(obj, BaseException):
             return self._exception(obj)
-        if _reduces_itself(kind):
-            self.by_own_reduction.append(obj)
-        return super().reducer_override(obj)
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is not None and isinstance(obj, numpy.ndarray):
+            return self._array(obj)
+        if is_frame(obj):
+            self._frames.note(obj)
+            if kind.__module__.startswith("pandas"):
+                return NotImplemented
+        if issubclass(kind, dict) and _is_usual_dict(kind):
+            self._unproven.append(obj)
+            return _reduce_dict(obj)
+        if kind in (_Together, _Owned) or is_proven(kind):
+            self._plain.add(kind)
+            return NotImplemented
+        registered = self.dispatch_table.get(kind)
+        reduced = registered(obj) if registered is not None else obj.__reduce_ex__(5)
+        if not isinstance(reduced, str):
+            self._unproven.append(obj)
+        elif getattr(obj, "__module__", None) == "__main__":
+            raise pickle.PicklingError(f"{reduced} is known to pickle by its name only, which the notebook has yet to define")
+        return reduced
+
+    def _class(self, cls: type) -> Any:
+        if self._live_classes is not None and not is_installed(cls):
+            self._live_classes[f"{id(cls)}"] = cls
+            return class_at, (f"{id(cls)}",)
+        if not self._is_live(cls):
+            reduced = super().reducer_override(cls)
+            self._classes |= reduced is not NotImplemented and not is_installed(cls)
+            return _faithful(cls, reduced)
+        if not self._copied(cls):
+            return _live_class, (cls.__qualname__, dumps(cls, copied=lambda _: True))
+        self._classes = True
+        return _faithful(cls, super().reducer_override(cls), anew=self._refers)
+
+    def _function(self, fn: types.FunctionType) -> Any:
+        if fn.__globals__ is not self._namespace:
+            return super().reducer_override(fn)
+        if self._namespace.get(fn.__qualname__) is fn and not self._copied(fn):
+            return _live_function, (fn.__qualname__, dumps(fn, copied=lambda _: True))
+        return _reduce_function(fn)
+
+    def _array(self, obj: Any) -> Any:
+        self.arrays.append(obj)
+        if not type(obj).__module__.startswith("numpy"):
+            self._unproven.append(obj)
+        shared = self._sharing.reduced(obj, lent=not self._frames.hold(obj)) if self._sharing is not None else None
+        return _reduce_array(obj) if shared is None else shared
 
     def _exception(self, obj: BaseException) -> Any:
-        if not _is_installed(type(obj)):
-            self.by_own_reduction.append(obj)  # its constructor is called with `args`, which may not be what it takes
+        if type(obj).__module__ != "builtins":
+            self._unproven.append(obj)  # its constructor is called with `args`, which may not be what it takes
         reduced = obj.__reduce_ex__(5)
-        if obj.__cause__ is None or not isinstance(reduced, tuple) or len(reduced) > 3:
-            return NotImplemented
+        is_usual = isinstance(reduced, tuple) and len(reduced) <= 3
+        if not is_usual or (obj.__cause__ is None and not obj.__suppress_context__):
+            return reduced
         made_from, state = reduced[:2], reduced[2] if len(reduced) == 3 else None
-        return *made_from, (state, obj.__cause__), None, None, _fill_exception
+        return *made_from, (state, obj.__cause__, obj.__suppress_context__), None, None, _fill_exception
 
     def _is_live(self, cls: type) -> bool:
         return cls.__module__ == "__main__" and _find(self._namespace, cls.__qualname__) is cls
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads what `Pickler` wrote. The bytes must have been authenticated before they come here."""
+    """Reads what `pickled` wrote. The bytes must have been authenticated before they come here."""
 
-    def __init__(self, file: io.BytesIO, *, resolve: Callable[[Any], object] | None = None, buffers: Any = None) -> None:
-        super().__init__(file, buffers=buffers)
+    def __init__(self, stream: bytes, *, resolve: Callable[[Key], object] | None = None, buffers: Any = None) -> None:
+        super().__init__(io.BytesIO(stream), buffers=buffers)
         self._resolve = resolve
 
     def persistent_load(self, pid: Any) -> object:
-        kind, *rest = pid
-        if kind == _NAMESPACE:
+        if pid == _NAMESPACE:
             return main_namespace()
-        if kind == _MODULE:
-            __import__(rest[0])
-            return sys.modules[rest[0]]
-        if kind == _OTHER and self._resolve is not None:
-            return self._resolve(rest[0])
+        if isinstance(pid, int):
+            module, name = _SINGLES[pid]
+            return getattr(importlib.import_module(module), name)
+        if self._resolve is not None:
+            return self._resolve(pid)
         raise pickle.UnpicklingError(f"unknown reference {pid!r}")
 
 
-def dumps(value: object, *, copied: Callable[[type], bool] = lambda _cls: False) -> bytes:
+_NAMESPACE = -1
+
+
+def _singles() -> dict[int, int]:
+    modules = ((number, sys.modules.get(module), name) for number, (module, name) in enumerate(_SINGLES))
+    return {id(getattr(module, name)): number for number, module, name in modules if module is not None}
+
+
+def class_at(_key: str) -> type:
+    """Stands for a live class in a pickle that is read in the process that wrote it; its reader has the table."""
+    raise pickle.UnpicklingError("a class of another process")
+
+
+def dumps(value: object, *, copied: Callable[[Any], bool] = lambda _: False) -> bytes:
     """`value` as one pickle. Raises whatever its own pickling raises."""
-    file = io.BytesIO()
-    Pickler(file, copied=copied).dump(value)
-    return file.getvalue()
+    return pickled(value, copied=copied).stream
 
 
 def loads(data: bytes) -> Any:
     """The value that `dumps` was given."""
-    return Unpickler(io.BytesIO(data)).load()
+    return Unpickler(data).load()
 
 
 def _find(namespace: dict[str, Any], qualname: str) -> Any:
@@ -151,6 +295,20 @@ def _live_class(qualname: str, copy: bytes) -> type:
     return live if isinstance(live, type) else loads(copy)
 
 
+def _live_function(name: str, copy: bytes) -> types.FunctionType:
+    """The notebook's function of that name, if it is still the one that was stored."""
+    live, stored = main_namespace().get(name), loads(copy)
+    if isinstance(live, types.FunctionType) and _code(live.__code__) == _code(stored.__code__):
+        return live
+    return stored  # type: ignore[no-any-return]
+
+
+def _code(code: types.CodeType) -> types.CodeType:
+    """Code without where it stands."""
+    constants = tuple(_code(held) if isinstance(held, types.CodeType) else held for held in code.co_consts)
+    return code.replace(co_consts=constants, co_filename="", co_firstlineno=1, co_linetable=b"")
+
+
 def _reduce_function(fn: types.FunctionType) -> Any:
     # from 3.14 annotations are code, which is run when they are asked for, and may fail until then
     annotations = "__annotate__" if getattr(fn, "__annotate__", None) is not None else "__annotations__"
@@ -163,18 +321,36 @@ def _reduce_function(fn: types.FunctionType) -> Any:
         "__module__": fn.__module__,
         annotations: getattr(fn, annotations),
     }
-    # The source goes along: without it the function would be another one to whoever compares code.
+    # File and source go along: without them the function would be another one to whoever compares code, and its tracebacks
+    # would show another's lines.
     filename = fn.__code__.co_filename
     source = "" if Path(filename).exists() else "".join(linecache.getlines(filename))
-    made_from = (fn.__code__, fn.__globals__, fn.__closure__, source)
+    made_from = (fn.__code__, fn.__globals__, fn.__closure__, source, filename)
     return _bare_function, made_from, (attributes, fn.__dict__), None, None, _fill_function
 
 
-def _bare_function(code: types.CodeType, namespace: dict[str, Any], closure: Any, source: str = "") -> types.FunctionType:
+def _bare_function(
+    code: types.CodeType, namespace: dict[str, Any], closure: Any, source: str = "", filename: str = ""
+) -> types.FunctionType:
     namespace.setdefault("__builtins__", builtins)
-    if source and code.co_filename not in linecache.cache:
-        linecache.cache[code.co_filename] = (len(source), None, source.splitlines(keepends=True), code.co_filename)
-    return types.FunctionType(code, namespace, None, None, closure)
+    if source:
+        filename = _file_of(source) or filename
+        if filename not in linecache.cache:
+            linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    return types.FunctionType(_in_file(code, filename or code.co_filename), namespace, None, None, closure)
+
+
+def _file_of(source: str) -> str:
+    """The name under which this kernel has that very source already, as of a cell; '' where it hasn't."""
+    for filename, entry in tuple(linecache.cache.items()):
+        if len(entry) == 4 and entry[0] == len(source) and "".join(entry[2]) == source:
+            return filename
+    return ""
+
+
+def _in_file(code: types.CodeType, filename: str) -> types.CodeType:
+    constants = tuple(_in_file(held, filename) if isinstance(held, types.CodeType) else held for held in code.co_consts)
+    return code.replace(co_filename=filename, co_consts=constants)
 
 
 def _fill_function(fn: types.FunctionType, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -201,7 +377,7 @@ def _fill_cell(cell: types.CellType, content: tuple[Any]) -> None:
 def _reduce_cached(cached: Any) -> Any:
     """A function under lru_cache; stock pickle knows it by its name only, which nothing may define in the next kernel."""
     wrapped = cached.__wrapped__
-    if _is_installed(wrapped) or not isinstance(wrapped, types.FunctionType):
+    if is_installed(wrapped) or not isinstance(wrapped, types.FunctionType):
         return NotImplemented
     if cached.cache_info().currsize:
         raise pickle.PicklingError("what functools.lru_cache remembers can't be stored")
@@ -260,12 +436,21 @@ _REDUCERS: dict[type, Callable[[Any], Any]] = {
     type(_empty.items()): _reduce_view,
     memoryview: _reduce_memoryview,
     types.CoroutineType: _reduce_coroutine,
+    typing.NewType: lambda obj: (typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)),
 }
+
+
+_OWNED_BYTES = 1 << 16
+"""Arrays up to this size come back owning their memory, as most do; larger ones lie in a buffer of the file."""
 
 
 def _reduce_array(obj: Any) -> Any:
     """numpy's own pickle, but for what it loses: that an array without one plain buffer is read-only, and what is in a file."""
     numpy: Any = sys.modules["numpy"]
+    is_small = type(obj) is numpy.ndarray and obj.flags.owndata and obj.nbytes <= _OWNED_BYTES
+    if is_small and obj.dtype.isnative and not obj.dtype.hasobject:
+        reduced = obj.__reduce__()
+        return reduced if obj.flags.writeable else (_read_only, (_Owned(reduced),))
     if type(obj) is numpy.memmap and obj._mmap is not None and obj.mode != "c" and obj.flags.writeable:
         raise TypeError("cannot pickle a writable 'memmap' object")
     if type(obj) not in (numpy.ndarray, numpy.memmap) or obj.flags.writeable:
@@ -274,32 +459,69 @@ def _reduce_array(obj: Any) -> Any:
     return NotImplemented if plain else (_read_only, (obj.copy(order="A"),))
 
 
+class _Owned:
+    """An array as part of a pickle."""
+
+    def __init__(self, reduced: Any) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
 def _read_only(array: Any) -> Any:
     array.flags.writeable = False
     return array
 
 
-def _fill_exception(error: BaseException, content: tuple[Any, BaseException]) -> None:
-    state, error.__cause__ = content
+def _fill_exception(error: BaseException, content: tuple[Any, BaseException | None, bool]) -> None:
+    state, error.__cause__, error.__suppress_context__ = content
     if state:
         vars(error).update(state)
 
 
-def _with_slots(cls: type, reduced: Any, *, anew: bool = False) -> Any:
-    """cloudpickle makes classes again without `__qualname__` and `__slots__`: instances would get a `__dict__`. And where the
-    class still lives it writes into that one, unless there is no id to know it by (`anew`), as a class statement makes a new
-    class."""  # fmt: skip
+def _is_usual_dict(kind: Any) -> bool:
+    """Is it a class that Python code derives from dict, leaving to pickle how its instances are pickled?"""
+    ways = ("__reduce_ex__", "__reduce__", "__getstate__")
+    is_usual = all(getattr(kind, way, None) is getattr(object, way, None) for way in ways)
+    return is_usual and bool(kind.__flags__ & _HEAPTYPE and kind.__dictoffset__)
+
+
+def _reduce_dict(obj: Any) -> Any:
+    """A dict of a class of its own, with attributes: those that a `__setstate__` would forget, or all of its items, where it is
+    its own `__dict__`, which pickle would make a separate one."""  # fmt: skip
+    own = vars(obj)
+    return _new, (type(obj),), True if own is obj else own, None, iter(dict(obj).items()), _fill_dict
+
+
+def _new(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _fill_dict(obj: Any, own: Any) -> None:
+    if own is True:
+        obj.__dict__ = obj
+    else:
+        vars(obj).update(own)
+
+
+def _faithful(cls: type, reduced: Any, *, anew: bool = False) -> Any:
+    """cloudpickle makes classes again without `__qualname__` and `__slots__`: instances would get a `__dict__`; and with their
+    attributes sorted by name. And where the class still lives it writes into that one, unless there is no id to know it by
+    (`anew`), as a class statement makes a new class."""  # fmt: skip
     if not isinstance(reduced, tuple) or not reduced[0].__name__.startswith("_make_skeleton"):
         return reduced
-    make, (*arguments, tracked, extra), *more = reduced
+    make, (*arguments, tracked, extra), (attributes, slot_state), *more = reduced
+    places = {name: place for place, name in enumerate(vars(cls))}
+    attributes = dict(sorted(attributes.items(), key=lambda item: places.get(item[0], -1)))
     slots = vars(cls).get("__slots__")
     if isinstance(arguments[-1], dict) and not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
         more_slots = {} if slots is None else {"__slots__": slots}
         arguments[-1] = {**arguments[-1], "__qualname__": cls.__qualname__, **more_slots}
-    return make, (*arguments, None if anew else tracked, extra), *more
+    return make, (*arguments, None if anew else tracked, extra), (attributes, slot_state), *more
 
 
-def _is_installed(kind: Any) -> bool:
+def is_installed(kind: Any) -> bool:
     """Does a class, or function, come with Python or an installed package?"""
     module = sys.modules.get(getattr(kind, "__module__", None) or "__main__")
     filename = getattr(module, "__file__", None)
@@ -309,22 +531,59 @@ def _is_installed(kind: Any) -> bool:
 
 
 _STDLIB = str(Path(os.__file__).parent) + os.sep
-_REDUCTION = {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"}
+_HOOKS = {
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"),
+    *("__new__", "__getattr__", "__getattribute__", "__setattr__", "__hash__", "__dict__"),
+}
+"""What in a class can make an instance come back otherwise. Hashes are asked for while what they hash isn't there yet."""
+_TRUSTED = {
+    *("builtins", "datetime", "decimal", "_decimal", "fractions", "uuid", "pathlib", "collections", "re", "zoneinfo", "enum"),
+    *("pyarrow", "polars", "functools", "operator", "_operator", "array", "time", "ipaddress", "string", "types"),
+}
 
 
-def _reduces_itself(kind: type) -> bool:
-    """Is there code of the user's own in how an instance is pickled?"""
-    known = _own_reductions.get(kind)
+def is_proven(kind: type) -> bool:
+    """Do instances come back as they are, if what they hold does? Known of kinds of Python and of plain classes."""
+    known = _proven.get(kind)
     if known is None:
-        own = [base for base in kind.__mro__ if not _is_installed(base)]
-        ways = [way for base in own for name, way in vars(base).items() if name in _REDUCTION]
-        known = bool(own) and (kind in copyreg.dispatch_table or not all(_is_installed(way) for way in ways))
-        _own_reductions[kind] = known
+        if kind.__module__.partition(".")[0] in _TRUSTED and is_installed(kind):
+            known = True
+        elif kind.__module__.startswith(("numpy", "pandas")):
+            known = _is_data(kind)
+        elif isinstance(kind, enum.EnumMeta):
+            known = True
+        else:
+            is_usual = type(kind) in (type, abc.ABCMeta) and kind not in copyreg.dispatch_table
+            known = is_usual and all(map(_is_plain, kind.__mro__[:-1]))  # but for object
+        _proven[kind] = known
     return known
 
 
-_own_reductions: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_FILES = (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO)
+def _is_data(kind: type) -> bool:
+    """Numbers, arrays, columns and what describes them, of numpy and pandas."""
+    numpy: Any = sys.modules["numpy"]
+    known = [numpy.generic, numpy.dtype, numpy.ufunc, numpy.random.Generator, numpy.random.RandomState]
+    known += [numpy.random.BitGenerator, numpy.random.SeedSequence]
+    pandas: Any = sys.modules.get("pandas")
+    if pandas is not None:
+        known += [pandas.api.extensions.ExtensionArray, pandas.api.extensions.ExtensionDtype, pandas.Flags]
+    return issubclass(kind, tuple(known)) or kind.__module__.startswith(("pandas._libs", "pandas.core.internals"))
+
+
+def _is_plain(base: Any) -> bool:
+    hooks = [way for name, way in vars(base).items() if name in _HOOKS and way is not None]
+    own = [way for way in hooks if not isinstance(way, types.GetSetDescriptorType)]  # that of `__dict__` is everybody's
+    return bool(base.__flags__ & _HEAPTYPE) and not own
+
+
+_HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
+_proven: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _reduce_file(file: Any) -> Any:
+    if not file.closed:
+        raise TypeError(f"cannot pickle an open file ({file.name!r})")  # cloudpickle would make it a StringIO
+    return _closed_file, (type(file).__name__, file.name, file.mode, getattr(file, "encoding", None))
 
 
 def _closed_file(kind: str, name: Any, mode: str, encoding: str | None) -> Any:
@@ -343,4 +602,17 @@ def _closed_file(kind: str, name: Any, mode: str, encoding: str | None) -> Any:
     return file
 
 
-__all__ = ["Pickler", "Reference", "Unpickler", "dumps", "loads", "main_namespace"]
+_REDUCERS |= dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO), _reduce_file)
+
+__all__ = [
+    "Key",
+    "Pickled",
+    "References",
+    "Unpickler",
+    "class_at",
+    "dumps",
+    "is_installed",
+    "loads",
+    "main_namespace",
+    "pickled",
+]

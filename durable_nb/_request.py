@@ -106,7 +106,8 @@ def said(label: str) -> str:
 
 
 def packed_changes(asked: Request, given: set[str], value: Any) -> bytes | None:
-    """The arguments that the body has changed, to be changed again when the step is restored; None where that can't be."""
+    """The arguments that the body has changed, to be changed again when the step is restored, and which of its inputs it
+    returned. None where there is nothing of both, or where it can't be done again."""  # fmt: skip
     if asked.shared:  # whose change is whose can't be told
         return None
     try:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from durable_nb._cellcache.entries import CHECKED_BYTES, MAPPED_BYTES, Entries, Result
 from durable_nb._cellcache.world import World
 from durable_nb._codec import Seal
+from durable_nb._pickling import NO_REFERENCES, References
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 SEAL = Seal(b"k" * 32)
@@ -28,7 +29,7 @@ def entries(tmp_path):
     return Entries(tmp_path / "cells", SEAL)
 
 
-def keep(entries, values, *, scope="cell", key="key", outputs=b"", deleted=(), reference=lambda _: None):
+def keep(entries, values, *, scope="cell", key="key", outputs=b"", deleted=(), references=NO_REFERENCES):
     result = Result(values, World(), list(deleted), outputs, 1 if outputs else 0, 1.5)
     return entries.store(
         scope,
@@ -38,8 +39,7 @@ def keep(entries, values, *, scope="cell", key="key", outputs=b"", deleted=(), r
         components={"code": "c"},
         versions={"numpy": "2"},
         created_at=1.0,
-        reference=reference,
-        copied=lambda _: False,
+        references=references,
     )
 
 
@@ -186,7 +186,7 @@ def test_bytes_and_bytearrays_of_every_size_come_back(entries):
 
 def test_references_are_stored_as_their_names(entries):
     live = [1, 2, 3]
-    keep(entries, {"x": {"holds": live}}, reference=lambda obj: "live" if obj is live else None)
+    keep(entries, {"x": {"holds": live}}, references=References({id(live): "live"}))
     assert entry(entries).values({"live": live}.__getitem__)["x"]["holds"] is live
 
 
@@ -353,16 +353,25 @@ def test_an_entry_moved_to_another_key_is_refused(entries):
 
 
 def test_an_entry_of_another_signing_key_is_refused_and_not_unpickled(tmp_path):
+    unpickled = []
+
     class Bomb:
         def __reduce__(self):
-            return os.abort, ()
+            return _Bomb, ()
+
+    class _Bomb(Bomb):
+        def __new__(cls):
+            unpickled.append(cls)
+            return object.__new__(Bomb)
 
     stranger = Entries(tmp_path, Seal(b"s" * 32))
     keep(stranger, {"x": Bomb()})
+    unpickled.clear()
     mine = Entries(tmp_path, SEAL)
     with pytest.raises(UntrustedStoreError, match="another key"):
         list(mine.of_key("cell", "key"))
     assert list(mine.manifests("cell")) == []
+    assert unpickled == []
 
 
 @pytest.mark.parametrize("change", [{"FORMAT": 9}, {"Manifest": int}], ids=["a newer format", "a manifest of another shape"])

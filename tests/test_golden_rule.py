@@ -133,12 +133,11 @@ def test_an_earlier_object_is_changed_for_all_who_hold_it(home, before, body, lo
 
 def test_an_object_of_which_not_all_can_be_told_keeps_the_cell_from_being_stored(home):
     """It runs again instead."""
-    before = "class S:\n    __slots__ = ('x',)\n    def __init__(self): self.x = 1\ns = S()"
     for _ in range(2):
         home.restart()
-        home.run(before)
-        assert runs(home, "%%durable slots\ns.x += 1")
-        assert home.value("s.x") == 2
+        home.run("import array\ns = array.array('i', [1])")
+        assert runs(home, "%%durable in_c\ns.append(2)")
+        assert home.value("list(s)") == [1, 2]
 
 
 def test_a_name_bound_to_an_equal_object_is_restored_whatever_it_held_before(home):
@@ -267,7 +266,7 @@ def test_what_is_imported_comes_back_from_its_module(home):
 
 
 def test_arrays_that_share_memory_keep_sharing_it(home):
-    """Or the cell runs again: a view must not come back as a copy."""
+    """A view must not come back as a copy."""
     cells = ("%%durable view\na = np.arange(10.)\nb = a[2:5]", "%%durable row\nfirst = grid[0]")
     for _ in range(2):
         home.restart()
@@ -527,11 +526,10 @@ REFUSED = {
     "a context variable": ("import contextvars\nv = contextvars.ContextVar('v')", "t = v.set(1)\ndel t", "it sets the context variable v"),
     "loggers": ("import logging", "logging.getLogger().setLevel(10)", "it changes loggers"),
     "what a cached function remembers": ("", "import functools\n@functools.lru_cache\ndef f(x): return [x]\na = f(1)", "f (_lru_cache_wrapper) can't be pickled"),
-    "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a A does not come back whole"),
-    "a reduction that lies": ("class A:\n    def __reduce__(self): return int, (5,)", "a = A()", "a A does not come back whole"),
-    "an error that can't be made again": ("class E(Exception):\n    def __init__(self, a, b): super().__init__(a)", "e = E(1, 2)", "a E does not come back whole"),
+    "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a (A) holds a A, which does not come back whole"),
+    "a reduction that lies": ("class A:\n    def __reduce__(self): return int, (5,)", "a = A()", "a (A) holds a A, which does not come back whole"),
+    "an error that can't be made again": ("class E(Exception):\n    def __init__(self, a, b): super().__init__(a)", "e = E(1, 2)", "e (E) holds a E, which does not come back whole"),
     "a memoryview": ("", "m = memoryview(bytearray(b'abc'))", "m (memoryview) can't be pickled"),
-    "an array in a frame": ("import numpy as np, pandas as pd", "a = np.arange(4.0)\nd = pd.DataFrame({'a': a}, copy=False)", "a shares its memory with another array or frame; .copy() gives it its own"),
 }  # fmt: skip
 """Before, body, why it is not stored."""
 

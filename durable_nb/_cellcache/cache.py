@@ -10,33 +10,34 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import io
 import re
 import secrets
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
-from durable_nb._cellcache.entries import DriftError, Entries, Entry, Manifest, Result
+from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
 from durable_nb._cellcache.keys import CellKey, Terms, changes, globals_held, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.patches import (
-    Links,
     attributes_set,
+    digest_if_told,
     imported_by,
+    links,
     patches_for,
     resolver,
-    shares_memory,
     submodules_imported_by,
 )
 from durable_nb._cellcache.world import CellWatch, mentioned_paths, name_digest, set_generator
 from durable_nb._clock import say_duration
-from durable_nb._patches import UnpatchableError, fits, put
-from durable_nb._pickling import Pickler
+from durable_nb._memory import InseparableError
+from durable_nb._patches import Standing, UnpatchableError, fits, put
+from durable_nb._pickling import References
+from durable_nb._readback import DriftError, pickled
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 _RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
@@ -136,6 +137,7 @@ class Before:
     elsewhere: dict[tuple[str, str], Any]
     """What the globals of modules held that helpers may bind."""
     watch: CellWatch
+    standing: Standing
     notes: explain.Notes
 
 
@@ -232,7 +234,8 @@ class CellCache:
         """Remember what the cell starts from; watch it with `watching(before.watch)` while it runs."""
         inputs = {name: namespace[name] for name in code.names.read if name in namespace}
         watch = CellWatch(mentioned_paths(code.tree, inputs), self._own, key.words)
-        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, notes)
+        standing = Standing(key.places.values(), digest_if_told)
+        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, standing, notes)
 
     def save(self, before: Before, after: After) -> Stored | NotStored:
         """Put away what the cell left behind; on disk when this returns Stored."""
@@ -284,7 +287,7 @@ class _Saving:
         except Exception as error:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:
-            patches = patches_for(self.changed, key.places)
+            patches = patches_for(self.changed, key.places, self.before.standing, held)
         except UnpatchableError as error:
             problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
@@ -292,9 +295,6 @@ class _Saving:
         problems += [*key.sets, *self.after.problems]
         if problems:
             return self._not(problems[0])
-        view = shares_memory(bound, key.places)
-        if view:
-            return self._not(f"{view} shares its memory with another array or frame; .copy() gives it its own")
         values = {
             **bound,
             _RESULTS: self.after.results,
@@ -303,11 +303,11 @@ class _Saving:
             _MODULES: submodules_imported_by(code.tree),
             _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.before.elsewhere.get(place)},
         }
-        links = Links(key.places, {n: held[n] for n in names.read if n in held}, imported_by(code.tree, bound))
+        earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported_by(code.tree, bound))
         result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
-        return self._write(result, links, bound.values())
+        return self._write(result, earlier, {id(value) for value in bound.values()})
 
-    def _write(self, result: Result, links: Links, bound: Iterable[Any]) -> Stored | NotStored:
+    def _write(self, result: Result, earlier: References, bound: set[int]) -> Stored | NotStored:
         code, key = self.before.code, self.before.key
         try:
             manifest = self.entries.store(
@@ -318,41 +318,37 @@ class _Saving:
                 components=key.components,
                 versions=key.versions,
                 created_at=time.time(),
-                reference=links.reference,
-                copied=lambda cls: any(cls is value for value in bound),
-                resolve=resolver(key.places, self.before.held),
+                references=earlier,
+                copied=lambda defined: id(defined) in bound,
                 notes=explain.encode(self.before.notes),
             )
         except OSError as error:
             return self._not(f"the store can't be written ({error.strerror})")
-        except UnpatchableError as error:
-            return self._not(f"it binds {error}")
-        except DriftError as error:
-            return self._not(f"a {error} does not come back whole from its own pickle")
+        except InseparableError as error:
+            return self._not(f"it binds {error}; .copy() gives it memory of its own")
         except Exception as error:
-            return self._not(_unpicklable(result.values, links, error))
+            return self._not(_unpicklable(result.values, earlier, error))
         return Stored(manifest, tuple(self.changed))
 
     def _not(self, why: str) -> NotStored:
         return NotStored(why, tuple(self.changed))
 
 
-def _unpicklable(values: dict[str, Any], links: Links, error: Exception) -> str:
+def _unpicklable(values: dict[str, Any], earlier: References, error: Exception) -> str:
     """Names the variable that is to blame."""
     for name, value in values.items():
-        if not _is_picklable(value, links):
+        try:
+            pickled(value, earlier, apart=True)
+        except Exception as own:
             named = name.isidentifier()
-            what = f"{name} ({type(value).__name__})" if named else "the displayed value"
+            unnamed = "what it changes in place" if name == _PATCHES else "the displayed value"
+            what = f"{name} ({type(value).__name__})" if named else unnamed
+            if isinstance(own, DriftError):
+                return f"{what} holds a {own}, which does not come back whole from its own pickle"
             if inspect.iscoroutine(value):
                 return f"{what} can't be pickled: 'await' is missing before what made it"
             kept = "its steps are kept: put what costs time or money into durable.run(...)"
             return f"{what} can't be pickled; {kept}" + (f", or leave it out with --skip {name}" if named else "")
+    if isinstance(error, DriftError):
+        return f"a {error} does not come back whole from its own pickle"
     return f"its variables can't be pickled together ({type(error).__name__}: {error})"
-
-
-def _is_picklable(value: Any, links: Links) -> bool:
-    try:
-        Pickler(io.BytesIO(), reference=links.reference, buffer_callback=lambda _: False).dump(value)
-    except Exception:
-        return False
-    return True

@@ -18,7 +18,6 @@ import io
 import itertools
 import mmap
 import os
-import pickle
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +31,8 @@ import xxhash
 from durable_nb._cellcache.world import World
 from durable_nb._codec import Seal
 from durable_nb._files import write_file
-from durable_nb._fingerprint import Fingerprinter
-from durable_nb._pickling import Pickler, Reference, Unpickler
+from durable_nb._pickling import NO_REFERENCES, References, Unpickler
+from durable_nb._readback import pickled
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 FORMAT = 2
@@ -145,16 +144,14 @@ class Entries:
         components: dict[str, str],
         versions: dict[str, str],
         created_at: float,
-        reference: Reference,
-        copied: Callable[[type], bool],
-        resolve: Callable[[Any], object] | None = None,
+        references: References = NO_REFERENCES,
+        copied: Callable[[Any], bool] = lambda _: False,
         notes: bytes = b"",
     ) -> Manifest:
-        """Write the entry; it is on disk when this returns. Raises what pickling raises, and OSError; and, where `resolve`
-        is given to read the values again, DriftError if one that pickles itself in its own way comes back as another."""
-        stream, raw, own = _pickle(result.values, reference, copied)
-        if own and resolve is not None:
-            _compare(result.values, reference, resolve, own)
+        """Write the entry; its bytes are on disk when this returns. Raises what pickling raises, OSError, DriftError where a
+        value comes back as another one, InseparableError where arrays share memory in a way that can't be stored. `copied`:
+        the classes and functions that the cell defines."""
+        stream, raw, *_ = pickled(result.values, references, copied=copied, apart=True)
         buffers: list[Buffer] = []
         offset = 0
         for buffer in raw:
@@ -182,7 +179,8 @@ class Entries:
         )
         path = self._folder / scope / manifest.file
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_file(path, self._parts(manifest, stream, result.outputs, raw, notes))
+        # Without its name, after a power cut, the cell runs again, and its steps are restored.
+        write_file(path, self._parts(manifest, stream, result.outputs, raw, notes), lasting=False)
         return manifest
 
     def _parts(
@@ -353,54 +351,8 @@ class Entry:
 
     def values(self, resolve: Callable[[Any], object]) -> dict[str, Any]:
         """The values by name, references given to `resolve`. Raises whatever unpickling raises."""
-        values: dict[str, Any] = Unpickler(io.BytesIO(self._stream), resolve=resolve, buffers=self._buffers).load()
+        values: dict[str, Any] = Unpickler(self._stream, resolve=resolve, buffers=self._buffers).load()
         return values
-
-
-class DriftError(Exception):
-    """A value comes back as another one from its pickle."""
-
-
-def _compare(values: dict[str, Any], reference: Reference, resolve: Callable[[Any], object], own: list[Any]) -> None:
-    """What is read again must have the digest that `values` have, with all that instances hold. Classes stay the live ones:
-    cloudpickle would write into them."""  # fmt: skip
-    classes: dict[str, type] = {}
-
-    def refer(obj: object) -> Any:
-        if isinstance(obj, type) and obj.__module__ == "__main__":
-            classes[f"<{id(obj)}>"] = obj
-            return f"<{id(obj)}>"
-        return reference(obj)
-
-    try:
-        stream, raw, _ = _pickle(values, refer, lambda _cls: False)
-        again = Unpickler(io.BytesIO(stream), resolve=lambda key: classes.get(key) or resolve(key), buffers=raw).load()
-        same = _digest_of_all(values) == _digest_of_all(again)
-    except Exception as error:
-        raise DriftError(type(own[0]).__name__) from error
-    if not same:
-        raise DriftError(type(own[0]).__name__)
-
-
-def _digest_of_all(values: dict[str, Any]) -> str:
-    found = Fingerprinter()
-    found.add_value("values", values)
-    return found.result().digest
-
-
-def _pickle(
-    values: dict[str, Any], reference: Reference, copied: Callable[[type], bool]
-) -> tuple[bytes, list[memoryview], list[Any]]:
-    buffers: list[memoryview] = []
-    file = io.BytesIO()
-
-    def out_of_band(buffer: pickle.PickleBuffer) -> bool:
-        buffers.append(buffer.raw())
-        return False
-
-    pickler = Pickler(file, reference=reference, copied=copied, buffer_callback=out_of_band)
-    pickler.dump(values)
-    return file.getvalue(), buffers, pickler.by_own_reduction
 
 
 def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer], checked: int | None) -> list[Any]:

@@ -12,51 +12,50 @@ import functools
 import importlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from durable_nb._fingerprint._arrays import byte_bounds
-from durable_nb._patches import Patch, Place, UnpatchableError, content_of
+from durable_nb._fingerprint import of_value
+from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of
+from durable_nb._pickling import References
 
 
-def patches_for(labels: list[str], places: Mapping[Place, Any]) -> list[Patch]:
+def patches_for(labels: list[str], places: Mapping[Place, Any], standing: Standing, names: Mapping[str, Any]) -> list[Patch]:
     """The new contents of all objects in the changed components; UnpatchableError, naming the component, where one can't be
-    told."""  # fmt: skip
+    told. `names`: the inputs by name; `standing`: how the objects were before."""  # fmt: skip
     found: list[Patch] = []
     for label in labels:
+        if label == "aliases":
+            continue
+        kind, _, name = label.partition(" ")
         objects = [obj for (component, _), obj in places.items() if component == label]
-        if label != "aliases" and not (objects and label.startswith("global ")):
+        if kind != "global" or not (objects or name in names):
             raise UnpatchableError(label)
-        for obj in objects:
+        for obj in objects or [names[name]]:
             try:
-                found.append((obj, content_of(obj)))
+                found.append((obj, content_of(obj, standing)))
             except UnpatchableError as error:
-                raise UnpatchableError(label) from error
+                if not standing.is_unchanged(obj):
+                    raise UnpatchableError(label) from error
     return found
 
 
-class Links:
-    """Which objects of earlier cells a stored value refers to, instead of holding them."""
+def digest_if_told(obj: Any) -> str:
+    """The digest of an object; '' where its content isn't all told."""
+    found = of_value(obj)
+    return "" if found.opaque else found.digest
 
-    def __init__(self, places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str]) -> None:
-        """`names`: inputs whose objects have no place, such as functions; they are referred to by name. `imported`: by id, what
-        the cell took out of modules; it is taken from there again, as `module:name`."""  # fmt: skip
-        self._places: dict[int, Any] = {id(obj): name for name, obj in names.items() if isinstance(obj, _NAMED)}
-        self._places |= imported
-        self._places |= {id(obj): place for place, obj in reversed(list(places.items()))}
-        self._keep = places, names  # ids hold only while their objects live
 
-    def reference(self, obj: Any) -> Any:
-        """The place or name of an earlier object; UnpatchableError for an array that is a view of one."""
-        place = self._places.get(id(obj))
-        if place is not None:
-            return place
-        base = getattr(obj, "base", None) if type(obj).__name__ == "ndarray" else None
-        while base is not None:
-            if id(base) in self._places:
-                raise UnpatchableError("an array that shares memory with an earlier one")
-            base = getattr(base, "base", None)
-        return None
+def links(places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str]) -> References:
+    """Which objects of earlier cells a stored value refers to, instead of holding them. `names`: inputs whose objects have no
+    place, such as functions; they are referred to by name. `imported`: by id, what the cell took out of modules; it is taken
+    from there again, as `module:name`."""  # fmt: skip
+    pandas: Any = sys.modules.get("pandas")
+    named = _NAMED if pandas is None else (*_NAMED, pandas.Index)
+    keys: dict[int, Any] = {id(obj): name for name, obj in names.items() if isinstance(obj, named)}
+    keys |= imported
+    keys |= {id(obj): place for place, obj in reversed(list(places.items()))}
+    return References(keys, places.values(), resolver(places, names))
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
@@ -105,69 +104,12 @@ def submodules_imported_by(tree: ast.Module) -> list[str]:
     return sorted({name for name in aliases if "." in name and name in sys.modules})
 
 
-def shares_memory(values: Mapping[str, Any], places: Mapping[Place, Any]) -> str:
-    """The name of an array that is a view of another one's memory: each would come back with memory of its own. '' for none.
-
-    Of a frame and an array, where the array may be written to. That frames share memory can't be seen (copy on write).
-    """
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is None:
-        return ""
-    pandas: Any = sys.modules.get("pandas")
-    frames: dict[int, tuple[str, Any]] = {}
-    arrays: dict[int, tuple[str, Any]] = {id(a): ("", a) for a in places.values() if type(a) is numpy.ndarray}
-    if pandas is not None:
-        frames = {id(f): ("", f) for f in places.values() if isinstance(f, (pandas.DataFrame, pandas.Series))}
-    waiting = [(name, value) for name, value in values.items()]
-    seen: set[int] = set()
-    while waiting:
-        name, value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, numpy.ndarray):
-            arrays.setdefault(id(value), (name, value))
-        elif pandas is not None and isinstance(value, (pandas.DataFrame, pandas.Series)):
-            frames.setdefault(id(value), (name, value))
-        elif type(value) in (list, tuple, set):
-            waiting += [(name, inner) for inner in value]
-        elif type(value) is dict:
-            waiting += [(name, inner) for inner in value.values()]
-        elif type(value).__module__ == "__main__" and hasattr(value, "__dict__") and not isinstance(value, type):
-            waiting += [(name, inner) for inner in vars(value).values()]
-    spans = _spans(arrays.values())
-    reach, holder = 0, ""
-    for start, end, name in spans:
-        if start < reach and (name or holder):
-            return name or holder
-        if end > reach:
-            reach, holder = end, name
-    writable = _spans((name, array) for name, array in arrays.values() if array.flags.writeable)
-    columns = _spans((name, column) for name, frame in frames.values() for column in _columns(frame))
-    for start, end, name in writable if columns else ():
-        for first, last, other in columns:
-            if start < last and first < end and (name or other):
-                return name or other
-    return ""
-
-
-def _spans(arrays: Iterable[tuple[str, Any]]) -> list[tuple[int, int, str]]:
-    return sorted((*byte_bounds(array), name) for name, array in arrays if array.size and not array.dtype.hasobject)
-
-
-def _columns(frame: Any) -> list[Any]:
-    """The plain arrays that a frame consists of."""
-    blocks = [block.values for block in frame._mgr.blocks]
-    numpy = sys.modules["numpy"]
-    return [values for values in blocks if isinstance(values, numpy.ndarray)]
-
-
 def resolver(places: Mapping[Place, Any], names: Mapping[str, Any]) -> Any:
     """Gives the live object for what `Links` wrote."""
 
     def resolve(written: Any) -> Any:
         if not isinstance(written, str):
-            return places[tuple(written)]
+            return places[written]
         module, colon, name = written.partition(":")
         return getattr(importlib.import_module(module), name) if colon else names[written]
 

@@ -1,0 +1,151 @@
+"""What a cell stores of its values: after a hit they are what plain execution leaves, in identity and memory too."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+from twins import twins
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory):
+    with twins(tmp_path_factory.mktemp("sessions")) as started:
+        yield started
+
+
+@pytest.fixture
+def executed(sessions, tmp_path):
+    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
+    plainly = functools.cache(lambda *cells: sessions.run(cells, tmp_path))
+
+    def run(before, body, after=""):
+        plain = plainly(before, f"# plain\n{body}", after)
+        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
+        assert durable["state"] == plain["state"]
+        assert durable["shown"] == plain["shown"]
+        return durable["told"][-1]
+
+    return run
+
+
+NP, PD = "import numpy as np", "import numpy as np, pandas as pd"
+MEMORY = {
+    "a view": (NP, "a = np.arange(10.)\nb = a[2:8:2]\nr = a[::-1]", "b[:] = 0; r[0] = 7; l = a.tolist(), r.base is a, b.base is a"),
+    "a large view": (NP, "a = np.arange(500_000.)\nb = a.reshape(1000, 500)[3:7, ::5]", "b[:] = 0; l = a.sum()"),
+    "of an earlier array": (NP + "\ngrid = np.arange(12).reshape(3, 4)", "row, col, t = grid[1], grid[:, 2], grid.T", "row[:] = 0; col[:] = 9; t[0] = 5; l = grid.tolist()"),
+    "of an earlier view": (NP + "\na = np.arange(20)\nh = a[2:18:2]", "g = h[1:3]", "g[:] = -1; l = a.tolist()"),
+    "of an earlier array that changed": (NP + "\ngrid = np.arange(4)", "grid[0] = 9\nrow = grid[:2]", "row[1] = 7; l = grid.tolist()"),
+    "Fortran order": (NP, "f = np.asfortranarray(np.arange(6.).reshape(2, 3))\nv = f[:, 1]", "v[:] = 0; l = f.tolist(), f.flags.f_contiguous"),
+    "another dtype": (NP, "a = np.zeros(4)\nbits = a.view('u8')\nre = np.zeros(3, complex)\nim = re.imag", "bits[0] = 1; im[1] = 5; l = a.tolist(), re.tolist()"),
+    "a field": (NP, "rec = np.zeros(3, [('x', 'i4'), ('y', 'f8')])\nx = rec['x']", "x[:] = 4; l = rec.tolist()"),
+    "a displayed view": (NP + "\nA = np.arange(12).reshape(3, 4)", "A[1:3]", "_[0] = 9; l = A.tolist()"),
+    "a displayed view of a large array": (NP + "\nA = np.arange(300_000.).reshape(3, -1)", "A[1:3]", "_[0] = 9; l = A.sum()"),
+    "objects": (NP, "o = np.array([[1], 'b', None, {}], dtype=object)\np = o[1:3]", "p[0] = 'new'; l = o.tolist()"),
+    "two views of something gone": (NP, "a = np.arange(10)\nu, v = a[:6], a[4:]\ndel a", "u[5] = 99; l = v.tolist()"),
+    "a matrix": (NP, "m = np.matrix([[1, 2], [3, 4]])\nr = m[0]", "r[0, 0] = 9; l = m.tolist(), type(r).__name__"),
+    "read-only": (NP, "a = np.arange(4)\nb = a[1:]\nb.flags.writeable = False", "a[1] = 7; l = b.tolist(), b.flags.writeable"),
+    "of a read-only owner": (NP, "a = np.arange(4)\nb = a[1:]\na.flags.writeable = False", "b[0] = 7; l = a.tolist(), a.flags.writeable"),
+    "in odd containers": (NP + "\nimport collections, types", "a = np.arange(6)\no = collections.OrderedDict(v=a[1:])\nd = collections.defaultdict(list, v=a[2:])\nq = collections.deque([a[3:]])\nn = types.SimpleNamespace(v=a[4:])", "a[:] = 0; l = o['v'].tolist(), d['v'].tolist(), q[0].tolist(), n.v.tolist()"),
+    "in a library's object": ("import numpy as np\nfrom sklearn.utils import Bunch\ndata = Bunch(X=np.arange(6.))", "b = Bunch(d=np.arange(4.))\nv, w = b.d[1:], data.X[2:]", "v[:] = 0; w[:] = 0; l = b.d.tolist(), data.X.tolist()"),
+    "a frame's": (PD, "a = np.arange(4.0)\nd = pd.DataFrame({'a': a}, copy=False)", "a[0] = 9; l = d.a.tolist()"),
+    "of an earlier frame": (PD + "\nd = pd.DataFrame({'a': [1., 2.], 'b': [3., 4.]})", "v = d.to_numpy()", "d.loc[0, 'a'] = 9; l = v.tolist(), v.flags.writeable"),
+    "frames that share columns": (PD, "d = pd.DataFrame({'a': [1, 2], 's': ['x', 'y']})\ne = d.copy(deep=False)\nf = d.rename(columns={'a': 'z'})\ns = d['a']", "e.loc[0, 'a'] = 9; f.loc[1, 'z'] = 8; s[0] = 5; d.loc[0, 's'] = 'q'; l = d.to_dict('list'), e.to_dict('list'), f.to_dict('list'), s.tolist()"),
+    "an index out of a column": (PD, "d = pd.DataFrame({'a': [1, 2], 'b': [3, 4]})\ne = d.set_index('a', drop=False)\ni = pd.Index(d['a'])", "d.loc[0, 'a'] = 9; e.loc[1, 'a'] = 7; l = e.index.tolist(), i.tolist(), d.a.tolist()"),
+    "dates that frames share": (PD, "d = pd.DataFrame({'t': pd.to_datetime(['2027-01-01', None]), 'c': pd.Categorical(['x', 'y'])})\ne = d.copy(deep=False)", "e.loc[0, 't'] = pd.Timestamp('2020-01-01'); e.loc[0, 'c'] = 'y'; l = d.t.tolist(), d.c.tolist()"),
+}  # fmt: skip
+"""Before, body, after."""
+
+VALUES = {
+    "a NaN is the NaN": (NP + "\nimport math", "d = {np.nan: 1, math.nan: 2}\nq = [np.nan, float('nan')]\no = np.array([np.nan], dtype=object)", "l = d.get(np.nan), d.get(math.nan), q[0] is np.nan, q[1] is np.nan, o[0] is np.nan, np.nan in q"),
+    "a dict that is its own namespace": ("", "class Bunch(dict):\n    def __init__(self, **k):\n        super().__init__(**k)\n        self.__dict__ = self\nb = Bunch(x=1)", "b.y = 2; l = b['y'], b.x, b.__dict__ is b"),
+    "an array that owns its memory": (NP, "a = np.arange(4)\nb = a.view()\nc = a.copy()\nc.flags.writeable = False", "l = a.flags.owndata, b.flags.owndata, a.base, b.base is a, c.flags.owndata, c.flags.writeable"),
+    "a Bunch of scikit-learn": ("import numpy as np", "from sklearn.utils import Bunch\nb = Bunch(x=np.arange(3), y=[1])", "b.z = 2; l = b['z'], b.x.tolist()"),
+    "an error from None": ("", "try:\n    try: 1 / 0\n    except ZeroDivisionError: raise ValueError('v') from None\nexcept ValueError as e: keep = e", "l = keep.__suppress_context__, keep.__cause__, keep.args"),
+    "the order of class attributes": ("", "class C:\n    z = 1\n    def b(self): pass\n    a = 2\nc = C()", "l = [name for name in vars(C) if name[0] != '_']"),
+    "functions have sources of their own": ("", "def f(): return 1\ndef g(x):\n    return x / 0\nh = lambda: 3", "import inspect\nl = inspect.getsource(f), inspect.getsource(g), inspect.getsource(h)"),
+    "functions belong to their cell": ("", "def f(): return 1\nclass C:\n    def m(self): return 1 / 0", "names = get_ipython().compile._filename_map\nl = names[f.__code__.co_filename], names[C.m.__code__.co_filename]\ndel names"),
+    "a new type": ("", "from typing import NewType\nUser = NewType('User', int)\nu = User(3)", "l = User(4), User.__name__, User.__supertype__ is int"),
+    "an earlier function by name": ("def f(): return 1\ntable = {'f': f}", "g = table['f']\nh = [f, g]", "l = g is f, h[0] is f, h[1] is table['f']"),
+    "an estimator": ("from sklearn.linear_model import LinearRegression", "m = LinearRegression().fit([[0.], [1.]], [1., 3.])", "l = m.predict([[2.]]).round(6).tolist(), m.get_params()"),
+    "named tuples and enums": ("", "import collections, enum\nP = collections.namedtuple('P', 'x y')\np = P(1, [2])\nclass E(enum.Enum):\n    A = 1\ne = [E.A]", "l = p.x, type(p) is P, e[0] is E.A"),
+    "frozen dataclasses in a set": ("import dataclasses", "@dataclasses.dataclass(frozen=True)\nclass K:\n    a: int\ns = {K(1), K(2)}\nd = {K(3): [1]}", "l = K(1) in s, d[K(3)]"),
+}  # fmt: skip
+IRIS = "import numpy as np\nX = np.arange(20.).reshape(10, 2); y = np.arange(10) % 2\n"
+CHANGED = {
+    "a frame's index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index.name = 'k'\ndf.columns.name = 'c'", "l = ix.name, df.index.name, df.index is ix, df.columns.name"),
+    "an index replaced by one of another name": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index = df.index.rename('k')", "l = ix.name, df.index.name, df.index is ix"),
+    "a partial's arguments": ("import functools\np = functools.partial(dict, a=[1]); q = p", "p.keywords['b'] = 2\np.tag = 1", "l = q(), q.tag, q is p"),
+    "an index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "ix.name = 'k'", "l = ix.name, df.index.name, df.index is ix"),
+    "a series' index renamed": (PD + "\ns = pd.Series([1, 2], index=[3, 4]); ix = s.index", "s.index.name = 'k'\ns.name = 'n'", "l = ix.name, s.index is ix, s.name"),
+    "a frame around an earlier index": (PD + "\nix = pd.Index([1, 2], name='k')", "df = pd.DataFrame({'a': [1, 2]}, index=ix)", "l = df.index is ix"),
+    "a shape set": (NP + "\na = np.arange(6); b = a", "a.shape = 2, 3\na[0, 0] = 9", "l = a.tolist(), b is a, b.shape"),
+    "slots": ("class S:\n    __slots__ = ('x', 'y')\n    def __init__(self): self.x = 1\ns = S(); t = s", "s.x += 1\ns.y = [s]", "l = s.x, s.y[0] is s, t is s"),
+    "a list of one's own": ("class L(list):\n    pass\nx = L([1]); y = x", "x.append(2); x.tag = 'k'", "l = list(y), y.tag, y is x"),
+    "a dict of one's own": ("class D(dict):\n    __getattr__ = dict.get\nx = D(a=1); y = x", "x['b'] = [x]", "l = sorted(y), y.b[0] is x"),
+    "one with a state of its own": ("import threading\nclass A:\n    def __init__(self): self.n = 0; self.log = []\n    def __getstate__(self): return {'n': self.n}\n    def __setstate__(self, s): self.n, self.log = s['n'], []\na = A(); log = a.log", "a.n += 1\na.log.append(3)", "l = a.n, a.log, a.log is log"),
+    "a model is fitted": (IRIS + "from sklearn.linear_model import LogisticRegression\nm = LogisticRegression(); held = [m]", "m.fit(X, y);", "l = held[0] is m, m.predict(X).tolist(), m.n_features_in_"),
+    "a model is fitted again": (IRIS + "from sklearn.ensemble import RandomForestClassifier\nm = RandomForestClassifier(n_estimators=3, random_state=0).fit(X, y); held = [m]", "m.fit(X, 1 - y)\np = m.predict(X)", "l = held[0] is m, m.predict(X).tolist(), len(m.estimators_)"),
+    "a pipeline": (IRIS + "from sklearn.pipeline import make_pipeline\nfrom sklearn.preprocessing import StandardScaler\nfrom sklearn.neighbors import KNeighborsClassifier\nscale = StandardScaler()\npipe = make_pipeline(scale, KNeighborsClassifier(2))", "pipe.fit(X, y)\ns = pipe.score(X, y)", "l = pipe.predict(X).tolist(), pipe.steps[0][1] is scale, scale.mean_.tolist()"),
+    "groups are aggregated": (PD + "\ndf = pd.DataFrame({'k': list('abab'), 'v': [1, 2, 3, 4]})\ng = df.groupby('k')", "m = g.mean()\nn = g.ngroups", "l = g.sum().to_dict(), m.to_dict(), g.obj is df"),
+    "results that remember what was read": (IRIS + "import statsmodels.api as sm\nr = sm.OLS(y, sm.add_constant(X[:, :1])).fit()", "q = float(r.rsquared)\np = r.pvalues.round(6).tolist()\nt = str(r.summary())[:40]", "l = r.rsquared == q, len(r.params)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "body", "after"), {**MEMORY, **VALUES, **CHANGED}.values(), ids=[*MEMORY, *VALUES, *CHANGED]
+)
+def test_values_come_back_as_they_were(executed, before, body, after):
+    """What is written to one of two arrays in one memory is seen in the other, as after plain execution."""
+    assert not executed(before, body, after).startswith("not stored")
+    assert executed(before, body, after) == "restored"
+
+
+REFUSED = {
+    "an open file": ("open('f.txt', 'w').close()", "f = open('f.txt')", "f (TextIOWrapper) can't be pickled"),
+    "objects in sets by what they are yet to hold": ("", "class Node:\n    def __repr__(s): return str(s.n)\n    def __init__(s, n): s.n = n; s.kids = set()\n    def __hash__(s): return hash(s.n)\n    def __eq__(s, o): return s.n == o.n\nr = Node(1); k = Node(2); k.parent = r; r.kids.add(k)", "k (Node) holds a Node, which does not come back whole"),
+    "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a (A) holds a A, which does not come back whole"),
+    "known by its name only": ("", "class A:\n    def __reduce__(self): return 'a'\na = A()", "a (A) can't be pickled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "body", "why"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_does_not_come_back_is_not_stored(executed, before, body, why):
+    """And it is said when the cell runs first."""
+    for _ in range(2):
+        assert executed(before, body).startswith(f"not stored: {why}")
+
+
+STEPS = {
+    "a function of the notebook": ("def helper(x): return x + 1\ndef f(): return helper\ndef g(): return [helper, len]", "h = STEP(f)\nq = STEP(g)", "l = h is helper, q[0] is helper, q[1] is len"),
+    "a global object": ("CONFIG = {'a': [1]}\ndef f(): return CONFIG\ndef g(): return [CONFIG['a'], 5]", "c = STEP(f)\nq = STEP(g)", "l = c is CONFIG, q[0] is CONFIG['a'], q"),
+    "its argument": ("rows = [[1], [2]]\ndef f(r): return r\ndef g(r): return {'first': r[0]}\ndef h(r):\n    r.append([3])\n    return r, r[-1]", "a = STEP(f, rows)\nb = STEP(g, rows)\nc = STEP(h, rows)", "l = a is rows, b['first'] is rows[0], c[0] is rows, c[1] is rows[2], rows"),
+    "a view of its argument": (NP + "\na = np.arange(6)\ndef f(x): return x[2:]\ndef g(x):\n    x[0] = 9\n    return x[:2]", "v = STEP(f, a)\nw = STEP(g, a)", "v[0] = 7; w[1] = 8; l = a.tolist()"),
+    "a model fitted in place": (IRIS + "from sklearn.linear_model import LogisticRegression\nm = LogisticRegression()\ndef fit(m, X, y): return m.fit(X, y)", "n = STEP(fit, m, X, y)", "l = n is m, m.predict(X).tolist()"),
+    "a NaN": (NP + "\ndef f(): return [np.nan, 1.5]", "v = STEP(f)", "l = v[0] is np.nan, v[1]"),
+    "views of one array": (NP + "\ndef f():\n    a = np.arange(6)\n    return a, a[2:]", "a, v = STEP(f)", "v[0] = 7; l = a.tolist()"),
+}  # fmt: skip
+"""Before, body with steps, after."""
+
+
+@pytest.mark.parametrize(("before", "body", "after"), STEPS.values(), ids=STEPS.keys())
+def test_what_a_step_returned_comes_back_as_it_was(sessions, tmp_path, before, body, after):
+    """Restored in an edited cell, with the identity that it had."""
+    counted = before.replace("(): return", "():\n    open('ran', 'a').write('x')\n    return")
+    durable = re.sub(r"STEP\((\w+)", r"await durable.run('\1', \1", body)
+    plain = re.sub(r"STEP\((\w+)(, )?", r"\1(", body)
+    for edit in ("edit = 1", "edit = 2"):
+        expected = sessions.run([counted, f"{plain}\n{edit}", after], tmp_path)
+        (tmp_path / "ran").unlink(missing_ok=True)
+        found = sessions.run([counted, f"%%durable cell\n{durable}\n{edit}", after], tmp_path)
+        assert found["state"] == expected["state"]
+        assert not [line for line in found["told"] if line.startswith(("not stored", "warning"))]
+    assert not (tmp_path / "ran").exists(), "a step was executed again"
+
+
+def test_a_step_that_returns_an_open_file_is_refused(sessions, tmp_path):
+    """It can't come back; what would is a copy of its text."""
+    before = "open('f.txt', 'w').close()\ndef f(): return open('f.txt')"
+    shown = sessions.run([before, "%%durable cell\nv = await durable.run('f', f)"], tmp_path)["shown"][-1]
+    assert "can't be stored (TypeError: cannot pickle an open file" in shown[2]
