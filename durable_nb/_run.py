@@ -670,7 +670,7 @@ class Run:
         given = asked.given(after)
         patches, blob = b"", ""
         changed = Changed(asked, key, given, after) if given else None
-        if given and (packed := packed_changes(asked, given, value)) is not None:
+        if (packed := packed_changes(asked, given, value)) is not None:
             (patches, blob), given = await self._kept(packed), set()
         if given:
             names = ", ".join(sorted(map(said, given)))
@@ -930,13 +930,15 @@ class Run:
             places = asked.objects or asked.request.fingerprint().places()
             result = _patches.apply(packed, places, value)
         except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
+            self.unrepeated.append((asked.request.name, "what it was given is not as when it ran: it can't be changed again"))
             self.stage.notice(
                 f"step {asked.request.name!r} of {self.what} changed its arguments when it ran; restored, it can't: they are "
                 "others now"
             )
             return value
         after = self._inputs_now(asked)
-        self._note(Changed(asked, asked.key, asked.given(after), after))
+        if given := asked.given(after):
+            self._note(Changed(asked, asked.key, given, after))
         return result
 
     def _unreadable(self, asked: Request, error: StoreError) -> StoreError:
