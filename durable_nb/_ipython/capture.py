@@ -154,8 +154,17 @@ def show_again(shell: Any, data: bytes, show_result: Callable[[int, Any], None])
 
 
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """What was written so far is sent, and noted, when this returns."""
+    streams = _kernel_streams()
+    # A flush in a kernel is two messages to the thread that sends, which has mostly nothing to send: then one is enough, to
+    # know that it is not in the midst of it.
+    written = [stream for stream in streams or (sys.stdout, sys.stderr) if getattr(stream, "_flush_pending", True)]
+    for stream in written:
+        stream.flush()
+    if not written:
+        done = threading.Event()
+        streams[0].pub_thread.schedule(done.set)
+        done.wait(5)
 
 
 # -- displays ----------------------------------------------------------------------------------------------------------

@@ -52,10 +52,10 @@ def _imported_features(tree: ast.Module) -> set[str]:
 def compile_body(shell: Any, body: str) -> Code:
     """A cell's body as IPython would compile it, with top-level await; tracebacks show the user's lines."""
     source = shell.transform_cell(body)
+    number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
+    filename = shell.compile.cache(source, number, raw_code=body)  # of restored functions, too
 
     def parts() -> list[tuple[types.CodeType, bool]]:
-        number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
-        filename = shell.compile.cache(source, number, raw_code=body)
         tree = shell.transform_ast(shell.compile.ast_parse(source, filename=filename))
         quiet = bool(DisplayHook.semicolon_at_end_of_expression(body))  # type: ignore[no-untyped-call]
         found = []
