@@ -55,7 +55,9 @@ def _draft(path: Path, parts: Iterable[bytes | memoryview], mode: int) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is lost in a power cut otherwise."""
+    """Make the names in `folder` durable: a rename is lost in a power cut otherwise. Not on Windows, which opens no folders."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

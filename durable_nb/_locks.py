@@ -74,7 +74,9 @@ class LockFile:
 
     def __init__(self, path: Path, *, new: bool = False) -> None:
         """`new`: FileExistsError where it is there. OSError."""
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0), 0o600)
+        self._descriptor: int | None = None  # `close` runs for one that can't be opened, too
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0), 0o600)
+        self._path, self._opened = str(path), os.fstat(self._descriptor)
         let_go_in_children(self)
 
     @property
@@ -88,6 +90,13 @@ class LockFile:
     def is_open(self) -> bool:
         """Can it be locked? It can't after `close`, and in a forked child."""
         return self._descriptor is not None
+
+    def is_in_place(self) -> bool:
+        """Is this the file that others lock? Else it was removed, and the next that opens the path makes another one."""
+        try:
+            return os.path.samestat(os.stat(self._path), self._opened)  # noqa: PTH116  at each commit, so it must be quick
+        except FileNotFoundError:
+            return False
 
     def try_lock(self, *, shared: bool = False) -> bool:
         """Take the lock; False where another open file has it."""
@@ -143,17 +152,22 @@ class Turn:
         try:
             if not self._thread.acquire(timeout=patience_s):
                 raise HeldTooLongError(os.getpid(), "this one, in another thread")
-            lock, waiting = self._opened()
             try:
-                self._take(lock, waiting, deadline)
+                while not self._has_taken(deadline):
+                    self._close()
                 yield
             finally:
-                lock.unlock()
+                if self._files is not None:
+                    self._files[0].unlock()
         finally:
             with contextlib.suppress(RuntimeError):
                 self._thread.release()
 
-    def _take(self, lock: LockFile, waiting: LockFile, deadline: float) -> None:
+    def _has_taken(self, deadline: float) -> bool:
+        """False where the files were removed, so that others would lock other ones."""
+        if self._files is None:
+            self._files = LockFile(self._path), LockFile(self._path.with_suffix(".waiting"))
+        lock, waiting = self._files
         if waiting.try_lock():
             waiting.unlock()
         else:
@@ -171,21 +185,20 @@ class Turn:
         with contextlib.suppress(OSError):  # it only informs, and a full disk is told by what is written next
             os.lseek(lock.descriptor, 0, os.SEEK_SET)
             os.write(lock.descriptor, b"%-12d" % os.getpid())
-
-    def _opened(self) -> tuple[LockFile, LockFile]:
-        if self._files is None:
-            self._files = LockFile(self._path), LockFile(self._path.with_suffix(".waiting"))
-        return self._files
+        return lock.is_in_place()
 
     def close(self) -> None:
         """Close the files, unless a thread has the turn or waits for it; taking the turn opens them again."""
         if self._thread.acquire(blocking=False):
             try:
-                for file in self._files or ():
-                    file.close()
-                self._files = None
+                self._close()
             finally:
                 self._thread.release()
+
+    def _close(self) -> None:
+        files, self._files = self._files, None
+        for file in files or ():
+            file.close()
 
     def let_go(self) -> None:
         """In a forked child, which may have been forked while another thread had the turn."""

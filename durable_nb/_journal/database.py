@@ -74,7 +74,7 @@ class Database:
             raise CorruptStoreError(f"{self.file} is missing or empty")
         if not only_look:
             folder.mkdir(mode=0o700, exist_ok=True)
-            with self._turn.taken(PATIENCE_S):
+            with self._in_turn():
                 self._open(must_exist=must_exist)
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ class Database:
         """The connection that writes, while it is this process's turn: no other connection writes, opens or closes."""
         if self._only_look:
             raise StoreError("the journal was opened to look at it only; nothing was written")
-        with self._turn.taken(PATIENCE_S):
+        with self._in_turn():
             writer = self._writer if self._is_in_place() else None
             yield writer or self._reopen()
 
@@ -90,7 +90,7 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that only reads, for the calling thread alone."""
         if not self._is_in_place():
-            with self._turn.taken(PATIENCE_S):
+            with self._in_turn():
                 self._reopen()
         idle = self._idle
         try:
@@ -112,14 +112,24 @@ class Database:
         self._close_readers()
         if self._writer is not None:
             try:
-                with self._turn.taken(_PATIENCE_OF_CLOSING_S):
+                with self._in_turn(_PATIENCE_OF_CLOSING_S):
                     self._close_writer()
+            except StoreError:  # the folder is gone
+                self._close_writer()
             except HeldTooLongError as error:
                 # The turn is for the last connection, which checkpoints in closing. Where another process has it, this one
                 # isn't the last.
                 if error.pid != os.getpid():
                     self._close_writer()
         self._turn.close()
+
+    @contextlib.contextmanager
+    def _in_turn(self, patience_s: float | None = None) -> Iterator[None]:
+        try:
+            with self._turn.taken(PATIENCE_S if patience_s is None else patience_s):
+                yield
+        except FileNotFoundError:
+            raise self._gone() from None
 
     def let_go(self) -> None:
         """In a forked child."""
@@ -172,9 +182,11 @@ class Database:
     # -- readers -----------------------------------------------------------------------------------------------------------
 
     def _another_reader(self) -> sqlite3.Connection:
-        if self._only_look:
-            return self._reader()  # it neither writes nor checkpoints, so it needs no turn
-        with self._turn.taken(PATIENCE_S):
+        if self._only_look or self._writer is not None:
+            # It neither writes nor checkpoints. Only the first connection of all may have to recover the log (WAL), and
+            # where this process has the writer open it isn't the first.
+            return self._reader()
+        with self._in_turn():
             return self._reader()
 
     def _reader(self) -> sqlite3.Connection:
@@ -219,11 +231,14 @@ class Database:
         process that closes then takes itself for the last one, copies the log into the database, and removes it.
         """
         if _place_of(self._name) != self._place:
-            raise StoreError(
-                f"the store {self.folder.parent} was deleted or replaced while it was open, and what was recorded there is "
-                "gone with it; nothing more is written. Put it back, or restart the kernel to begin a new one"
-            )
+            raise self._gone()
         return self._only_look or self._place_of_log() == self._log_place
+
+    def _gone(self) -> StoreError:
+        return StoreError(
+            f"the store {self.folder.parent} was deleted or replaced while it was open, and what was recorded there is gone "
+            "with it; nothing more is written. Put it back, or run the cell again to begin a new one"
+        )
 
     def _place_of_log(self) -> tuple[int, int] | None:
         return _place_of(self._log_name) if self.mode == "wal" else None
