@@ -1028,6 +1028,27 @@ def test_objects_that_pickle_refuses_count_by_what_they_hold(tmp_path):
     assert [opaque.configured for opaque in fp.of_value([concurrent.futures.Future(), file]).opaque] == [False, False]
 
 
+def test_an_address_and_a_version_are_no_part_of_an_estimator():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    one, other = TfidfVectorizer().fit(["aa bb"]), TfidfVectorizer().fit(["aa bb"])
+    other._stop_words_id = 5
+    assert "_sklearn_version" in one.__getstate__()
+    assert hashed(one) == hashed(other)
+
+
+def test_opening_a_file_is_the_same_in_a_notebook_and_in_a_module():
+    """IPython puts a function of its own under the name `open` into the notebook."""
+
+    @functools.wraps(open)
+    def opened(*args):
+        return open(*args)  # noqa: PTH123
+
+    source = "def f(path): return open(path)"
+    assert step(source, "f", "a", open=opened) == step(source, "f", "a")
+    assert step(source, "f", "a", open=len) != step(source, "f", "a")
+
+
 def test_a_context_variable_counts_by_its_value():
     source = "import contextvars\nv = contextvars.ContextVar('v')\nv.set({})\ndef f(): return v.get()"
     differ(source.format(1), source.format(2))

@@ -96,7 +96,8 @@ def look_up(name: str, namespace: Mapping[str, Any]) -> Any:
     """What a global name stands for, builtins included, or MISSING."""
     value = namespace.get(name, MISSING)
     if value is not MISSING:
-        return value
+        # IPython puts an `open` of its own into the notebook's names: what calls it may be moved into a module
+        return builtins.open if name == "open" and getattr(value, "__wrapped__", None) is builtins.open else value
     found = namespace.get("__builtins__", builtins)
     return (found if isinstance(found, dict) else vars(found)).get(name, MISSING)
 
@@ -880,6 +881,10 @@ def _checked(reduction: Any) -> tuple[Any, tuple[Any, ...], Any, Any, Any]:
         raise TypeError("no reduction")
     # drawn here, so that an iterator that fails makes the object opaque before anything was written about it
     return make, args, state, None if items is None else list(items), None if pairs_of is None else list(pairs_of)
+
+
+_NO_CONTENT = frozenset({"_sklearn_version", "_stop_words_id"})
+"""What scikit-learn keeps with its estimators: by which version they are pickled, and an address."""
 
 
 def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], Any, Any, Any]) -> Iterator[Any]:
