@@ -1775,22 +1775,22 @@ def f(x): return helper(x) + math.sqrt(len(str(x)))
 """
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "K = 4",
-        "K = [3]; f.last = f; del f.last",
-        "def helper(x, y=1): return x",
-        "helper.__defaults__ = (2,)",
-        "helper.__kwdefaults__ = {'y': 5}",
-        "helper.note = 1",
-        "helper = abs",
-        "f.__code__ = helper.__code__",
-        "def len(x): return 0",
-        "import cmath as math",
-        "del K",
-    ],
-)
+CHANGES = [
+    "K = 4",
+    "K = [3]; f.last = f; del f.last",
+    "def helper(x, y=1): return x",
+    "helper.__defaults__ = (2,)",
+    "helper.__kwdefaults__ = {'y': 5}",
+    "helper.note = 1",
+    "helper = abs",
+    "f.__code__ = helper.__code__",
+    "def len(x): return 0",
+    "import cmath as math",
+    "del K",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_function_asked_about_again_is_compared_as_it_is_now(change):
     """What it calls and reads may change between two steps of one loop."""
     space, unasked = cell(CALLED), cell(CALLED)
@@ -1801,6 +1801,41 @@ def test_a_function_asked_about_again_is_compared_as_it_is_now(change):
     after = fp.of_call(space["f"], (1,))
     assert after.digest != before.digest
     assert after == fp.of_call(unasked["f"], (1,))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_name_asked_about_again_is_compared_as_it_is_now(change):
+    """What cells read is looked at in each of them; functions that say what they said aren't walked again."""
+
+    def looked(names):
+        found = fp.Fingerprinter()
+        found.add_name("g", names)
+        return found.result()
+
+    source = CALLED + "def g(x): return [f(x)]"
+    space, unasked = cell(source), cell(source)
+    before = looked(space)
+    assert looked(space) == before
+    for changed in (space, unasked):
+        exec(change, changed)
+    after = looked(space)
+    assert after.digest != before.digest
+    assert after == looked(unasked)
+
+
+def test_many_classes_are_walked_once(monkeypatch):
+    source = "\n".join(
+        f"class C{n}:\n    def m(self, x): return x + {n} + K\n    def o(self): return C{n}().m(1)" for n in range(40)
+    )
+    space = cell("K = 1\n" + source + "\nmany = [C1, C2, C39]\ndef f(): return [" + ", ".join(f"C{n}" for n in range(40)) + "]")
+    before = fp.of_call(space["f"])
+    walked = []
+    monkeypatch.setattr(fp.Fingerprinter, "_function", lambda *_: walked.append(1) or iter(()))
+    assert fp.of_call(space["f"]) == before
+    assert len(walked) <= 1  # what `f` itself says isn't remembered where it reads classes
+    monkeypatch.undo()
+    space["K"] = 2
+    assert fp.of_call(space["f"]).digest != before.digest
 
 
 def test_a_list_read_by_a_function_is_compared_each_time():

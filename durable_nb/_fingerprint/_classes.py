@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._annotations import annotation_parts, annotations_of, own_annotations, types_in
 from ._owners import is_installed_file
 from ._source import docstring
-from ._values import ANNOTATIONS, DOCSTRINGS, NAMES, named, text
+from ._values import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, named, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +25,9 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
     members = vars(cls)
     walk.out += b"class" + text(cls.__name__)
     if NAMES in walk.graph.looks:
-        walk.out += text(cls.__module__) + text(cls.__qualname__)
+        walk.out += text(cls.__qualname__)
+    if MODULES in walk.graph.looks:
+        walk.out += text(cls.__module__)
     yield cls.__bases__
     yield None if type(cls) is type else type(cls)
     fields = _pydantic_fields(cls)

@@ -28,6 +28,7 @@ from ._values import (
     DOCSTRINGS,
     FORMAT,
     MISSING,
+    MODULES,
     NAMES,
     PERSON,
     SCALARS,
@@ -91,13 +92,18 @@ class Fingerprinter:
         self._roots: set[str] = set()
         self.namespaces: dict[str, Mapping[str, Any]] = {}
         self._labels: dict[int, str] = {}
+        self._nodes: dict[str, Any] = {}
+        """What the labels of functions, classes and modules stand for."""
         self._globals: dict[tuple[int, str], str] = {}
+        self._names: dict[str, str] = {}
+        """What data is called where the component of that label is read."""
         self._keep: list[Any] = []
         self._taken: set[str] = set()
-        self._pending: deque[tuple[str, Callable[[Walk], Iterator[Any]]]] = deque()
+        self._pending: deque[tuple[str, Callable[[Walk], Iterator[Any]], types.FunctionType | None]] = deque()
         self._walks: list[Walk] = []
         self._opaque: set[Opaque] = set()
         self._packages: set[str] = set()
+        self._tokens: dict[int, tuple[bytes | None, str, Any]] = {}
         self._added: list[Callable[[Fingerprinter], None]] = []
 
     # ---- adding ----
@@ -173,13 +179,16 @@ class Fingerprinter:
             _memo.KNOWN[id(fn)] = _memo.Known(fn, *sources, parts, labels, names, packages, said, joined(said), lasting)
 
     def _add(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
-        self._pending.append((label, children))
+        self._pending.append((label, children, None))
         failed: Exception | None = None
         while self._pending:
-            label, children = self._pending.popleft()
+            label, children, fn = self._pending.popleft()
+            if fn is not None and self._recalled(label, fn):
+                continue
             walk = Walk(self, label)
             try:
-                self._components[label] = "|".join((walk.digest(_started(children, walk)).hex(), *walk.edges))
+                digest = walk.digest(_started(children, walk)).hex()
+                self._components[label] = "|".join((digest, *walk.edges))
             except Exception as error:
                 failed = failed or error
                 self._labels = {key: known for key, known in self._labels.items() if known != label}
@@ -187,14 +196,39 @@ class Fingerprinter:
                 continue
             self._walks.append(walk)
             self._opaque |= walk.opaque
+            if fn is not None and not (self.looks or walk.memos[0] or walk.arrays or walk.opaque):
+                self._remember(fn, digest, walk.edges)
         if failed is not None:
             raise failed
+
+    def _recalled(self, label: str, fn: types.FunctionType) -> bool:
+        """Whether the function says what it said when it was walked last; then that is its component."""
+        known = _memo.NODES.get(id(fn))
+        namespace = fn.__globals__
+        if known is None or self.looks or not known.holds(self, fn, self._held_by(namespace)):
+            return False
+        if any(self._is_ignored(name, namespace) for name, _ in known.names):
+            return False
+        self.namespaces.setdefault(str(namespace.get("__name__")), namespace)
+        edges = [self._link_to(name, namespace) if name else self.node(obj) for name, obj in known.links]
+        self._components[label] = "|".join((known.digest, *edges))
+        return True
+
+    def _remember(self, fn: types.FunctionType, digest: str, edges: list[str]) -> None:
+        if any(self._is_ignored(name, fn.__globals__) for name in read(fn.__code__).executed):
+            return
+        links = tuple((self._names.get(edge, ""), self._nodes.get(edge)) for edge in edges)
+        known = _memo.node_of(self, fn, self._held_by(fn.__globals__), digest, links)
+        if known is not None and all(name or obj is not None for name, obj in links):
+            if len(_memo.NODES) >= _memo.NODES_LIMIT:
+                _memo.NODES.clear()
+            _memo.NODES[id(fn)] = known
 
     def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
         """A component that is known by its label alone, and looked at once."""
         if label not in self._taken:
             self._taken.add(label)
-            self._pending.append((label, children))
+            self._pending.append((label, children, None))
 
     # ---- the result ----
 
@@ -231,7 +265,7 @@ class Fingerprinter:
     def functions(self) -> dict[str, types.FunctionType]:
         """The user's functions met so far, methods and closures included, by component."""
         return {
-            self._labels[id(obj)]: obj for obj in self._keep if isinstance(obj, types.FunctionType) and id(obj) in self._labels
+            label: obj for label, obj in self._nodes.items() if isinstance(obj, types.FunctionType) and id(obj) in self._labels
         }
 
     # ---- what a walk asks ----
@@ -250,12 +284,14 @@ class Fingerprinter:
 
     def by_name(self, obj: Any) -> bytes | None:
         """The token of something installed that is reached by its qualified name; None for everything else."""
-        found = installed_name(obj)
-        if found is None:
-            return None
-        module, qualname = found
-        self.met(module)
-        return b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
+        known = self._tokens.get(id(obj))
+        if known is None:
+            found = installed_name(obj)
+            token, module = (None, "") if found is None else (_token(obj, *found), found[0])
+            known = self._tokens[id(obj)] = (token, module, obj)  # kept with the object, whose id could be another's later
+        if known[0] is not None:
+            self.met(known[1])
+        return known[0]
 
     def enter_function(self, walk: Walk, fn: types.FunctionType) -> Iterator[Any] | None:
         module = fn.__globals__.get("__name__")
@@ -319,8 +355,8 @@ class Fingerprinter:
             raise TypeError(f"no code: {type(obj).__name__}")
         label = self._unique(label)
         self._labels[id(obj)] = label
-        self._keep.append(obj)
-        self._pending.append((label, children))
+        self._nodes[label] = obj
+        self._pending.append((label, children, obj if isinstance(obj, types.FunctionType) else None))
         return label
 
     def _root(self, label: str) -> str:
@@ -345,6 +381,7 @@ class Fingerprinter:
         if label is None:
             label = self._unique(f"global {_qualified(namespace.get('__name__'), name)}")
             self._globals[key] = label
+            self._names[label] = name
             self._keep.append(namespace)
         return label
 
@@ -356,7 +393,9 @@ class Fingerprinter:
         form, order = reading.form(frozenset(found), self.looks)
         walk.out += form
         if NAMES in self.looks:
-            walk.out += text(fn.__name__) + text(fn.__qualname__) + text(str(fn.__module__))
+            walk.out += text(fn.__name__) + text(fn.__qualname__)
+        if MODULES in self.looks:
+            walk.out += text(str(fn.__module__))
         if DOCSTRINGS in self.looks:
             yield docstring(fn.__doc__)
         if ANNOTATIONS in self.looks:
@@ -426,11 +465,16 @@ class Fingerprinter:
             self.value_of(walk, name, namespace, value)
 
     def value_of(self, walk: Walk, name: str, namespace: Mapping[str, Any], value: Any) -> None:
+        walk.link(self._link_to(name, namespace, value))
+
+    def _link_to(self, name: str, namespace: Mapping[str, Any], value: Any = MISSING) -> str:
+        """The component of data that a name stands for."""
         known = (id(namespace), name) in self._globals
         label = self._global_label(name, namespace)
         if not known:
-            self._pending.append((label, lambda _: iter((value,))))
-        walk.link(label)
+            held = look_up(name, self._held_by(namespace)) if value is MISSING else value
+            self._pending.append((label, lambda _: iter((held,)), None))
+        return label
 
 
 class _Places(Mapping[tuple[str, int], Any]):
@@ -475,6 +519,10 @@ def _normal(tree: ast.AST, docstrings: bool) -> bytes:
 
 def _started(children: Callable[[Walk], Iterator[Any]], walk: Walk) -> Iterator[Any]:
     yield from children(walk)
+
+
+def _token(obj: Any, module: str, qualname: str) -> bytes:
+    return b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
 
 
 def _qualified(module: Any, name: str) -> str:

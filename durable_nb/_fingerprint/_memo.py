@@ -1,4 +1,7 @@
-"""Functions that were asked about before: their components hold as long as all that these follow from is the same."""
+"""Functions that were asked about before: what they say holds as long as all that it follows from is the same.
+
+`NODES` holds single functions, however they are reached; `KNOWN` whole calls of those that follow from code and constants only.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,76 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._modules import CODE
-from ._owners import is_installed_file
+from ._owners import is_installed, is_installed_file
 from ._source import read
 from ._values import BULK_BYTES, MISSING, SCALARS, look_up
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ._values import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A function without closure and attributes, whose defaults are scalars: its own digest, and the names it reads."""
+
+    fn: types.FunctionType
+    code: types.CodeType
+    defaults: tuple[Any, ...] | None
+    digest: str
+    names: tuple[tuple[str, Any], ...]
+    """With what they stood for; MISSING for data, which are components of their own."""
+    installed: tuple[tuple[Any, bytes], ...]
+    links: tuple[tuple[str, Any], ...]
+    """What it links to, in order: a name of data, or '' and a function, class or module."""
+
+    def holds(self, graph: Graph, fn: types.FunctionType, namespace: Mapping[str, Any]) -> bool:
+        return (
+            self.fn is fn
+            and fn.__code__ is self.code
+            and fn.__defaults__ is self.defaults
+            and not (fn.__kwdefaults__ or fn.__dict__)
+            and all(
+                (value is not MISSING and not isinstance(value, CODE)) if was is MISSING else value is was
+                for name, was in self.names
+                for value in (look_up(name, namespace),)
+            )
+            and all(graph.by_name(obj) == token for obj, token in self.installed)
+        )
+
+
+NODES: dict[int, Node] = {}
+NODES_LIMIT = 50_000
+
+
+def node_of(
+    graph: Graph, fn: types.FunctionType, namespace: Mapping[str, Any], digest: str, links: tuple[tuple[str, Any], ...]
+) -> Node | None:
+    """What is to be remembered of a function that was walked just now; None where it follows from more than a node holds."""
+    if fn.__closure__ or fn.__dict__ or fn.__kwdefaults__ or any(type(value) not in SCALARS for value in fn.__defaults__ or ()):
+        return None
+    reading = read(fn.__code__)
+    if reading.imports or reading.looks:
+        return None
+    names: list[tuple[str, Any]] = []
+    installed: list[tuple[Any, bytes]] = []
+    for name in reading.executed:
+        value = look_up(name, namespace)
+        if isinstance(value, types.ModuleType) and not is_installed(value.__name__):
+            return None  # its attributes may be other ones by then
+        if value is MISSING or not isinstance(value, CODE):
+            names.append((name, MISSING))
+            if value is MISSING:
+                return None
+            continue
+        names.append((name, value))
+        token = graph.by_name(value)
+        if token is not None:
+            installed.append((value, token))
+        elif isinstance(value, types.FunctionType) and (value.__closure__ or value.__dict__):
+            return None
+    return Node(fn, fn.__code__, fn.__defaults__, digest, tuple(names), tuple(installed), links)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ def _above(module: str) -> tuple[str, ...]:
     return (parts[0].lstrip("_"), *names) if parts[0].startswith("_") and parts[0].strip("_") else tuple(names)
 
 
+@functools.lru_cache(maxsize=4096)
 def _bare(module: str) -> str:
     """A module that only its package knows, which may be private in one version and not in the next."""
     return module if module.startswith("__") else ".".join(part.lstrip("_") or part for part in module.split("."))

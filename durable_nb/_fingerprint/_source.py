@@ -13,13 +13,14 @@ from hashlib import blake2b
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, NAMES, PERSON, Looks, constant, text
+from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, MODULES, NAMES, PERSON, Looks, constant, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Paths = frozenset[tuple[str, ...]] | None
 Order = tuple[tuple[str, ...], ...]
+_Index = dict[str, tuple[tuple[CodeType, ast.AST], ...]]
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -97,7 +98,7 @@ def dotted(node: ast.AST) -> tuple[str, ...]:
 def _class_statements(tree: ast.AST) -> set[ast.AST]:
     """What stands directly in a class inside of `tree`: annotations there make fields."""
     found: set[ast.AST] = set()
-    for cls in ast.walk(tree):
+    for cls in _nodes(tree):
         pending: list[ast.AST] = list(cls.body) if isinstance(cls, ast.ClassDef) else []
         while pending:
             node = pending.pop()
@@ -105,6 +106,12 @@ def _class_statements(tree: ast.AST) -> set[ast.AST]:
                 found.add(node)
                 pending.extend(ast.iter_child_nodes(node))
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All of `tree`, which several questions in a row are about."""
+    return tuple(ast.walk(tree))
 
 
 class _Token(bytes):
@@ -175,7 +182,7 @@ def attribute_uses(tree: ast.AST) -> dict[str, Paths]:
     """By name the attribute paths it is read by (`m.a.b` gives `("a", "b")`), or None once it is used whole."""
     uses: dict[str, set[tuple[str, ...]] | None] = {}
     consumed: set[int] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if id(node) in consumed:
             continue
         if isinstance(node, ast.Name):
@@ -202,7 +209,7 @@ def attribute_uses(tree: ast.AST) -> dict[str, Paths]:
 def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
     """Modules that `tree` imports, as (level, dotted name); `from a import b` counts as `a` and `a.b`."""
     found: set[tuple[int, str]] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             found.update((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -219,7 +226,7 @@ def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
 def looks_of(tree: ast.AST) -> Looks:
     """What the code looks at of functions and classes beside what they do, as far as it says so."""
     words: set[str] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Name):
             words.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -246,7 +253,8 @@ _LOOKING = {
         "__annotations__", "__annotate__", "get_type_hints", "get_annotations", "annotationlib", "signature", "getfullargspec",
         "create_model", "TypeAdapter", "is_typeddict", *_BY_ALL,
     },
-    NAMES: {".__name__", ".__qualname__", ".__module__", *_BY_ALL},
+    NAMES: {".__name__", ".__qualname__", *_BY_ALL},
+    MODULES: {".__module__", "inspect"},
 }  # fmt: skip
 
 
@@ -352,7 +360,7 @@ def _annotation_names(tree: ast.AST) -> set[str]:
 def _names_said(tree: ast.AST) -> set[str]:
     """Names that code binds itself, or says in a text: renaming one of them may change what it does."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         for name in ("arg", "name", "asname", "rest"):
             value = getattr(node, name, None)
             if isinstance(value, str) and not isinstance(node, ast.keyword):
@@ -373,7 +381,7 @@ def _short(data: bytes) -> bytes:
 def _mangles(tree: ast.AST) -> bool:
     return any(
         value.startswith("__") and not value.endswith("__")
-        for node in ast.walk(tree)
+        for node in _nodes(tree)
         for field in ("id", "attr", "arg", "name")
         if isinstance(value := getattr(node, field, None), str)
     )
@@ -430,14 +438,26 @@ def _verified_node(code: CodeType) -> ast.AST | None:
         if not lines or lines == before:
             continue
         before = lines
-        found = _find(code, "".join(lines))
+        found = _find(code, _indexed(filename, lines, code.co_flags & _FUTURE))
         if found is not None:
             return found
     return None
 
 
-def _find(code: CodeType, source: str) -> ast.AST | None:
-    index = _index(source, code.co_flags & _FUTURE)
+_INDEXED: dict[tuple[str, int], tuple[list[str], _Index]] = {}
+"""Of files read last: their lines, as linecache keeps them, and what is in them."""
+
+
+def _indexed(filename: str, lines: list[str], future: int) -> _Index:
+    known = _INDEXED.get((filename, future))
+    if known is None or known[0] is not lines:
+        if len(_INDEXED) >= 64:
+            _INDEXED.clear()
+        known = _INDEXED[filename, future] = (lines, _index("".join(lines), future))
+    return known[1]
+
+
+def _find(code: CodeType, index: _Index) -> ast.AST | None:
     candidates = index.get(code.co_qualname, ())
     same = [(other, node) for other, node in candidates if other == code]
     if not same:  # the same code elsewhere in the file: lines above it were edited
@@ -446,12 +466,14 @@ def _find(code: CodeType, source: str) -> ast.AST | None:
     if len(same) > 1:
         where = list(code.co_positions())
         same = [pair for pair in same if list(pair[0].co_positions()) == where] or same
+    if len(same) == 1:
+        return same[0][1]
     forms = {normalise(_as_written(node), docstrings=True) for _, node in same}
     return same[0][1] if len(forms) == 1 else None
 
 
 @functools.lru_cache(maxsize=64)
-def _index(source: str, future: int) -> dict[str, tuple[tuple[CodeType, ast.AST], ...]]:
+def _index(source: str, future: int) -> _Index:
     """Every function in `source` by its qualified name, as what it compiles to and how it is written."""
     try:
         tree = ast.parse(source)
@@ -460,7 +482,7 @@ def _index(source: str, future: int) -> dict[str, tuple[tuple[CodeType, ast.AST]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     places: dict[tuple[str, int], list[ast.AST]] = {}
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, _DEFINITIONS):
             places.setdefault((getattr(node, "name", "<lambda>"), _first_line(node)), []).append(node)
     found: dict[str, list[tuple[CodeType, ast.AST]]] = {}

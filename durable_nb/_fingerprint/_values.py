@@ -68,7 +68,7 @@ class Opaque(NamedTuple):
 
 
 Looks = frozenset[str]
-DOCSTRINGS, ANNOTATIONS, NAMES = "docstrings", "annotations", "names"
+DOCSTRINGS, ANNOTATIONS, NAMES, MODULES = "docstrings", "annotations", "names", "modules"
 
 
 class Graph(Protocol):
@@ -883,10 +883,6 @@ def _checked(reduction: Any) -> tuple[Any, tuple[Any, ...], Any, Any, Any]:
     return make, args, state, None if items is None else list(items), None if pairs_of is None else list(pairs_of)
 
 
-_NO_CONTENT = frozenset({"_sklearn_version", "_stop_words_id"})
-"""What scikit-learn keeps with its estimators: by which version they are pickled, and an address."""
-
-
 def _parts(walk: Walk, obj: Any, kind: type, parts: tuple[Any, tuple[Any, ...], Any, Any, Any]) -> Iterator[Any]:
     make, args, state, items, pairs_of = parts
     default = make is copyreg.__newobj__ or make is kind  # type: ignore[attr-defined]  # private to the stubs
@@ -976,6 +972,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "queue.Queue": {"is_shutdown": False},  # from 3.13
     "asyncio.queues.Queue": {"_is_shutdown": False},
     "functools.singledispatchmethod": {"_method_cache": MISSING},
+    "sklearn.base.BaseEstimator": {"_sklearn_version": MISSING, "_stop_words_id": MISSING},  # an address
     "matplotlib.artist.Artist": {"_stale": MISSING},  # whether it is drawn as it is now
     "matplotlib.transforms.TransformNode": {
         "_parents": MISSING,
