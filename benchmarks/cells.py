@@ -8,6 +8,7 @@ IPython shell in this process; beside them stand hits of joblib.Memory, marimo's
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import importlib
 import logging
@@ -15,6 +16,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -193,9 +195,7 @@ def hashing(kind: str, make: Callable[[int], Any], target: float) -> None:
         joblib_hash = None
     for _ in range(TURNS):
         with ours.taken():
-            found = Fingerprinter()
-            found.add_name("big", {"big": value})
-            found.result()
+            look_at(value)
         with raw.taken():
             for buffer in buffers:
                 xxhash.xxh3_128_digest(buffer)
@@ -207,6 +207,70 @@ def hashing(kind: str, make: Callable[[int], Any], target: float) -> None:
           f"({raw.ms:.0f} ms; target {target}){beside}")  # fmt: skip
 
 
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: float
+    name: str
+
+
+PLAIN: dict[str, tuple[Callable[[], Any], float]] = {
+    "100,000 small dicts": (
+        lambda: [{"id": i, "name": f"user {i}", "score": i * 0.5, "tags": ["a", "b", str(i)]} for i in range(100_000)],
+        0.25,
+    ),
+    "300,000 nested dicts and lists": (
+        lambda: {f"k{i}": {"a": i, "b": {"c": str(i), "d": [i, i + 1]}} for i in range(100_000)},
+        0.25,
+    ),
+    "200,000 dataclass instances": (lambda: [Point(i, i * 0.5, f"n{i}") for i in range(200_000)], 1),
+    "a set of 300,000 strings": (lambda: {f"string {i * 7919}" for i in range(300_000)}, 1),
+}
+
+
+def plain_data() -> None:
+    """One look each at plain Python data, beside joblib.hash; in CPU time of this process, turn by turn."""
+    from joblib import hash as joblib_hash
+
+    print("\nInputs of plain Python data, one look")
+    for what, (make, target) in PLAIN.items():
+        value = make()
+        taken: dict[str, list[float]] = {"ours": [], "joblib": []}
+        for _ in range(TURNS):
+            for name, look in (("ours", look_at), ("joblib", joblib_hash)):
+                gc.collect()
+                began = time.process_time()
+                look(value)
+                taken[name].append(time.process_time() - began)
+        ours, peer = (sorted(found)[len(found) // 2] for found in taken.values())
+        print(f"  {what:<32}{ours * 1000:7.0f} ms = {ours / peer:.2f} x joblib.hash ({peer * 1000:.0f} ms; target {target})")
+
+
+def look_at(value: Any) -> None:
+    found = Fingerprinter()
+    found.add_name("big", {"big": value})
+    found.result()
+
+
+def many_classes() -> None:
+    """A function that reads 300 classes of 20 methods, in a module of its own: the first look, and those after it."""
+    source = "\n".join(
+        f"class C{n}:\n"
+        + "\n".join(f"    def m{k}(self, x):\n        return x + {k} + len(str(self)) + {n}" for k in range(20))
+        for n in range(300)
+    )
+    Path("classes.py").write_text(source + "\nALL = [" + ", ".join(f"C{n}" for n in range(300)) + "]\n")
+    sys.path.insert(0, str(Path.cwd()))
+    classes = importlib.import_module("classes").ALL
+    took = []
+    for _ in range(TURNS + 1):
+        began = time.process_time()
+        look_at(classes)
+        took.append(time.process_time() - began)
+    later = sorted(took[1:])[TURNS // 2]
+    print(f"  300 classes of 20 methods: {took[0] * 1000:.0f} ms the first time, {later * 1000:.0f} ms each time after")
+
+
 async def measure(folder: Path) -> None:
     notebook = Notebook()
     await small_hits(notebook, folder)
@@ -216,6 +280,8 @@ async def measure(folder: Path) -> None:
     print("\nInputs")
     hashing("array", array_of, 1.5)
     hashing("frame", frame_of, 5)
+    plain_data()
+    many_classes()
 
 
 def main() -> None:

@@ -974,7 +974,8 @@ async def _raises(error: BaseException) -> Any:
 
 def digest_of(*parts: str) -> str:
     """32 hex characters that no other sequence of texts gives."""
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    texts = [part.encode("utf-8", "surrogatepass") for part in parts]  # each with its length: one may hold any character
+    return hashlib.blake2b(b"".join([b"%d:%b" % (len(text), text) for text in texts]), digest_size=16).hexdigest()
 
 
 def cancelled(run_id: str, reason: str) -> RunCancelled:

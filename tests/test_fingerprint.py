@@ -1872,3 +1872,20 @@ def test_a_known_functions_identity_is_the_one_that_walking_it_gives(args, monke
     for other in (quick, _identities.of_call(fn, args)):
         assert other == walked
         assert fp.digest_of(other.components) == other.digest
+
+
+def test_no_two_sequences_of_texts_share_an_engines_digest():
+    from durable_nb._run import digest_of
+
+    sequences = [
+        ("a\0b", "c"),
+        ("a", "b\0c"),
+        ("a", "b", "c"),
+        ("a\0b\0c",),
+        ("abc",),
+        ("ab", "c"),
+        ("", "abc"),
+        ("1:a", "b"),
+        ("\ud800",),
+    ]
+    assert len({digest_of(*sequence) for sequence in sequences}) == len(sequences)
