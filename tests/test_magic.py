@@ -607,6 +607,7 @@ def test_when_an_interrupted_sleep_wakes_is_told_wherever_it_is_listed(tmp_path)
         for restarted in (False, True):
             for command in ("%durable", "%durable runs", "%durable show nap"):
                 assert f"{wake}, no process is running this" in tell(k, command), (command, restarted)
+            assert f"goes on from where it stopped, next wake {wake}" in tell(k, "%durable plan")
             if not restarted:
                 k.kill()
         assert f"{wake}, no process is running this" in ls()

@@ -389,6 +389,7 @@ DRIVE = '''
 import asyncio, pathlib, time
 from dataclasses import replace
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._ipython.status import StatusLine
 from durable_nb._view import RunView
 
 class Run:
@@ -442,6 +443,7 @@ now = time.time()
 rows = [f"row {i}" for i in range(10_000)]
 steps = [Step(row, row, "call", Status.COMPLETED, 1, now, now + 1, restored=i < 9000) for i, row in enumerate(rows)]
 run.facts = replace(run.facts, steps=tuple(steps))
+StatusLine("long", shown=True, live=True).show("running", "first run")
 run.view.open()
 for tick in range(100_000):
     steps.append(Step(f"row {len(steps)}", f"row {len(steps)}", "call", Status.RUNNING, 1, time.time()))
@@ -544,10 +546,12 @@ class TestBrowser:
         lab.click(".dnb-gap button")
         lab.wait(f"() => {ROWS}.includes('row 25')")
         shoot(lab, "long")
+        assert "long · running: first run" in lab.text(OUTPUT)
         lab.kill_kernel()
         lab.evaluate("() => { const now = Date.now; Date.now = () => now() + 60_000; }")
         # A last message may arrive after the clock was set; then the silence is counted from there.
         lab.wait_text("no word from the kernel for ", ".dnb-head", patience_s=60)
+        lab.wait_text("long · began: first run", OUTPUT)
         shoot(lab, "lost")
         assert lab.outside == []
 

@@ -142,6 +142,8 @@ class Session:
             execution = cells.CellExecution(self.shell, engine, asked, body, live=live, cell_id=cell_id, folder=self.folder)
             execution.story.options = options
             before = dict(self.shell.user_ns)
+            if options.name:
+                self.itinerary().enter(options.name)
             try:
                 await execution.run()
                 self._set_variables = execution.set_variables
@@ -157,13 +159,13 @@ class Session:
 
     def _note_visit(self, story: Story, before: dict[str, Any]) -> None:
         """A named cell was executed; `before`: what the notebook held."""
-        from durable_nb._ipython.itinerary import Visit
+        from durable_nb._ipython.itinerary import NOT_COMPLETED, Visit
 
         now = self.shell.user_ns
         changed = {label.partition(" ")[2] for label in story.changed}
         made = {name for name, value in now.items() if name in changed or before.get(name, before) is not value}
         read = {label.partition(" ")[2] for label in story.components if label.startswith("global ")}
-        unstored = f"not stored: {story.not_stored}" if story.not_stored else "it was not completed"
+        unstored = f"not stored: {story.not_stored}" if story.not_stored else NOT_COMPLETED
         visit = Visit(
             story.key,
             story.components.get("code", ""),

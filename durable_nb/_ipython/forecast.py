@@ -30,6 +30,7 @@ from durable_nb._ipython.notebook import Written, durable_cells
 from durable_nb._records import scope_of
 
 HIT, RUN, DEPENDS, UNKNOWN = "hit", "run", "depends", "?"
+NOTHING_STORED = "nothing is stored of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def _of_visit(shell: Any, entries: Entries, name: str, visit: Visit, known: Know
 def _of_stored(entries: Entries, name: str) -> Forecast:
     """Of a cell of which nothing is known but its entries: only files can be compared."""
     newest = next(entries.manifests(scope_of(name), limit=1), None)
-    changes = of_machine(newest.world).changes({}) if newest is not None else ["nothing is stored of it"]
+    changes = of_machine(newest.world).changes({}) if newest is not None else [NOTHING_STORED]
     cost_s = newest.took_s if newest else None
     if changes:
         return Forecast(name, RUN, ", ".join(changes[:3]), cost_s)
@@ -233,7 +234,7 @@ def _of_one(
     if story.not_stored:
         return likest, RUN, f"not stored: {story.not_stored}"
     if likest is None:
-        return None, RUN, "nothing is stored of it"
+        return None, RUN, NOTHING_STORED
     return likest, RUN, ", ".join(changes(likest.components, now)[:3])
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 FOLDER = "plans"
+NOT_COMPLETED = "it was not completed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,16 @@ class Itinerary:
                 found[name] = maker[:2]
         return found
 
+    def enter(self, name: str) -> None:
+        """A cell is about to be executed: should the kernel be killed meanwhile, its place is known."""
+        if self._put_in_order(name):
+            self._write()
+
     def note(self, name: str, visit: Visit, namespace: MutableMapping[str, Any]) -> None:
         """A cell was executed. Where that tells anything new, it is written down."""
         for made in visit.made:
             if made in namespace:
                 self._makers[made] = name, visit.key, id(namespace[made])
-        moved = self._put_in_order(name)
         known = self.visits.get(name)
         if (
             known is not None
@@ -86,7 +91,7 @@ class Itinerary:
             and self._later_than(name).intersection(m for m, _ in visit.sources.values())
         ):
             visit = known  # it was executed once more, with what it or a later cell has made: no Run All does that
-        if moved or known is None or replace(known, at=visit.at) != visit:
+        if known is None or replace(known, at=visit.at) != visit:
             self.visits[name] = visit
             self._write()
 
@@ -107,13 +112,14 @@ class Itinerary:
         before, self._before = self._before, name
         self._met.add(name)
         names = list(self.visits)
-        if before is None or before not in names or (name in names and names.index(name) > names.index(before)):
+        known = name in names
+        if known and (before is None or before not in names or names.index(name) > names.index(before)):
             return False
-        if name in names:
+        if known:
             names.remove(name)
-        names.insert(names.index(before) + 1, name)
-        placeholder = Visit("", "", 0.0)
-        self.visits = {name: self.visits.get(name, placeholder) for name in names}
+        names.insert(names.index(before) + 1 if before in names else len(names), name)
+        not_yet = Visit("", "", 0.0, unstored=NOT_COMPLETED)
+        self.visits = {name: self.visits.get(name, not_yet) for name in names}
         return True
 
     def _write(self) -> None:

@@ -21,7 +21,19 @@ from durable_nb._housekeeping.forget import forget
 from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, nearest
 from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, say_seconds, steps_table, store_table
 from durable_nb._housekeeping.tables import Table, count, say_when
-from durable_nb._ipython.forecast import DEPENDS, HIT, RUN, UNKNOWN, Forecast, differences, known_of, of_machine, run_all
+from durable_nb._ipython.forecast import (
+    DEPENDS,
+    HIT,
+    NOTHING_STORED,
+    RUN,
+    UNKNOWN,
+    Forecast,
+    differences,
+    known_of,
+    of_machine,
+    run_all,
+)
+from durable_nb._ipython.itinerary import NOT_COMPLETED
 from durable_nb._ipython.notebook import file_of
 from durable_nb._ipython.options import split
 from durable_nb._records import scope_of
@@ -92,6 +104,12 @@ class LineMagic:
 
     def plan(self, _: list[str]) -> Table:
         found = self._run_all()
+        going_on = {cell.name: cell.wake_at for cell in Inventory(self._engine).cells() if cell.status == Status.INTERRUPTED}
+        for n, forecast in enumerate(found):
+            if forecast.why in (NOT_COMPLETED, NOTHING_STORED) and forecast.name in going_on:
+                wake_at = going_on[forecast.name]
+                wakes = f", next wake {say_when(wake_at)}" if wake_at is not None else ""
+                found[n] = replace(forecast, why=f"goes on from where it stopped{wakes}")
         rows = [(f.name, f.what, f.why, say_seconds(f.cost_s)) for f in found]
         return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found)])
 

@@ -142,6 +142,7 @@ function render({ model, el }) {
     const heard = state.heard ?? here;
     const silent = run.ended === undefined && here - heard > SILENCE_S;
     root.classList.toggle("dnb-silent", silent);
+    sayOfLine(el, run.name, silent);
     if (silent) {
       sign(status, "interrupted", `no word from the kernel for ${clock(Math.floor(here - heard))}`);
       put(spoken, `${run.name}: no word from the kernel`);
@@ -266,6 +267,15 @@ function gapLine(model) {
     tick() {},
     remove: () => tr.remove(),
   };
+}
+
+/* The line above the output says "running", and a kernel that is gone can't take that back. */
+function sayOfLine(el, name, silent) {
+  const [running, began] = [`${name} · running: `, `${name} · began: `];
+  const [from, to] = silent ? [running, began] : [began, running];
+  for (const line of el.closest(".jp-OutputArea")?.querySelectorAll(".jp-RenderedHTMLCommon > div") ?? []) {
+    if (line.textContent.startsWith(from)) line.textContent = to + line.textContent.slice(from.length);
+  }
 }
 
 function isActive(row) {
