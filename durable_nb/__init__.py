@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from durable_nb._cellcache.resources import remake as remake
     from durable_nb._fingerprint import identify as identify
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
@@ -51,6 +52,7 @@ _HOMES = {
     "call": "durable_nb.http",
     "identify": "durable_nb._fingerprint",
     "open": "durable_nb._workflows",
+    "remake": "durable_nb._cellcache.resources",
     **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
     **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),
     **dict.fromkeys(

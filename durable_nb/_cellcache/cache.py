@@ -13,14 +13,17 @@ import inspect
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
+from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
+from durable_nb._cellcache.hush import hushed
 from durable_nb._cellcache.keys import CellKey, Terms, changes, globals_held, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.patches import (
@@ -32,6 +35,8 @@ from durable_nb._cellcache.patches import (
     resolver,
     submodules_imported_by,
 )
+from durable_nb._cellcache.resources import NotRemadeError, OtherwiseError, Remaker, Resources, Unmade, either
+from durable_nb._cellcache.settings import KNOWN, Setting, UnsettableError, set_again
 from durable_nb._cellcache.world import CellWatch, mentioned_paths, name_digest, set_generator
 from durable_nb._clock import say_duration
 from durable_nb._memory import InseparableError
@@ -40,7 +45,10 @@ from durable_nb._pickling import References
 from durable_nb._readback import DriftError, pickled
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
+_T = TypeVar("_T")
 _RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
+_SETTINGS, _VARIABLES = "<settings>", "<context variables>"
+_OWN = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE, _SETTINGS, _VARIABLES)
 """Names under which an entry keeps what is no variable."""
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 
@@ -68,11 +76,14 @@ class Hit:
     manifest: Manifest
     entry: Entry
     values: dict[str, Any]
+    settings: tuple[Setting, ...]
+    failed: Mapping[str, str]
+    """Resources whose constructor failed now, by name, and why: these names are bound to nothing."""
 
     @property
     def variables(self) -> int:
         """How many variables it binds."""
-        return len(self.values) - len((_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE))
+        return len(self.values) - len(_OWN) - len(self.failed)
 
     @property
     def results(self) -> list[Any]:
@@ -86,19 +97,23 @@ class Hit:
         return [obj for obj, _ in self.values[_PATCHES]]
 
     def apply(self, namespace: MutableMapping[str, Any]) -> None:
-        """Leave the namespace, and what lies beyond it, as the cell left them."""
-        for (module, name), value in self.values[_ELSEWHERE].items():
-            setattr(importlib.import_module(module), name, value)
-        for module in self.values[_MODULES]:
-            importlib.import_module(module)
-        for obj, content in self.values[_PATCHES]:
-            put(obj, content)
-        own = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE)
-        namespace.update({name: value for name, value in self.values.items() if name not in own})
-        for name in self.manifest.deleted:
-            namespace.pop(name, None)
-        for name, state in self.values[_STATES].items():
-            set_generator(name, state)
+        """Leave the namespace, and what lies beyond it, as the cell left them. What imports show is among the outputs."""
+        with hushed():
+            for (module, name), value in self.values[_ELSEWHERE].items():
+                setattr(importlib.import_module(module), name, value)
+            for module in self.values[_MODULES]:
+                importlib.import_module(module)
+            for obj, content in self.values[_PATCHES]:
+                put(obj, content)
+            bound = {name: value for name, value in self.values.items() if name not in _OWN}
+            namespace.update({name: value for name, value in bound.items() if type(value) is not Unmade})
+            for name in [*self.manifest.deleted, *(n for n, value in bound.items() if type(value) is Unmade)]:
+                namespace.pop(name, None)
+            for name, state in self.values[_STATES].items():
+                set_generator(name, state)
+            set_again(self.settings, self.values[_SETTINGS])
+            for variable, value in self.values[_VARIABLES]:
+                variable.set(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +152,9 @@ class Before:
     elsewhere: dict[tuple[str, str], Any]
     """What the globals of modules held that helpers may bind."""
     watch: CellWatch
+    """Of files and random generators."""
+    effects: Effects
+    """Of the process."""
     standing: Standing
     notes: explain.Notes
 
@@ -150,6 +168,10 @@ class After:
     outputs: bytes
     outputs_count: int
     cost_s: float
+    variables: tuple[tuple[ContextVar[Any], Any], ...] = ()
+    """Context variables that it set."""
+    steps: bool = False
+    """Has it steps, which are kept whatever becomes of the cell?"""
     problems: tuple[str, ...] = ()
     """What else it did that no hit would do again."""
 
@@ -174,9 +196,10 @@ class NotStored:
 class CellCache:
     """The cells of one store."""
 
-    def __init__(self, entries: Entries, own: Path) -> None:
-        """`own`: the store's folder, whose files are no inputs."""
+    def __init__(self, entries: Entries, own: Path, settings: Iterable[Setting] = ()) -> None:
+        """`own`: the store's folder, whose files are no inputs; `settings`: those of the notebook itself."""
         self.entries, self._own = entries, own
+        self._settings = (*KNOWN, *settings)
 
     def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
         """The identity of the cell, were it to run now."""
@@ -197,9 +220,15 @@ class CellCache:
                 why = why or stale
                 if stale or entry.manifest.world.changes(namespace):
                     continue
-                values = entry.values(resolver(key.places, namespace))
+                remaker = Remaker(code.tree, namespace)
+                with hushed():
+                    values = entry.values(either(remaker, resolver(key.places, namespace)))
+                if any(type(values.get(name)) is not Unmade for name in remaker.failed):
+                    continue  # another value holds what can't be made
                 if all(fits(obj, content) for obj, content in values[_PATCHES]):
-                    return Hit(entry.manifest, entry, values)
+                    return Hit(entry.manifest, entry, values, self._settings, remaker.failed)
+        except OtherwiseError as error:
+            return Miss(str(error))
         except (CorruptStoreError, UntrustedStoreError) as error:
             return Miss(why, (f"what was stored of this cell is not used: {error}; the cell runs and is stored anew",))
         except Exception as error:  # a class or module that its values need is gone
@@ -233,9 +262,10 @@ class CellCache:
     def begin(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey, notes: explain.Notes) -> Before:
         """Remember what the cell starts from; watch it with `watching(before.watch)` while it runs."""
         inputs = {name: namespace[name] for name in code.names.read if name in namespace}
-        watch = CellWatch(mentioned_paths(code.tree, inputs), self._own, key.words)
+        watch = CellWatch(mentioned_paths(code.tree, inputs), self._own)
+        effects = Effects(code.tree, key.words, self._settings)
         standing = Standing(key.places.values(), digest_if_told)
-        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, standing, notes)
+        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, notes)
 
     def save(self, before: Before, after: After) -> Stored | NotStored:
         """Put away what the cell left behind; on disk when this returns Stored."""
@@ -293,6 +323,14 @@ class _Saving:
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
         problems += [f"it sets {module}.{name}" for module, name in attributes_set(code.tree, namespace)]
         problems += [*key.sets, *self.after.problems]
+        patched = {id(obj) for obj, _ in patches} if not problems else set()
+        try:
+            problems += self.before.effects.left(patched)
+            settings = _in_context_of(self.after.variables, self.before.effects.settings)
+            variables = variables_kept(self.after.variables, held)
+            resources = Resources(code.tree, bound, namespace)
+        except (UnsettableError, NotRemadeError) as error:
+            problems.append(str(error))
         if problems:
             return self._not(problems[0])
         values = {
@@ -302,8 +340,11 @@ class _Saving:
             _PATCHES: patches,
             _MODULES: submodules_imported_by(code.tree),
             _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.before.elsewhere.get(place)},
+            _SETTINGS: settings,
+            _VARIABLES: [(variable, value) for variable, value, _ in variables],
         }
-        earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported_by(code.tree, bound))
+        imported = imported_by(code.tree, bound) | {id(variable): place for variable, _, place in variables}
+        earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, resources)
         result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
         return self._write(result, earlier, {id(value) for value in bound.values()})
 
@@ -327,28 +368,44 @@ class _Saving:
         except InseparableError as error:
             return self._not(f"it binds {error}; .copy() gives it memory of its own")
         except Exception as error:
-            return self._not(_unpicklable(result.values, earlier, error))
+            return self._not(_unpicklable(result.values, earlier, error, steps=self.after.steps))
         return Stored(manifest, tuple(self.changed))
 
     def _not(self, why: str) -> NotStored:
         return NotStored(why, tuple(self.changed))
 
 
-def _unpicklable(values: dict[str, Any], earlier: References, error: Exception) -> str:
-    """Names the variable that is to blame."""
+def _in_context_of(variables: Iterable[tuple[ContextVar[Any], Any]], ask: Callable[[], _T]) -> _T:
+    """The cell ran in a context of its own, in which numpy, for one, keeps its options."""
+    context = copy_context()
+    for variable, value in variables:
+        context.run(variable.set, value)
+    return context.run(ask)
+
+
+def _unpicklable(values: dict[str, Any], earlier: References, error: Exception, *, steps: bool) -> str:
+    """Names the variable that is to blame, and what can be done about it."""
     for name, value in values.items():
         try:
             pickled(value, earlier, apart=True)
         except Exception as own:
             named = name.isidentifier()
-            unnamed = "what it changes in place" if name == _PATCHES else "the displayed value"
-            what = f"{name} ({type(value).__name__})" if named else unnamed
+            what = f"{name} ({type(value).__name__})" if named else _SAID.get(name, "the displayed value")
             if isinstance(own, DriftError):
                 return f"{what} holds a {own}, which does not come back whole from its own pickle"
             if inspect.iscoroutine(value):
                 return f"{what} can't be pickled: 'await' is missing before what made it"
-            kept = "its steps are kept: put what costs time or money into durable.run(...)"
-            return f"{what} can't be pickled; {kept}" + (f", or leave it out with --skip {name}" if named else "")
+            kept = "; its steps are kept" if steps else ""
+            paid = "put what costs time or money into durable.run(...)" if not steps else ""
+            ways = [way for way in (f"leave it out with --skip {name}" if named else "", paid) if way]
+            return f"{what} can't be pickled{kept}" + (f"; {', or '.join(ways)}" if ways else "")
     if isinstance(error, DriftError):
         return f"a {error} does not come back whole from its own pickle"
     return f"its variables can't be pickled together ({type(error).__name__}: {error})"
+
+
+_SAID = {
+    _PATCHES: "what it changes in place",
+    _SETTINGS: "what it sets for the whole process",
+    _VARIABLES: "a context variable that it sets",
+}

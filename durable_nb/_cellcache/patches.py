@@ -15,7 +15,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from durable_nb._fingerprint import of_value
+from durable_nb._cellcache.resources import Resources, either
+from durable_nb._fingerprint import is_installed, of_value
 from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of
 from durable_nb._pickling import References
 
@@ -46,16 +47,19 @@ def digest_if_told(obj: Any) -> str:
     return "" if found.opaque else found.digest
 
 
-def links(places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str]) -> References:
+def links(
+    places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str], resources: Resources
+) -> References:
     """Which objects of earlier cells a stored value refers to, instead of holding them. `names`: inputs whose objects have no
     place, such as functions; they are referred to by name. `imported`: by id, what the cell took out of modules; it is taken
-    from there again, as `module:name`."""  # fmt: skip
+    from there again, as `module:name`. `resources` are made again."""  # fmt: skip
     pandas: Any = sys.modules.get("pandas")
     named = _NAMED if pandas is None else (*_NAMED, pandas.Index)
     keys: dict[int, Any] = {id(obj): name for name, obj in names.items() if isinstance(obj, named)}
     keys |= imported
     keys |= {id(obj): place for place, obj in reversed(list(places.items()))}
-    return References(keys, places.values(), resolver(places, names))
+    keys = {**resources.references, **keys}
+    return References(keys, places.values(), either(resources, resolver(places, names)))
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
@@ -77,25 +81,44 @@ def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str
 
 
 def attributes_set(tree: ast.AST, namespace: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(module, attribute) of each attribute of a module that the cell assigns or deletes."""
+    """(owner, attribute) of each attribute that the code assigns or deletes of a module, or of what an installed one holds:
+    a class, an object with settings."""  # fmt: skip
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            path: list[str] = []
-            base: ast.expr = node.value
-            while isinstance(base, ast.Attribute):
-                path.append(base.attr)
-                base = base.value
-            owner = namespace.get(base.id) if isinstance(base, ast.Name) else None
-            for name in reversed(path):
-                owner = getattr(owner, name, None) if isinstance(owner, types.ModuleType) else None
-            if isinstance(owner, types.ModuleType):
-                found.append((owner.__name__, node.attr))
+            owner = _owner(node.value, namespace)
+            if owner and owner not in _SET_AGAIN:
+                found.append((owner, node.attr))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
-            owner = namespace.get(getattr(node.args[0] if node.args else None, "id", ""))
-            if isinstance(owner, types.ModuleType):
-                found.append((owner.__name__, "attributes"))
+            owner = _owner(node.args[0], namespace) if node.args else ""
+            if owner:
+                found.append((owner, "attributes"))
     return found
+
+
+_SET_AGAIN = {"pandas.options", "pandas.options.display", "pandas.options.mode", "pandas.options.plotting", "pandas.options.io"}
+"""Settings that a hit sets again."""
+
+
+def _owner(expression: ast.expr, namespace: Mapping[str, Any]) -> str:
+    """The name of the module, or of the object in an installed one, that an expression such as `os.path` gives; else ''."""
+    path: list[str] = []
+    while isinstance(expression, ast.Attribute):
+        path.insert(0, expression.attr)
+        expression = expression.value
+    owner = namespace.get(expression.id) if isinstance(expression, ast.Name) else None
+    if isinstance(owner, type) and not path and is_installed(owner.__module__):
+        return f"{owner.__module__}.{owner.__qualname__}"
+    if not isinstance(owner, types.ModuleType):
+        return ""
+    said = owner.__name__
+    for name in path:
+        said = owner.__name__ if isinstance(owner, types.ModuleType) else said
+        owner = getattr(owner, name, None)
+        said = f"{said}.{name}"
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__
+    return said if owner is not None and is_installed(said.partition(".")[0]) else ""
 
 
 def submodules_imported_by(tree: ast.Module) -> list[str]:

@@ -11,13 +11,11 @@ import ast
 import contextlib
 import hashlib
 import importlib
-import logging
 import os
 import random
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,7 +29,7 @@ import xxhash
 from durable_nb._fingerprint import hash_value
 
 ABSENT = ""
-READ, LISTED, MADE, REMOVED, FOLDER = "read", "listed", "made", "removed", "folder"
+READ, LISTED, MADE, REMOVED, FOLDER, DATABASE = "read", "listed", "made", "removed", "folder", "database"
 UNSEEDED = "unseeded"
 
 _CHUNK = 1 << 22
@@ -207,7 +205,7 @@ def _presence(path: str) -> str:
     return "there" if os.path.lexists(path) else ABSENT
 
 
-_STATES = {LISTED: _listing, FOLDER: _folder, REMOVED: _presence}
+_STATES = {LISTED: _listing, FOLDER: _folder, REMOVED: _presence, DATABASE: _presence}
 
 
 class Watch:
@@ -253,6 +251,8 @@ class Watch:
             how = self._how(event, args)
             if how == READ and os.path.isdir(where):  # to remove or to walk it by its descriptor
                 return
+            if event == "sqlite3.connect" and not os.path.exists(where):
+                how = DATABASE  # which it makes; what is put into it then is outside
             if where not in self._first and not (
                 how == READ and where.endswith((".py", ".pyc")) and _imports(sys._getframe(2))
             ):
@@ -289,6 +289,8 @@ class Watch:
                 files.append(FileState(name, MADE, content_digest(where)))
             elif how == REMOVED and not os.path.lexists(where):
                 files.append(FileState(name, REMOVED, ABSENT))
+            elif how == DATABASE and os.path.exists(where):
+                files.append(FileState(name, DATABASE, _presence(where)))
             elif how == FOLDER and os.path.isdir(where):
                 files.append(FileState(name, FOLDER, _folder(where)))
         for name, before in self._mentioned.items():
@@ -308,56 +310,26 @@ class Watch:
 
 
 class CellWatch(Watch):
-    """Sees what one cell does to files, to the global random generators and to the process."""
+    """Sees what one cell does to files and to the global random generators."""
 
-    def __init__(self, mentioned: Iterable[str], own: Path, words: frozenset[str] = frozenset()) -> None:
-        """`words`: the names that the cell's code and its helpers' mention."""
+    def __init__(self, mentioned: Iterable[str], own: Path) -> None:
         super().__init__(mentioned, own)
         self._generators = generators()
-        self._words = words
-        self._process = _process_state()
+        self._settings = settings()
 
     def world(self) -> tuple[World, list[str]]:
         """What the cell saw, now that it has ended; and why its result can't be kept, if it can't."""
         files, problems = self._files()
-        process = _process_state()
-        problems += [
-            f"it changes {what}"
-            for what, was in self._process.items()
-            if process[what] != was and (what not in _WHERE_MENTIONED or _WHERE_MENTIONED[what] & self._words)
-        ]
         after = generators()
         unmoved = {n for n, g in self._generators.items() if n in after and g.digest() == after[n].digest()}
         moved = {n: self._generators[n].before() if n in self._generators else UNSEEDED for n in after.keys() - unmoved}
         moved = {n: state for n, state in moved.items() if n in self._generators or after[n].seeded}
-        return World(files, moved, settings()), problems
+        return World(files, moved, self._settings), problems
 
     @staticmethod
     def moved_states(world: World) -> dict[str, Any]:
         """The states that seeded generators have now, of those the cell moved: what comes after must go on from there."""
         return {name: g.state for name, g in generators().items() if name in world.generators and g.seeded}
-
-
-def _process_state() -> dict[str, Any]:
-    """What cells set for the whole process now and then, and a restored one would not have set."""
-    loggers = {name: log for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)}
-    return {
-        "sys.path": list(sys.path),
-        "the recursion limit": sys.getrecursionlimit(),
-        "os.environ": dict(os.environ),
-        "the filters of warnings": list(warnings.filters),
-        "loggers": {name: (log.level, list(log.handlers), log.disabled) for name, log in {**loggers, "": logging.root}.items()},
-        **dict.fromkeys(_SETTINGS),
-        **settings(),
-    }
-
-
-_WHERE_MENTIONED = {
-    "os.environ": {"environ", "putenv", "unsetenv", "env", "set_env", "load_dotenv"},
-    "the filters of warnings": {"simplefilter", "filterwarnings", "resetwarnings"},
-    "loggers": {"basicConfig", "dictConfig", "fileConfig", "setLevel", "addHandler", "removeHandler", "disabled"},
-}
-"""Imports change these as well, which a later import does again; they count where the code speaks of them."""
 
 
 def settings() -> dict[str, str]:

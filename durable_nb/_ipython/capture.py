@@ -9,6 +9,7 @@ only. Elsewhere (a terminal, a `%%capture` above) the streams are wrapped for th
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ class Recorder:
         self._outputs: list[Output] = []
         self._lock = threading.Lock()
         self._paused = False
+        self.problems: list[str] = []
+        """What was shown in a way that can't be shown again."""
+        self._bars: list[tuple[dict[str, Any], Any]] = []
 
     def note(self, kind: str, content: Any, step: str = "") -> None:
         """Something was shown."""
@@ -80,10 +84,16 @@ class Recorder:
             _flush()
             self._paused = False
 
+    def bar(self, shown: dict[str, Any], widget: Any) -> None:
+        """`shown` stands for a progress bar, whose widget nobody can show again."""
+        self._bars.append((shown, widget))
+
     def outputs(self) -> list[Output]:
-        """All so far, in order."""
+        """All so far, in order. Progress bars show how far they have come."""
         _flush()
         with self._lock:
+            for shown, widget in self._bars:
+                shown["text/plain"] = _text_of_bar(widget)
             return list(self._outputs)
 
     @contextlib.contextmanager
@@ -102,6 +112,7 @@ class Recorder:
                 stack.enter_context(_hooked(streams, self))
             else:
                 stack.enter_context(_wrapped(self))
+            stack.enter_context(_noting_tracebacks(self._shell, self))
             yield
             _flush()
 
@@ -167,6 +178,41 @@ def _flush() -> None:
         done.wait(5)
 
 
+@contextlib.contextmanager
+def _noting_tracebacks(shell: Any, recorder: Recorder) -> Iterator[None]:
+    """A traceback that is shown while the cell goes on, as of a figure that fails to draw, is a message of its own."""
+    show = shell._showtraceback
+
+    def noting(kind: Any, value: Any, trace: Any) -> Any:
+        recorder.problems.append(f"it shows a traceback ({getattr(kind, '__name__', kind)}) and goes on")
+        return show(kind, value, trace)
+
+    shell._showtraceback = noting
+    try:
+        yield
+    finally:
+        del shell._showtraceback
+
+
+@contextlib.contextmanager
+def muted(shell: Any) -> Iterator[None]:
+    """Meanwhile nothing that the calling thread displays is seen: what importing a module shows is shown with the outputs."""
+    publisher, thread = shell.display_pub, threading.get_ident()
+    publish = publisher.publish
+
+    def publish_others(*args: Any, **options: Any) -> Any:
+        return None if threading.get_ident() == thread else publish(*args, **options)
+
+    outer = vars(publisher).get("publish")
+    publisher.publish = publish_others
+    try:
+        yield
+    finally:
+        del publisher.publish
+        if outer is not None:
+            publisher.publish = outer
+
+
 # -- displays ----------------------------------------------------------------------------------------------------------
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -184,6 +230,9 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
             _flush()
             kept = {mime: content for mime, content in data.items() if mime != _WIDGET}
             kind = UPDATE if options.get("update") else DISPLAY
+            widget = _bar_in(data)
+            if widget is not None:
+                recorder.bar(kept, widget)
             recorder.note(kind, (kept, metadata or {}, options.get("transient") or {}), _mark_of(publisher))
         return publish(data, metadata, **options)
 
@@ -199,6 +248,26 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
     finally:
         del publisher.publish, publisher.clear_output
         vars(publisher).update(outer)  # a durable cell inside a durable cell
+
+
+def _bar_in(data: Any) -> Any:
+    """The box of tqdm's bar that is displayed; None for anything else."""
+    if _WIDGET not in data or "tqdm.notebook" not in sys.modules:
+        return None
+    from ipywidgets.widgets import widget
+
+    found = widget._instances.get(data[_WIDGET].get("model_id"))
+    return found if type(found).__name__ == "TqdmHBox" else None
+
+
+def _text_of_bar(box: Any) -> str:
+    """As tqdm writes it in a terminal. Its own text is that of an object which is gone when its loop has ended."""
+    if box.layout.visibility == "hidden":  # leave=False
+        return ""
+    left, bar, right = box.children
+    full = round(10 * bar.value / bar.max) if bar.max else 0
+    texts = [html.unescape(part.value).replace("\u2007", " ") for part in (left, right)]
+    return f"{texts[0]}|{'█' * full}{' ' * (10 - full)}|{texts[1]}"
 
 
 # -- streams of a kernel -----------------------------------------------------------------------------------------------

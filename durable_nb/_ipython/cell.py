@@ -8,6 +8,7 @@ import inspect
 import sys
 import time
 import types
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from durable_nb._ipython.host import NotebookHost
 from durable_nb._ipython.interrupts import interruptible
 from durable_nb._ipython.notebook import origin_of
 from durable_nb._ipython.options import Options
+from durable_nb._ipython.settings import settings_of
 from durable_nb._ipython.status import StatusLine
 from durable_nb.errors import RunSuspended, StoreError
 
@@ -38,6 +40,7 @@ HEADLESS_SLEEP_S = 600.0
 """The longest wait without a front end, where nobody sees why the notebook takes so long."""
 
 _BUSY_POLL_S = 0.1
+_NOTHING = object()
 
 
 @dataclass(slots=True)
@@ -75,7 +78,8 @@ class CellExecution:
         self.shell, self.engine, self.options, self.live, self.folder = shell, engine, options, live, folder
         self.compiled = compile_body(shell, body)
         self.code = CellCode(options.name, self.compiled.tree, self.compiled.names)
-        self.cache = CellCache(Entries(engine.store.cells, engine.store.seal), engine.store.path)
+        entries = Entries(engine.store.cells, engine.store.seal)
+        self.cache = CellCache(entries, engine.store.path, settings_of(shell))
         self.label = options.name or "cell"
         # Without a name the entry has none in its key; the cell's steps belong to its id in the notebook, or to its code.
         self.owner = options.name or (f"~id {cell_id}" if cell_id else f"~code {_digest_of(self.code.tree)}")
@@ -143,7 +147,8 @@ class CellExecution:
 
     async def _restored(self, key: CellKey, began: float) -> bool:
         """Was there an entry, and is the notebook now as it says?"""
-        found = self.cache.lookup(self.code, self.shell.user_ns, key)
+        with capture.muted(self.shell):
+            found = self.cache.lookup(self.code, self.shell.user_ns, key)
         if not isinstance(found, Hit):
             self._ruled_out = self._ruled_out or found.why
             for warning in found.warnings:
@@ -160,7 +165,13 @@ class CellExecution:
             self.status.advise(text) if self.live else self.status.warn(text)
         if manifest.skipped:
             self.status.advise(f"without {', '.join(manifest.skipped)}, as --skip says")
-        found.apply(self.shell.user_ns)
+        for name, failed in found.failed.items():
+            text = f"{name} is not bound: making it again failed ({failed})"
+            self.status.advise(text) if self.live else self.status.warn(text)
+        outside = copy_context()
+        with capture.muted(self.shell):
+            found.apply(self.shell.user_ns)
+        self.set_variables = [(v, value) for v, value in copy_context().items() if outside.get(v, _NOTHING) is not value]
         if found.patched:
             names = self.shell.user_ns.items()
             self.story.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
@@ -206,7 +217,7 @@ class CellExecution:
         body = self._body(parts)
         with interruptible(run):
             try:
-                with self.recorder.recording(), watching(before.watch):
+                with self.recorder.recording(), watching(before.watch), before.effects.noticing():
                     try:
                         await run.execute(body)
                     finally:
@@ -271,8 +282,16 @@ class CellExecution:
         self.status.not_stored(why)
 
     def _store(self, run: CellRun, before: Before, outputs: list[capture.Output], cost_s: float) -> None:
-        problems = tuple(f"it sets the context variable {variable.name}" for variable, _ in run.set_variables)
-        saved = self.cache.save(before, After(self.results, capture.encode(outputs), len(outputs), cost_s, problems))
+        after = After(
+            self.results,
+            capture.encode(outputs),
+            len(outputs),
+            cost_s,
+            tuple(run.set_variables),
+            steps=bool(run.snapshot().steps),
+            problems=tuple(self.recorder.problems),
+        )
+        saved = self.cache.save(before, after)
         self.story.changed = saved.changed
         if isinstance(saved, Stored):
             self.story.kept = saved.manifest

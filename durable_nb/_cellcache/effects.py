@@ -1,0 +1,76 @@
+"""What a cell does to the process, beyond the notebook's variables: settings, modules, context variables, tasks and threads."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from durable_nb._cellcache.modules import Modules
+from durable_nb._cellcache.pending import Pending
+from durable_nb._cellcache.settings import Setting, Settings, UnsettableError
+
+
+class Effects:
+    """How the process stands before a cell runs; what has changed is told when it has ended."""
+
+    def __init__(self, tree: ast.Module, words: frozenset[str], known: Iterable[Setting]) -> None:
+        """`words`: the names that the cell's code and its helpers' mention."""
+        self._settings, self._pending, self._modules = Settings(known, words), Pending(), Modules(tree, words)
+
+    def noticing(self) -> contextlib.AbstractContextManager[None]:
+        """For the time that the cell runs."""
+        return self._modules.noticing()
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What it has set, to be set again; UnsettableError."""
+        return self._settings.changed()
+
+    def left(self, patched: set[int]) -> Iterator[str]:
+        """What else it has done to the process that a hit would not do, in words. Objects of these ids are patched."""
+        yield from self._pending.left()
+        for name in self._modules.changed(patched):
+            yield f"it changes {name}, in a module that it imports"
+
+
+_SETTINGS_OF = {"numpy", "decimal"}
+"""Packages that keep settings in context variables, which are known as settings."""
+_MEMORIES = {"numexpr"}
+"""Packages that remember there what they were last called with: no part of any result."""
+
+
+def variables_kept(
+    variables: Iterable[tuple[ContextVar[Any], Any]], names: Mapping[str, Any]
+) -> list[tuple[ContextVar[Any], Any, str]]:
+    """Of the context variables that a cell set, those that are to be set again: with its value, and where it is found,
+    `module:name` or a name of the notebook. UnsettableError for one that is nowhere."""  # fmt: skip
+    found = []
+    for variable, value in variables:
+        place = _place(variable, names)
+        package = place.partition(":")[0].partition(".")[0] if ":" in place else ""
+        if package in _SETTINGS_OF | _MEMORIES or variable.name in _BY_NAME:
+            continue
+        if not place:
+            raise UnsettableError(f"it sets the context variable {variable.name}")
+        found.append((variable, value, place))
+    return found
+
+
+_BY_NAME = {"decimal_context", "numpy.format_options", "numpy_extobj"}
+"""Of C code's, and of hidden objects."""
+
+
+def _place(variable: ContextVar[Any], names: Mapping[str, Any]) -> str:
+    for name, value in names.items():
+        if value is variable:
+            return name
+    for module_name, module in list(sys.modules.items()):
+        if module_name == "__main__":
+            continue
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is variable:
+                return f"{module_name}:{name}"
+    return ""

@@ -1,0 +1,90 @@
+"""What a cell does to modules of the project that it imports: their values are compared as import left them.
+
+A module that the notebook imported before is an input of the cells that use it, and compared as such; of one that the cell
+imports itself nothing is known before. So what it holds is noted when the import ends, or before the cell where another
+one has loaded it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from durable_nb._fingerprint import hash_value, is_installed
+
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+
+
+class Modules:
+    """What modules of the project hold before a cell changes them."""
+
+    def __init__(self, tree: ast.Module, words: frozenset[str]) -> None:
+        """`words`: the names that the cell's code and its helpers' mention."""
+        self._held: dict[str, dict[str, tuple[int, str]]] = {}
+        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+        for name, module in list(sys.modules.items()):
+            if (imports or name.rpartition(".")[2] in words) and _is_of_project(module):
+                self._note(name, module)
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Meanwhile, what a module holds is noted as soon as its import has ended."""
+        loader: Any = importlib.machinery.SourceFileLoader  # which inherits how it executes
+        execute = loader.exec_module
+
+        def exec_module(own: Any, module: types.ModuleType) -> None:
+            execute(own, module)
+            if _is_of_project(module):
+                self._note(module.__name__, module)
+
+        loader.exec_module = exec_module
+        try:
+            yield
+        finally:
+            if vars(loader).get("exec_module") is exec_module:
+                del loader.exec_module
+
+    def _note(self, name: str, module: types.ModuleType) -> None:
+        with contextlib.suppress(Exception):  # what can't be compared is not looked at: a cell that uses it is told elsewhere
+            self._held[name] = _values(module)
+
+    def changed(self, patched: set[int]) -> list[str]:
+        """What the cell has changed in them, as `module.name`, but for objects of these ids."""
+        found = []
+        for name, before in self._held.items():
+            module = sys.modules.get(name)
+            after = _values(module) if module is not None else before
+            different = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+            found += [f"{name}.{key}" for key in different if after.get(key, (0, ""))[0] not in patched]
+        return found
+
+
+def _is_of_project(module: Any) -> bool:
+    """Has it a source, and is it the user's own?"""
+    return (
+        isinstance(module, types.ModuleType) and bool(getattr(module, "__file__", None)) and not is_installed(module.__name__)
+    )
+
+
+def _values(module: types.ModuleType) -> dict[str, tuple[int, str]]:
+    """By name, ids and digests of the values that a module holds, and of what its classes hold."""
+    found = {}
+    for name, value in list(vars(module).items()):
+        if name.startswith("__") or isinstance(value, _CODE):
+            continue
+        if isinstance(value, type):
+            if value.__module__ == module.__name__:
+                own = {k: v for k, v in vars(value).items() if not k.startswith("__") and _is_value(v)}
+                found[name] = id(value), hash_value(own)
+            continue
+        found[name] = id(value), hash_value(value)
+    return found
+
+
+def _is_value(value: Any) -> bool:
+    return not isinstance(value, (*_CODE, type, property, staticmethod, classmethod)) and not hasattr(value, "__get__")

@@ -1,0 +1,280 @@
+"""What a cell does beyond its variables: resources are made again, settings set again; all else keeps it from being stored."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from kernels import kernel
+from twins import twins
+
+LIBRARY = """
+class Settings:
+    model = 'small'
+    limits = {'n': 1}
+settings = Settings()
+state = {}
+rate = 1
+def init(size): state['size'] = size
+def ask(): return settings.model
+"""
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory):
+    with twins(tmp_path_factory.mktemp("sessions")) as started:
+        yield started
+
+
+@pytest.fixture
+def executed(sessions, tmp_path):
+    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
+    (tmp_path / "library.py").write_text(LIBRARY)
+    (tmp_path / "setting.py").write_text("import os\nos.environ['DURABLE_NB_MODE'] = 'fast'\nVALUE = 3\n")
+
+    def cleared():
+        for name in ("made.db",):
+            (tmp_path / name).unlink(missing_ok=True)
+
+    @functools.cache
+    def plainly(*cells):
+        found = sessions.run(cells, tmp_path)
+        cleared()
+        return found
+
+    def run(before, body, after):
+        plain = plainly(before, f"# plain\n{body}", after)
+        assert not plain["shown"][-1][2], plain["shown"][-1]
+        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
+        assert durable["shown"] == plain["shown"]
+        assert durable["state"].get("look") == plain["state"].get("look")
+        assert "look" in plain["state"]
+        return durable["told"]
+
+    return run
+
+
+REMADE = {
+    "an httpx client": ("", "import httpx\nclient = httpx.AsyncClient(base_url='http://x', timeout=httpx.Timeout(3), headers={'a': 'b'})", "look = str(client.base_url), client.timeout.read, client.headers['a'], client.is_closed"),
+    "an openai client": ("import os\nos.environ['OPENAI_API_KEY'] = 'k1'", "from openai import OpenAI, AsyncOpenAI\nllm = OpenAI()\nother = AsyncOpenAI(base_url='http://y', api_key=os.environ['OPENAI_API_KEY'], max_retries=7)", "look = llm.api_key, str(other.base_url), other.max_retries, other.api_key"),
+    "an anthropic client": ("", "import anthropic\nclaude = anthropic.Anthropic(api_key='k')", "look = claude.api_key, claude.is_closed()"),
+    "a client of a client": ("", "import httpx, openai\nhttp = httpx.Client(timeout=9)\nllm = openai.OpenAI(api_key='k', http_client=http)", "look = llm._client is http, http.timeout.read"),
+    "arguments of this cell and of earlier ones": ("import httpx\nbase = 'http://x'", "path = '/v1'\noptions = {'timeout': 4}\nclient = httpx.Client(base_url=f'{base}{path}', **options)", "look = str(client.base_url), client.timeout.read"),
+    "asyncio's": ("import asyncio", "sem = asyncio.Semaphore(20)\nlock, event = asyncio.Lock(), asyncio.Event()\nqueue = asyncio.Queue(maxsize=3)\nevent.set()", "look = sem._value, lock.locked(), event.is_set(), queue.maxsize, queue.empty()"),
+    "asyncio's, after use": ("import asyncio", "sem = asyncio.Semaphore(1)\nqueue = asyncio.Queue()\nasync def use(n):\n    async with sem:\n        await queue.put(n)\n        await asyncio.sleep(0)\n        return await queue.get()\ndone = await asyncio.gather(*map(use, range(3)))\nqueue.task_done(); queue.task_done(); queue.task_done()", "look = done, sem._value, queue.qsize()"),
+    "threading's": ("", "import threading, queue\nlock = threading.Lock()\nrlock: object = threading.RLock()\nsem = threading.BoundedSemaphore(2)\nevent = threading.Event()\nq = queue.Queue(2)\nlocal = threading.local()\ncond = threading.Condition()\nbar = threading.Barrier(2)", "look = lock.locked(), sem._value, event.is_set(), q.maxsize, bar.parties, type(rlock).__name__, vars(local)"),
+    "an executor": ("", "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(max_workers=3)\nsquares = list(pool.map(pow, [1, 2], [2, 2]))", "look = pool._max_workers, squares, pool.submit(len, 'abc').result()"),
+    "an executor that a with has shut down": ("", "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(2) as pool:\n    squares = list(pool.map(pow, [1, 2], [2, 2]))", "look = squares, pool._shutdown"),
+    "a client that a with has closed": ("", "import httpx\nwith httpx.Client() as client:\n    pass\nasync with httpx.AsyncClient() as other:\n    pass", "look = client.is_closed, other.is_closed"),
+    "a connection": ("", "import sqlite3\ncon = sqlite3.connect('made.db')\ncon.row_factory = sqlite3.Row\ncur = con.cursor()", "con.execute('create table if not exists t (a)')\nlook = con.execute('select count(*) as n from t').fetchone()['n'], cur.connection is con"),
+    "a connection that was closed": ("", "import sqlite3\nfrom contextlib import closing\nwith closing(sqlite3.connect('made.db')) as con:\n    one = con.execute('select 1').fetchone()", "try: con.execute('select 1')\nexcept sqlite3.ProgrammingError as e: look = str(e), one"),
+    "an empty database in memory": ("import sqlite3", "con = sqlite3.connect(':memory:')", "con.execute('create table t (a)')\nlook = con.execute('select count(*) from t').fetchone()"),
+    "an engine": ("", "from sqlalchemy import create_engine\nfrom sqlalchemy.orm import sessionmaker\nurl = 'sqlite:///made.db'\nengine = create_engine(url, echo=False)\nSession = sessionmaker(bind=engine)", "from sqlalchemy import text\nwith engine.connect() as c: one = c.execute(text('select 1')).scalar()\nlook = one, str(engine.url), Session().get_bind() is engine"),
+    "a bar at its end": ("", "from tqdm import tqdm\nbar = tqdm(range(5), desc='rows', bar_format='{desc}{n}', mininterval=99)\nfor _ in bar: pass", "look = bar.n, bar.total, bar.desc, bar.disable"),
+    "a bar half way": ("", "from tqdm import tqdm\nbar = tqdm(total=10, bar_format='{n}', mininterval=99)\nx = bar.update(4)", "x = bar.update(1)\nlook = bar.n, bar.total, bar.disable"),
+    "held by other values": ("import asyncio", "sem = asyncio.Semaphore(2)\nclass Agent:\n    def __init__(self, sem): self.sem = sem\nagent = Agent(sem)\nboth = {'s': sem, 'a': agent}\ndef f(s=sem): return s", "look = agent.sem is sem, both['s'] is sem, both['a'] is agent, f() is sem, sem._value"),
+    "two names": ("import asyncio", "a = b = asyncio.Lock()", "look = a is b, a.locked()"),
+    "a type of one's own": ("import durable_nb as durable\n@durable.remake\nclass Gate:\n    def __init__(self, n): self.n, self.f = n, lambda: n\n    def __reduce__(self): raise TypeError('no')", "gate = Gate(3)\nn = 4", "look = gate.f(), n"),
+}  # fmt: skip
+"""Before, body, what is looked at."""
+
+
+@pytest.mark.parametrize(("before", "body", "after"), REMADE.values(), ids=REMADE.keys())
+def test_a_live_resource_is_made_again(executed, before, body, after):
+    """By the statement that bound it, as often as the cell is restored; it stands as the cell left it."""
+    assert not [line for line in executed(before, body, after) if "not stored" in line or "warning" in line]
+    for _ in range(2):
+        assert executed(before, body, after)[-1] == "restored"
+
+
+STATEFUL = {
+    "a held lock": ("", "import threading\nlock = threading.Lock()\nx = lock.acquire()", "look = lock.locked()", "lock (lock) holds a held lock"),
+    "a semaphore that was taken": ("import asyncio", "sem = asyncio.Semaphore(3)\nx = await sem.acquire()", "look = sem._value", "sem (Semaphore) holds state that the cell put into it"),
+    "a queue with items": ("import asyncio", "q = asyncio.Queue()\nq.put_nowait(1)", "look = q.qsize()", "q (Queue) holds state"),
+    "tables in memory": ("import sqlite3", "con = sqlite3.connect(':memory:')\nx = con.execute('create table t (a)')\ndel x", "look = con.execute('select count(*) from t').fetchone()", "con (Connection) holds tables in memory"),
+    "tables in memory, of an engine": ("from sqlalchemy import create_engine, text", "engine = create_engine('sqlite://')\nwith engine.begin() as c:\n    c.execute(text('create table t (a)'))\ndel c", "with engine.connect() as c: look = c.execute(text('select count(*) from t')).scalar()", "engine (Engine) holds tables in memory"),
+    "an open transaction": ("import sqlite3", "con = sqlite3.connect('made.db')\nx = con.execute('create table if not exists t (a)') and con.execute('insert into t values (1)') and 1", "look = con.in_transaction\ncon.rollback()", "con (Connection) holds an open transaction"),
+    "a function given to a connection": ("import sqlite3", "con = sqlite3.connect(':memory:')\ncon.create_function('twice', 1, lambda a: 2 * a)", "look = con.execute('select twice(4)').fetchone()", "con (Connection) holds what create_function() gave it"),
+    "an attribute set on a client": ("import httpx", "client = httpx.Client()\nclient.base_url = 'http://x'", "look = str(client.base_url)", "client (Client) holds an attribute 'base_url'"),
+    "bound in a branch": ("import sqlite3", "if True:\n    con = sqlite3.connect(':memory:')", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),
+    "bound twice": ("import sqlite3", "con = None\ncon = sqlite3.connect(':memory:')", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),
+    "an argument that is bound again": ("import sqlite3", "file = ':memory:'\ncon = sqlite3.connect(file)\nfile = 'other'", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),
+    "an argument that is computed": ("import sqlite3\ndef where(): return ':memory:'", "con = sqlite3.connect(where())", "look = con.execute('select 1').fetchone()", "con (Connection) can't be made again: its arguments call where()"),
+}  # fmt: skip
+"""Before, body, what is looked at, why it is not stored."""
+
+
+@pytest.mark.parametrize(("before", "body", "after", "why"), STATEFUL.values(), ids=STATEFUL.keys())
+def test_a_resource_that_would_come_back_otherwise_keeps_the_cell_from_being_stored(executed, before, body, after, why):
+    """It says so the first time, and is right each time."""
+    for _ in range(2):
+        told = executed(before, body, after)
+        assert [line for line in told if line.startswith(f"not stored: {why}")], told
+
+
+SET_AGAIN = {
+    "the environment": ("import os", "os.environ['DURABLE_NB_TEST'] = '1'", "look = os.environ['DURABLE_NB_TEST']"),
+    "a variable that is deleted": ("import os\nos.environ['DURABLE_NB_OLD'] = '1'", "x = os.environ.pop('DURABLE_NB_OLD')", "look = 'DURABLE_NB_OLD' in os.environ"),
+    "%env": ("import os", "%env DURABLE_NB_TEST=2", "look = os.environ['DURABLE_NB_TEST']"),
+    "an imported module that sets the environment": ("import os", "from setting import VALUE", "look = os.environ['DURABLE_NB_MODE'], VALUE"),
+    "the working directory": ("import os\nos.makedirs('sub', exist_ok=True)", "%cd -q sub", "look = os.path.basename(os.getcwd())\nos.chdir('..')"),
+    "the filters of warnings": ("import warnings", "warnings.filterwarnings('ignore', category=UserWarning)\nwarnings.simplefilter('error', DeprecationWarning)", "look = [f[:1] + f[2:3] for f in warnings.filters[:2]]"),
+    "loggers": ("import logging", "logging.basicConfig(level=logging.INFO, format='%(message)s', force=True)\nlogging.getLogger('mine').setLevel(10)", "look = logging.root.level, len(logging.root.handlers), logging.root.handlers[0].formatter._fmt, logging.getLogger('mine').level"),
+    "the locale": ("import locale", "x = locale.setlocale(locale.LC_NUMERIC, 'C.UTF-8')", "look = locale.setlocale(locale.LC_NUMERIC)"),
+    "the decimal context": ("import decimal", "decimal.getcontext().prec = 5", "look = decimal.Decimal(1) / 3"),
+    "the recursion limit": ("import sys", "sys.setrecursionlimit(4321)", "look = sys.getrecursionlimit()"),
+    "the time-out of sockets": ("", "import socket\nsocket.setdefaulttimeout(7)", "look = socket.getdefaulttimeout()"),
+    "garbage collection": ("import gc", "gc.disable()", "look = gc.isenabled()"),
+    "numpy's print options": ("import numpy as np", "np.set_printoptions(precision=2, suppress=True)", "look = str(np.array([1.23456]))"),
+    "numpy's errors": ("import numpy as np", "old = np.seterr(divide='ignore')", "look = np.geterr()['divide']"),
+    "pandas' options": ("import pandas as pd", "pd.set_option('display.max_rows', 5)\npd.options.display.precision = 2\npd.set_option('display.float_format', '{:.1f}'.format)", "look = str(pd.Series([1.2345] * 9))"),
+    "rcParams": ("", "import matplotlib\nimport matplotlib.pyplot as plt\nplt.rc('font', size=9)\nplt.rcParams['figure.figsize'] = (3, 2)", "look = plt.rcParams['font.size'], plt.rcParams['figure.figsize']"),
+    "a style": ("", "import matplotlib.pyplot as plt\nplt.style.use('ggplot')", "look = plt.rcParams['axes.facecolor'], plt.rcParams['axes.prop_cycle'].by_key()"),
+    "a theme of seaborn": ("", "import seaborn as sns\nsns.set_theme(style='darkgrid', palette='deep', color_codes=True)", "import matplotlib.colors as mc, matplotlib as m\nlook = m.rcParams['axes.facecolor'], mc.to_rgb('b')"),
+    "matplotlib.use": ("", "import matplotlib\nmatplotlib.use('svg')", "look = matplotlib.get_backend()"),
+    "plt.ioff": ("", "import matplotlib; matplotlib.use('agg')\nimport matplotlib.pyplot as plt\nplt.ion()", "look = plt.isinteractive()"),
+    "sklearn.set_config": ("", "import sklearn\nsklearn.set_config(transform_output='pandas')", "look = sklearn.get_config()['transform_output']"),
+    "polars' options": ("", "import polars as pl\nx = pl.Config.set_tbl_rows(3).set_fmt_float('full') and 1", "look = str(pl.DataFrame({'a': [float(n) for n in range(9)]}))"),
+    "a context variable": ("import contextvars\nv = contextvars.ContextVar('v')", "t = v.set([1])\ndel t", "look = v.get()"),
+    "nest_asyncio": ("", "import nest_asyncio\nnest_asyncio.apply()", "import asyncio\nlook = asyncio.run(asyncio.sleep(0, 5))"),
+    "%precision": ("", "%precision 2", "f = get_ipython().display_formatter.formatters['text/plain']\nlook = f(1.23456)\ndel f"),
+    "%pprint": ("", "%pprint", "look = get_ipython().display_formatter.formatters['text/plain'].pprint"),
+    "%xmode": ("", "%xmode Minimal", "look = get_ipython().InteractiveTB.mode"),
+    "%config": ("", "%config InteractiveShell.ast_node_interactivity = 'all'", "look = get_ipython().ast_node_interactivity\n%config InteractiveShell.ast_node_interactivity = 'last_expr'"),
+    "%load_ext": ("", "%load_ext autoreload\n%autoreload 2", "m = get_ipython().magics_manager\nlook = 'autoreload' in m.magics['line'], m.registry['AutoreloadMagics']._reloader.check_all\n%autoreload 0\ndel m"),
+    "a magic that is registered": ("k = 5", "from IPython.core.magic import register_line_magic\n@register_line_magic\ndef zz(line): return k", "look = get_ipython().run_line_magic('zz', ''), get_ipython().magics_manager.magics['line']['zz'] is zz"),
+    "import this, which prints": ("", "import this", "look = this.s[:5]"),
+}  # fmt: skip
+"""Before, body, what is looked at."""
+
+
+@pytest.mark.parametrize(("before", "body", "after"), SET_AGAIN.values(), ids=SET_AGAIN.keys())
+def test_what_a_cell_sets_is_set_again(executed, before, body, after):
+    """As values, by the library's own functions."""
+    assert not [line for line in executed(before, body, after) if "not stored" in line]
+    assert executed(before, body, after)[-1] == "restored"
+
+
+REFUSED = {
+    "settings of a module that the cell imports": ("", "from library import settings\nsettings.model = 'big'", "import library\nlook = library.ask(), settings is library.settings", "it changes library.settings"),
+    "what a function of such a module changes": ("", "import library\nlibrary.init('big')", "look = library.state", "it changes import library in place"),
+    "a class of such a module": ("", "import library\nlibrary.Settings.model = 'big'", "look = library.ask()", "it changes library.Settings"),
+    "a module that was loaded before": ("import library\nask = library.ask\ndel library", "from library import settings\nsettings.model = 'big'", "look = ask()", "it changes library.settings"),
+    "tqdm.pandas()": ("import pandas as pd", "from tqdm.auto import tqdm\ntqdm.pandas()", "import io\ntqdm.pandas(file=io.StringIO())\nlook = pd.Series([1]).progress_apply(lambda x: x + 1).tolist()", "it adds DataFrame.progress_apply"),
+    "an accessor": ("import pandas as pd", "@pd.api.extensions.register_dataframe_accessor('mine')\nclass Mine:\n    def __init__(self, df): self.n = len(df)", "look = pd.DataFrame({'a': [1, 2]}).mine.n", "it adds DataFrame.mine"),
+    "an accessor of polars": ("", "import polars as pl\n@pl.api.register_dataframe_namespace('mine')\nclass Mine:\n    def __init__(self, df): self.n = df.height", "look = pl.DataFrame({'a': [1, 2]}).mine.n", "it adds DataFrame.mine"),
+    "an attribute of a class": ("from IPython.core.interactiveshell import InteractiveShell", "InteractiveShell.ast_node_interactivity = 'all'", "look = InteractiveShell.ast_node_interactivity\nInteractiveShell.ast_node_interactivity = 'last_expr'", "it sets IPython.core.interactiveshell.InteractiveShell.ast_node_interactivity"),
+    "a secret in the environment": ("import os", "os.environ['MY_API_KEY'] = 'k'", "look = os.environ['MY_API_KEY']", "it sets MY_API_KEY in the environment, which looks like a secret"),
+    "a thread": ("import threading", "e = None\nthreading.Timer(30, print).start()", "look = [t.cancel() for t in threading.enumerate() if isinstance(t, threading.Timer)]", "it leaves the thread"),
+    "a handler of a logger": ("import logging", "logging.getLogger('mine').addHandler(logging.NullHandler())", "look = len(logging.getLogger('mine').handlers)", "it gives the logger 'mine' a NullHandler"),
+    "a handler of a signal": ("import signal", "x = signal.signal(signal.SIGUSR1, signal.SIG_IGN) and 1", "look = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN", "it sets a handler for signal"),
+    "builtins": ("import builtins", "setattr(builtins, 'zzz', 1)", "look = zzz", "it sets builtins.attributes"),
+    "a hook of Python": ("import sys", "def hook(*a): pass\nsys.__dict__['excepthook'] = hook", "look = sys.excepthook is hook", "it sets sys.excepthook"),
+    "sys.path": ("import sys", "sys.path.append('lib')", "look = 'lib' in sys.path", "it changes sys.path"),
+    "a hook of IPython": ("", "import IPython\ndef told(*a): pass\nIPython.get_ipython().events.register('pre_run_cell', told)", "look = told in get_ipython().events.callbacks['pre_run_cell']\nget_ipython().events.unregister('pre_run_cell', told)", "it sets IPython's callbacks of pre_run_cell"),
+    "how a type is shown": ("class T: pass", "import IPython\nx = IPython.get_ipython().display_formatter.formatters['text/plain'].for_type(T, lambda o, p, c: p.text('t'))", "look = IPython.get_ipython().display_formatter.formatters['text/plain'](T())", "it registers how __main__.T as text/plain is shown"),
+}  # fmt: skip
+"""Before, body, what is looked at, why it is not stored."""
+
+
+@pytest.mark.parametrize(("before", "body", "after", "why"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_can_not_be_done_again_keeps_the_cell_from_being_stored(executed, before, body, after, why):
+    """One line says what it was; the cell runs each time."""
+    for _ in range(2):
+        told = executed(before, body, after)
+        assert [line for line in told if line.startswith(f"not stored: {why}")], told
+
+
+# -- in a real kernel ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    with kernel(tmp_path_factory.mktemp("effects")) as started:
+        yield started
+
+
+LEFT_RUNNING = {
+    "a task": ("async def go(): done.append(await asyncio.sleep(0.01, 1))\nasyncio.ensure_future(go());", "it leaves the task go running"),
+    "a timer": ("asyncio.get_running_loop().call_later(0.01, done.append, 1);", "it leaves a timer that will call list.append()"),
+    "a thread": ("import threading\nthreading.Thread(target=lambda: done.append(1) or __import__('time').sleep(2)).start()", "it leaves the thread"),
+}  # fmt: skip
+
+
+@pytest.mark.kernel
+def test_what_goes_on_after_a_cell_keeps_it_from_being_stored(home):
+    """Each time it is started anew."""
+    for _ in range(2):
+        for name, (body, why) in LEFT_RUNNING.items():
+            shown = home.run(f"%%durable {name.split()[1]}\nimport asyncio\ndone = []\n{body}")
+            assert shown.status == "ok", shown.traceback
+            assert f"not stored: {why}" in shown.told[-1], shown.told
+            home.run("import asyncio\nwhile not done: await asyncio.sleep(0.01)")
+            assert home.value("done") == [1]
+    assert (
+        "not stored"
+        not in home.run("%%durable calm\nawait asyncio.gather(asyncio.sleep(0.01), asyncio.sleep(0))\nx = 1").told[-1]
+    )
+
+
+@pytest.mark.kernel
+def test_inline_figures_come_in_the_format_that_a_restored_cell_chose(home):
+    """`%matplotlib inline`, `%config InlineBackend`, `plt.ioff()` hold for the cells below, and nothing shows twice."""
+    setup = (
+        "%%durable setup\n%matplotlib inline\n%config InlineBackend.figure_formats = ['svg']\n"
+        "import this\nimport matplotlib.pyplot as plt\nplt.rc('figure', figsize=(1, 1))"
+    )
+    draw = "plt.plot([1, 2]);"
+    seen = []
+    for cell in (setup.partition("\n")[2], setup, setup):
+        home.restart()
+        first = home.run(cell)
+        assert first.status == "ok", first.traceback
+        seen.append((first.stdout, [sorted(d["data"]) for d in home.run(draw).displays], home.run("plt.get_fignums()").result))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][1] == [["image/svg+xml", "text/plain"]]
+    assert "restored" in first.told[-1]
+
+
+@pytest.mark.kernel
+def test_a_figure_that_fails_to_draw_fails_each_time(home):
+    """Its traceback is a message of its own, which nobody can show again."""
+    home.restart()
+    home.run("%matplotlib inline\nimport matplotlib.pyplot as plt")
+    cell = "%%durable broken\nplt.plot([1])\nplt.title('$\\\\nonsense{$');\nx = 1"
+    for _ in range(2):
+        shown = home.run(cell)
+        assert "ParseException" in shown.error or "ValueError" in shown.error, shown
+        assert "not stored: it shows a traceback" in shown.told[-1]
+
+
+@pytest.mark.kernel
+def test_a_bar_in_the_notebook_shows_its_end_when_it_is_restored(home):
+    """Its widget is gone with the kernel; what stands for it says how far it came."""
+    cell = "%%durable bar\nfrom tqdm.notebook import tqdm\nfor _ in tqdm(range(7), desc='rows'): pass\nbar = tqdm(total=3)\nx = bar.update(3)\nbar.close()"
+    for ran in (True, False):
+        home.restart()
+        shown = home.run(cell)
+        assert shown.status == "ok", shown.traceback
+        assert ("restored" in shown.told[-1]) is not ran, shown.told
+        assert home.value("bar.n, bar.total") == (3, 3)
+    texts = [display["data"]["text/plain"] for display in shown.displays]
+    assert len(texts) == 2, texts
+    assert texts[0].startswith("rows: 100%"), texts
+    assert "7/7" in texts[0]
+    assert "3/3" in texts[1]
+
+
+@pytest.mark.kernel
+def test_a_constructor_that_fails_leaves_its_name_unbound_and_everything_else_restored(home):
+    """One line says so."""
+    gate = "@durable.remake\nclass Gate:\n    def __init__(self, n):\n        if n > 3: raise RuntimeError('full')\n        self.n = lambda: n"
+    cell = "%%durable fails --ignore n\ngate = Gate(n)\nx = 5"
+    for n, bound in ((1, True), (2, True), (4, False)):
+        home.restart()
+        home.run(f"{gate}\nn = {n}")
+        shown = home.run(cell)
+        assert home.value("'gate' in globals(), x") == (bound, 5), shown.told
+        assert not bound or home.value("gate.n()") == n
+    assert any("gate is not bound: making it again failed (RuntimeError: full)" in line for line in shown.told), shown.told
+    assert "restored" in shown.told[-1]
