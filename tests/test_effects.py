@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 from kernels import kernel
@@ -183,6 +185,42 @@ def test_what_can_not_be_done_again_keeps_the_cell_from_being_stored(executed, b
     for _ in range(2):
         told = executed(before, body, after)
         assert [line for line in told if line.startswith(f"not stored: {why}")], told
+
+
+IN_MEMORY = "import sqlite3\ncon = sqlite3.connect(':memory:')\nx = con.execute('create table t (a)') and con.execute('insert into t values ({})') and con.commit()"
+
+
+def test_a_database_in_memory_counts_by_what_it_holds(sessions, tmp_path):
+    """It is no outside: a cell that reads other rows is another one, and one that writes some runs each time."""
+    read = "%%durable read\nrows = con.execute('select a from t').fetchall()"
+    told = [sessions.run([IN_MEMORY.format(value), read], tmp_path) for value in (1, 1, 2, 1)]
+    assert [found["told"][-1] == "restored" for found in told] == [False, True, False, True]
+    assert [found["state"]["rows"] for found in told][2] != told[0]["state"]["rows"]
+    write = "%%durable write\nx = con.execute('insert into t values (7)').rowcount\ncon.commit()"
+    for _ in range(2):
+        found = sessions.run([IN_MEMORY.format(1), write, "look = con.execute('select count(*) from t').fetchone()"], tmp_path)
+        assert found["told"][-1] == "not stored: it changes con in place"
+        assert found["state"]["look"] == '["builtins.tuple", "int 0x2"]'
+
+
+def test_a_database_in_a_file_is_outside(sessions, tmp_path):
+    """What was read through a connection of an earlier cell is kept, whatever the file holds now."""
+    before = "import sqlite3\ncon = sqlite3.connect('outside.db')\nx = con.executescript('create table if not exists t (a); insert into t values (1);')\ndel x"
+    read = "%%durable outside\nn = con.execute('select count(*) from t').fetchone()"
+    first, second = (sessions.run([before, read], tmp_path) for _ in range(2))
+    assert second["told"][-1] == "restored"
+    assert second["state"]["n"] == first["state"]["n"]
+
+
+def test_every_row_of_the_table_names_a_test_that_is_there():
+    """docs/understand: what counts, what is made again, what is refused, what lies outside."""
+    text = (Path(__file__).parents[1] / "docs" / "understand" / "what-a-hit-restores.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "shown by" not in line]
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows]
+    assert len(rows) > 30
+    for file, name in (found for row in named for found in row):
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), (file, name)
+    assert sum(not row for row in named) <= 3, [row for row, found in zip(rows, named, strict=True) if not found]
 
 
 # -- in a real kernel ----------------------------------------------------------------------------------------------------

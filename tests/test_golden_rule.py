@@ -230,11 +230,17 @@ def test_a_name_that_the_cell_and_its_helper_read_and_rebind_is_no_change_in_pla
 
 
 def test_an_unpicklable_variable_is_named_and_the_cell_runs_again(home):
-    """One line names it, and what to do about what was paid for."""
-    cell = "%%durable lock\nimport threading\nlk = threading.Lock()\ny = 5"
-    assert runs(home, cell)
-    shown = home.run(f"{cell.splitlines()[0]}\n{COUNT}" + "\n".join(cell.splitlines()[1:]))
-    assert "not stored: lk (lock) can't be pickled" in shown.told[-1]
+    """One line names it, and what to do about what was paid for; steps are said to be kept only where there are some."""
+    shown = home.run("%%durable lines\nlines = (n for n in range(3))\ny = 5")
+    assert "not stored: lines (generator) can't be pickled; leave it out with --skip lines, or put" in shown.told[-1]
+    paid = "%%durable paid\nz = await durable.run('pay', pow, 2, 3)\nlines = (n for n in range(3))"
+    for _ in range(2):
+        shown = home.run(paid)
+        assert (
+            "not stored: lines (generator) can't be pickled; its steps are kept; leave it out with --skip lines"
+            in shown.told[-1]
+        )
+    assert "1 of 1 step restored" in shown.told[-1]
 
 
 def test_class_instances_and_functions_of_the_cell_come_back_live(home):
