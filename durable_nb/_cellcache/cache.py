@@ -325,7 +325,7 @@ class _Saving:
         problems += [*key.sets, *self.after.problems]
         patched = {id(obj) for obj, _ in patches} if not problems else set()
         try:
-            problems += self.before.effects.left(patched)
+            problems += self.before.effects.left(patched, self.before.elsewhere.keys())
             settings = _in_context_of(self.after.variables, self.before.effects.settings)
             variables = variables_kept(self.after.variables, held)
             resources = Resources(code.tree, bound, namespace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,10 +29,11 @@ class Effects:
         """What it has set, to be set again; UnsettableError."""
         return self._settings.changed()
 
-    def left(self, patched: set[int]) -> Iterator[str]:
-        """What else it has done to the process that a hit would not do, in words. Objects of these ids are patched."""
+    def left(self, patched: set[int], bound: Collection[tuple[str, str]]) -> Iterator[str]:
+        """What else it has done to the process that a hit would not do, in words. Objects of these ids are patched, and these
+        globals of modules, (module, name), are bound again."""  # fmt: skip
         yield from self._pending.left()
-        for name in self._modules.changed(patched):
+        for name in self._modules.changed(patched, bound):
             yield f"it changes {name}, in a module that it imports"
 
 

@@ -12,7 +12,7 @@ import contextlib
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from durable_nb._fingerprint import hash_value, is_installed
@@ -53,14 +53,15 @@ class Modules:
         with contextlib.suppress(Exception):  # what can't be compared is not looked at: a cell that uses it is told elsewhere
             self._held[name] = _values(module)
 
-    def changed(self, patched: set[int]) -> list[str]:
-        """What the cell has changed in them, as `module.name`, but for objects of these ids."""
+    def changed(self, patched: set[int], bound: Collection[tuple[str, str]]) -> list[str]:
+        """What the cell has changed in them, as `module.name`, but for objects of these ids, and these globals."""
         found = []
         for name, before in self._held.items():
             module = sys.modules.get(name)
             after = _values(module) if module is not None else before
             different = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-            found += [f"{name}.{key}" for key in different if after.get(key, (0, ""))[0] not in patched]
+            different = [key for key in different if (name, key) not in bound and after.get(key, (0, ""))[0] not in patched]
+            found += [f"{name}.{key}" for key in different]
         return found
 
 
