@@ -37,15 +37,16 @@ class Standing:
     """What can't be told of objects any more once code has run: how arrays lay, which indexes frames had, and what those hold
     of which the content can't be put back."""
 
-    def __init__(self, objects: Iterable[Any], digest: Callable[[Any], str]) -> None:
-        """`digest` gives '' for what can't be told by its content."""
+    def __init__(self, objects: Iterable[Any], code: Iterable[Any], digest: Callable[[Any], str]) -> None:
+        """`code`: functions and classes; `digest` gives '' for what can't be told by its content."""
         numpy: Any = sys.modules.get("numpy")
         self._sizes: dict[int, Any] = {}
         self._axes: dict[int, list[Any]] = {}
         self._digests: dict[int, str] = {}
         self._digest = digest
-        self._keep = list(objects)
-        for obj in self._keep:
+        self._members = {id(obj): dict(vars(obj)) if isinstance(obj, type) else {"": obj.__code__} for obj in code}
+        self._keep = [*objects, *code]
+        for obj in objects:
             if type(obj) in _PLAIN:
                 continue
             if numpy is not None and isinstance(obj, numpy.ndarray):
@@ -69,6 +70,10 @@ class Standing:
     def resized(self, array: Any) -> bool:
         """Does an array have another size or type than before?"""
         return bool(self._sizes.get(id(array), (array.size, array.dtype)) != (array.size, array.dtype))
+
+    def members(self, obj: Any) -> dict[str, Any]:
+        """A class's attributes as they were; of a function, its code under ''."""
+        return self._members.get(id(obj), {})
 
     def kept(self, frame: Any) -> list[bool]:
         """Of each axis: is it the very index that the frame had?"""
@@ -135,6 +140,27 @@ def content_of(obj: Any, standing: Standing | None = None) -> Any:
     raise UnpatchableError(kind.__name__)
 
 
+def content_of_code(obj: Any, standing: Standing) -> Any:
+    """What of a function or class may be changed in place: of a class, the data among its attributes that are others now."""
+    before = standing.members(obj)
+    if isinstance(obj, types.FunctionType):
+        if before.get("") is not obj.__code__:
+            raise UnpatchableError(obj.__name__)
+        return dict(vars(obj)), obj.__defaults__, obj.__kwdefaults__
+    now = vars(obj)
+    changed = [
+        name for name in {**before, **now} if before.get(name, obj) is not now.get(name, obj) and name != "__slotnames__"
+    ]
+    others = [name for name in changed if not (_is_data(name, before.get(name)) and _is_data(name, now.get(name)))]
+    if not before or others or type(obj) is not type:
+        raise UnpatchableError(obj.__name__)
+    return {name: now[name] for name in changed if name in now}, [name for name in changed if name not in now]
+
+
+def _is_data(name: str, value: Any) -> bool:
+    return not name.startswith("__") and not hasattr(type(value), "__get__") and not isinstance(value, type)
+
+
 def fits(obj: Any, content: Any) -> bool:
     """Can `content` be put into the live object as it is now?"""
     if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
@@ -181,6 +207,16 @@ def put(obj: Any, content: Any) -> None:
         obj.__setstate__(content)
     elif kind is types.CellType:
         obj.cell_contents = content
+    elif kind is types.FunctionType:
+        attributes, obj.__defaults__, obj.__kwdefaults__ = content
+        vars(obj).clear()
+        vars(obj).update(attributes)
+    elif kind is type:
+        attributes, deleted = content
+        for name, value in attributes.items():
+            setattr(obj, name, value)
+        for name in deleted:
+            delattr(obj, name)
     else:
         _put_attributes(obj, *content)
 

@@ -539,6 +539,7 @@ _HOOKS = {
 _TRUSTED = {
     *("builtins", "datetime", "decimal", "_decimal", "fractions", "uuid", "pathlib", "collections", "re", "zoneinfo", "enum"),
     *("pyarrow", "polars", "functools", "operator", "_operator", "array", "time", "ipaddress", "string", "types"),
+    *("matplotlib", "mpl_toolkits"),
 }
 
 

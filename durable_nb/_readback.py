@@ -91,6 +91,8 @@ def compare(before: Any, after: Any) -> None:
         kind = type(one)
         if kind is not type(other):
             raise DriftError(type(holder).__name__)
+        if kind.__module__.startswith(_REBUILT):
+            continue
         scalar = _SCALARS.get(kind)
         if scalar is not None:
             if not scalar(one, other):
@@ -109,6 +111,8 @@ def compare(before: Any, after: Any) -> None:
         pairs += [(a, b, one) for a, b in zip(*parts, strict=True)]
 
 
+_REBUILT = ("matplotlib.", "mpl_toolkits.")
+"""Libraries that number anew, when they come back, what calls what: no two of their objects are alike."""
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
 
 
@@ -192,12 +196,19 @@ class _Memory:
 _SCALARS[_Memory] = _Memory.same
 
 
+def _filled(held: Any) -> Any:
+    """What a library keeps weakly may be gone, and its place empty or none."""
+    return {key: value for key, value in held.items() if value is not None} if type(held) is dict else held
+
+
 def _reduced(obj: Any, kind: type) -> list[Any]:
     registered = copyreg.dispatch_table.get(kind)
     reduced = registered(obj) if registered is not None else obj.__reduce_ex__(5)
     if isinstance(reduced, str):
         return [reduced]
     made_by, args, state, items, pairs = (*reduced, None, None, None, None)[:5]
+    if isinstance(state, dict) and hasattr(kind, "__setstate__") and is_installed(kind):
+        state = {name: _filled(state[name]) for name in sorted(state, key=str)}
     found = [made_by, args, state]
     found += [None if part is None else list(part) for part in (items, pairs)]
     if isinstance(obj, BaseException):

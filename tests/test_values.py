@@ -68,6 +68,7 @@ VALUES = {
     "functions belong to their cell": ("", "def f(): return 1\nclass C:\n    def m(self): return 1 / 0", "names = get_ipython().compile._filename_map\nl = names[f.__code__.co_filename], names[C.m.__code__.co_filename]\ndel names"),
     "a new type": ("", "from typing import NewType\nUser = NewType('User', int)\nu = User(3)", "l = User(4), User.__name__, User.__supertype__ is int"),
     "an earlier function by name": ("def f(): return 1\ntable = {'f': f}", "g = table['f']\nh = [f, g]", "l = g is f, h[0] is f, h[1] is table['f']"),
+    "a figure": ("import matplotlib; matplotlib.use('agg')\nimport matplotlib.pyplot as plt", "fig, ax = plt.subplots()\nlines = ax.plot([1, 2])\nax.set_title('t'); plt.close(fig)", "l = fig.axes[0] is ax, ax.lines[0] is lines[0], ax.get_title(), lines[0].get_ydata().tolist()\ndel fig, ax, lines"),
     "an estimator": ("from sklearn.linear_model import LinearRegression", "m = LinearRegression().fit([[0.], [1.]], [1., 3.])", "l = m.predict([[2.]]).round(6).tolist(), m.get_params()"),
     "named tuples and enums": ("", "import collections, enum\nP = collections.namedtuple('P', 'x y')\np = P(1, [2])\nclass E(enum.Enum):\n    A = 1\ne = [E.A]", "l = p.x, type(p) is P, e[0] is E.A"),
     "frozen dataclasses in a set": ("import dataclasses", "@dataclasses.dataclass(frozen=True)\nclass K:\n    a: int\ns = {K(1), K(2)}\nd = {K(3): [1]}", "l = K(1) in s, d[K(3)]"),
@@ -76,6 +77,10 @@ IRIS = "import numpy as np\nX = np.arange(20.).reshape(10, 2); y = np.arange(10)
 CHANGED = {
     "a frame's index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index.name = 'k'\ndf.columns.name = 'c'", "l = ix.name, df.index.name, df.index is ix, df.columns.name"),
     "an index replaced by one of another name": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index = df.index.rename('k')", "l = ix.name, df.index.name, df.index is ix"),
+    "what a function remembers": ("def memo(f):\n    cache = {}\n    def g(n):\n        if n not in cache: cache[n] = f(n)\n        return cache[n]\n    g.cache = cache\n    return g\n@memo\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nc = fib.cache", "x = fib(6)", "l = len(c), fib.cache is c, fib(7), len(c)"),
+    "a variable of a closure": ("def make():\n    n = 0\n    def inc():\n        nonlocal n\n        n += 1\n        return n\n    return inc\ninc = make()", "a = inc(), inc()", "l = inc()"),
+    "an attribute of a function": ("def f():\n    f.calls += 1\nf.calls = 0\ng = f", "f(); f()\nf.by = [f]", "l = g.calls, g is f, g.by[0] is f"),
+    "an attribute of a class": ("class C:\n    n = 0\n    made = []\n    def __init__(self):\n        C.n += 1\n        C.made.append(self.n)\nD, m = C, C.made", "a, b = C(), C()\nC.late = 'x'", "l = D.n, D.made, m is D.made, C is D, D.late"),
     "a partial's arguments": ("import functools\np = functools.partial(dict, a=[1]); q = p", "p.keywords['b'] = 2\np.tag = 1", "l = q(), q.tag, q is p"),
     "an index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "ix.name = 'k'", "l = ix.name, df.index.name, df.index is ix"),
     "a series' index renamed": (PD + "\ns = pd.Series([1, 2], index=[3, 4]); ix = s.index", "s.index.name = 'k'\ns.name = 'n'", "l = ix.name, s.index is ix, s.name"),

@@ -24,7 +24,7 @@ from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
 from durable_nb._cellcache.hush import hushed
-from durable_nb._cellcache.keys import CellKey, Terms, changes, globals_held, key_of, mutated, said, stored_by
+from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, globals_held, key_of, mutated, said, stored_by
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.patches import (
     attributes_set,
@@ -222,7 +222,7 @@ class CellCache:
                     continue
                 remaker = Remaker(code.tree, namespace)
                 with hushed():
-                    values = entry.values(either(remaker, resolver(key.places, namespace)))
+                    values = entry.values(either(remaker, resolver(key.places, namespace, lambda: code_of(key))))
                 if any(type(values.get(name)) is not Unmade for name in remaker.failed):
                     continue  # another value holds what can't be made
                 if all(fits(obj, content) for obj, content in values[_PATCHES]):
@@ -264,7 +264,7 @@ class CellCache:
         inputs = {name: namespace[name] for name in code.names.read if name in namespace}
         watch = CellWatch(mentioned_paths(code.tree, inputs), self._own)
         effects = Effects(code.tree, key.words, self._settings)
-        standing = Standing(key.places.values(), digest_if_told)
+        standing = Standing(key.places.values(), code_of(key).values(), digest_if_told)
         return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, notes)
 
     def save(self, before: Before, after: After) -> Stored | NotStored:
@@ -317,7 +317,7 @@ class _Saving:
         except Exception as error:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:
-            patches = patches_for(self.changed, key.places, self.before.standing, held)
+            patches = patches_for(self.changed, key.places, self.before.standing, held, code_of(key))
         except UnpatchableError as error:
             problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
@@ -344,7 +344,7 @@ class _Saving:
             _VARIABLES: [(variable, value) for variable, value, _ in variables],
         }
         imported = imported_by(code.tree, bound) | {id(variable): place for variable, _, place in variables}
-        earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, resources)
+        earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, code_of(key), resources)
         result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
         return self._write(result, earlier, {id(value) for value in bound.values()})
 

@@ -48,6 +48,7 @@ class CellKey:
     """Attributes of modules that helpers assign, said as such."""
     functions: Callable[[], Mapping[str, types.FunctionType]] = dict
     """Gives the helpers, by component."""
+    classes: Callable[[], Mapping[str, type]] = dict
     opaque: tuple[str, ...] = ()
     """Inputs known by their type, or type and address, only: in words."""
     ignored: frozenset[str] = frozenset()
@@ -111,6 +112,7 @@ def key_of(
             for module, name in attributes_set(source_of(function), function.__globals__)
         ),
         found.functions,
+        found.classes,
         tuple(
             f"{said(o.label)}: {o.type_name}, by its type" + (" and what is known of its configuration" if o.configured else "")
             for o in print_.opaque
@@ -174,6 +176,11 @@ def mutated(
     found, unknown = _fingerprint(tree, names.read, namespace, terms, earlier=old)
     after = found.result().components
     return [label for label, digest in before.components.items() if after.get(label) != digest], unknown
+
+
+def code_of(key: CellKey) -> dict[str, Any]:
+    """The functions and classes among the inputs, by component."""
+    return {**key.functions(), **key.classes()}
 
 
 def stored_by(key: CellKey) -> set[str]:

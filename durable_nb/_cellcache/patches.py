@@ -12,32 +12,41 @@ import functools
 import importlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from durable_nb._cellcache.resources import Resources, either
 from durable_nb._fingerprint import is_installed, of_value
-from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of
+from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of, content_of_code
 from durable_nb._pickling import References
 
 
-def patches_for(labels: list[str], places: Mapping[Place, Any], standing: Standing, names: Mapping[str, Any]) -> list[Patch]:
+def patches_for(
+    labels: list[str], places: Mapping[Place, Any], standing: Standing, names: Mapping[str, Any], code: Mapping[str, Any]
+) -> list[Patch]:
     """The new contents of all objects in the changed components; UnpatchableError, naming the component, where one can't be
-    told. `names`: the inputs by name; `standing`: how the objects were before."""  # fmt: skip
+    told. `names`: the inputs by name; `code`: functions and classes by component; `standing`: how the objects were before."""
     found: list[Patch] = []
     for label in labels:
         if label == "aliases":
             continue
         kind, _, name = label.partition(" ")
         objects = [obj for (component, _), obj in places.items() if component == label]
-        if kind != "global" or not (objects or name in names):
-            raise UnpatchableError(label)
-        for obj in objects or [names[name]]:
-            try:
-                found.append((obj, content_of(obj, standing)))
-            except UnpatchableError as error:
-                if not standing.is_unchanged(obj):
-                    raise UnpatchableError(label) from error
+        if kind == "global" and not objects and name in names:
+            objects = [names[name]]
+        try:
+            if label in code:
+                found.append((code[label], content_of_code(code[label], standing)))
+            elif kind != "global" or not objects:
+                raise UnpatchableError(label)  # noqa: TRY301  the handler adds the label to the others' reasons only
+            for obj in objects:
+                try:
+                    found.append((obj, content_of(obj, standing)))
+                except UnpatchableError:
+                    if not standing.is_unchanged(obj):
+                        raise
+        except UnpatchableError as error:
+            raise UnpatchableError(label) from error
     return found
 
 
@@ -48,7 +57,11 @@ def digest_if_told(obj: Any) -> str:
 
 
 def links(
-    places: Mapping[Place, Any], names: Mapping[str, Any], imported: Mapping[int, str], resources: Resources
+    places: Mapping[Place, Any],
+    names: Mapping[str, Any],
+    imported: Mapping[int, str],
+    code: Mapping[str, Any],
+    resources: Resources,
 ) -> References:
     """Which objects of earlier cells a stored value refers to, instead of holding them. `names`: inputs whose objects have no
     place, such as functions; they are referred to by name. `imported`: by id, what the cell took out of modules; it is taken
@@ -57,9 +70,10 @@ def links(
     named = _NAMED if pandas is None else (*_NAMED, pandas.Index)
     keys: dict[int, Any] = {id(obj): name for name, obj in names.items() if isinstance(obj, named)}
     keys |= imported
+    keys |= {id(obj): label for label, obj in code.items() if id(obj) not in keys}
     keys |= {id(obj): place for place, obj in reversed(list(places.items()))}
     keys = {**resources.references, **keys}
-    return References(keys, places.values(), either(resources, resolver(places, names)))
+    return References(keys, places.values(), either(resources, resolver(places, names, lambda: code)))
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
@@ -127,12 +141,16 @@ def submodules_imported_by(tree: ast.Module) -> list[str]:
     return sorted({name for name in aliases if "." in name and name in sys.modules})
 
 
-def resolver(places: Mapping[Place, Any], names: Mapping[str, Any]) -> Any:
-    """Gives the live object for what `Links` wrote."""
+def resolver(
+    places: Mapping[Place, Any], names: Mapping[str, Any], code: Callable[[], Mapping[str, Any]]
+) -> Callable[[Any], object]:
+    """Gives the live object for what `links` wrote."""
 
-    def resolve(written: Any) -> Any:
+    def resolve(written: Any) -> object:
         if not isinstance(written, str):
             return places[written]
+        if " " in written:  # a component's label
+            return code()[written]
         module, colon, name = written.partition(":")
         return getattr(importlib.import_module(module), name) if colon else names[written]
 

@@ -268,6 +268,10 @@ class Fingerprinter:
             label: obj for label, obj in self._nodes.items() if isinstance(obj, types.FunctionType) and id(obj) in self._labels
         }
 
+    def classes(self) -> dict[str, type]:
+        """The user's classes met so far, by component."""
+        return {label: obj for label, obj in self._nodes.items() if isinstance(obj, type) and id(obj) in self._labels}
+
     # ---- what a walk asks ----
 
     def outline(self, obj: Any) -> bytes:
