@@ -466,8 +466,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
+            processes_at_once(Path(folder, "processes"))  # first: the shell becomes __main__, from which nothing is spawned
             asyncio.run(measure(Path(folder)))
-            processes_at_once(Path(folder, "processes"))
         finally:
             os.chdir(home)
 
