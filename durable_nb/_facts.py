@@ -53,7 +53,6 @@ class Snapshot:
     started_at: float
     ended_at: float | None
     steps: tuple[Step, ...]
-    labels: tuple[str, ...] = ()
 
 
 class Paths:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import builtins
+import contextlib
 import copyreg
 import enum
 import functools
@@ -31,12 +32,17 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from durable_nb._memory import Frames, Sharing, is_frame, share
+from durable_nb._reducers import reduction_of
 
 Key = Any
 """What a pickle holds instead of an object that is stored as a reference: a string or a tuple."""
 
-_SINGLES = ("math", "nan"), ("math", "inf"), ("numpy", "nan"), ("numpy", "inf")
-"""Objects that code compares by `is`, and finds as keys, though pickle takes them for numbers like others."""
+_SINGLES = (
+    *(("math", "nan"), ("math", "inf"), ("numpy", "nan"), ("numpy", "inf")),
+    *(("numpy.random.mtrand", "_rand"), ("random", "_inst")),
+)
+"""Objects that code compares by `is`, and finds as keys, though pickle takes them for numbers like others; and the global
+generators, which many an object holds: a copy would not hear of `seed`."""
 
 
 def main_namespace() -> dict[str, Any]:
@@ -169,6 +175,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return NotImplemented
         if issubclass(kind, type):
             return self._class(obj)
+        reduced = reduction_of(obj)
+        if reduced is not None:
+            self._unproven.append(obj)
+            return reduced
         if kind is types.FunctionType:
             return self._function(obj)
         if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
@@ -200,6 +210,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         return reduced
 
     def _class(self, cls: type) -> Any:
+        _load_module_of(cls)
         if self._live_classes is not None and not is_installed(cls):
             self._live_classes[f"{id(cls)}"] = cls
             return class_at, (f"{id(cls)}",)
@@ -518,7 +529,46 @@ def _faithful(cls: type, reduced: Any, *, anew: bool = False) -> Any:
     if isinstance(arguments[-1], dict) and not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
         more_slots = {} if slots is None else {"__slots__": slots}
         arguments[-1] = {**arguments[-1], "__qualname__": cls.__qualname__, **more_slots}
-    return make, (*arguments, None if anew else tracked, extra), (attributes, slot_state), *more
+    made_from = (*arguments, None if anew else tracked, extra)
+    if make.__name__ == "_make_skeleton_class":
+        return _skeleton, (make, *made_from), (attributes, slot_state), *more
+    return make, made_from, (attributes, slot_state), *more
+
+
+def _skeleton(make: Any, constructor: Any, name: str, bases: tuple[type, ...], given: dict[str, Any], *more: Any) -> type:
+    """A class without its attributes yet. No code of the user's runs: neither a metaclass's nor `__init_subclass__`, which has
+    done its work when the class was defined."""  # fmt: skip
+    lineage = [base for direct in bases for base in direct.__mro__]
+    hooked = any("__init_subclass__" in vars(base) and not is_installed(base) for base in lineage)
+    if is_installed(constructor) and not hooked:
+        return make(constructor, name, bases, given, *more)  # type: ignore[no-any-return]
+    native = next(kind for kind in constructor.__mro__ if is_installed(kind))
+    silent = _Silent if bases[0].__dictoffset__ else _SilentInSlots  # of the same layout: the bases are exchanged below
+    cls: Any = native.__new__(constructor, name, (silent, *bases) if hooked else bases, dict(given))
+    if hooked:
+        cls.__bases__ = bases
+    return cloudpickle.cloudpickle._lookup_class_or_track(more[0], cls)  # type: ignore[no-any-return]
+
+
+class _SilentInSlots:
+    """Stands before the bases of a class while it is made, so that theirs is not called."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+class _Silent:
+    __init_subclass__ = _SilentInSlots.__init_subclass__
+
+
+def _load_module_of(cls: type) -> None:
+    """A class may name a public module that nobody has imported yet (`numpy.rec`): cloudpickle would take it for the user's."""
+    module = cls.__module__
+    if module not in sys.modules and module.partition(".")[0] in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
 
 
 def is_installed(kind: Any) -> bool:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from durable_nb import _pickling
-from durable_nb._fingerprint import hash_value
+from durable_nb._fingerprint import hash_value, lasting_parts, without_passing
 from durable_nb._memory import byte_bounds
-from durable_nb._pickling import NO_REFERENCES, Key, Pickled, References, Unpickler, class_at, is_installed
+from durable_nb._pickling import _REDUCERS, NO_REFERENCES, Key, Pickled, References, Unpickler, class_at, is_installed
+from durable_nb._reducers import reduction_of
 
 
 class DriftError(Exception):
@@ -125,7 +126,7 @@ _SCALARS: dict[type, Any] = {
     float: _same_float,
     **dict.fromkeys((bool, int, str, bytes, bytearray), lambda a, b: a == b),
     **dict.fromkeys((complex, range), lambda a, b: repr(a) == repr(b)),
-    **dict.fromkeys((types.ModuleType, type, types.BuiltinFunctionType), lambda a, b: a is b),
+    **dict.fromkeys((types.ModuleType, type), lambda a, b: a is b),
 }
 
 
@@ -138,6 +139,13 @@ def _parts(obj: Any) -> list[Any]:
         return [part for item in obj.items() for part in item]
     if kind in (set, frozenset):
         return [hash_value(obj)]
+    reduce = _REDUCERS.get(kind)
+    special = reduce(obj) if reduce is not None else reduction_of(obj)
+    if isinstance(special, tuple):
+        return list(special)
+    lasting = lasting_parts(obj)
+    if lasting is not None:
+        return lasting
     if isinstance(obj, types.FunctionType):
         return _function(obj)
     if isinstance(obj, types.CellType):
@@ -149,6 +157,11 @@ def _parts(obj: Any) -> list[Any]:
         return [obj.co_code, obj.co_names, obj.co_varnames, [c for c in obj.co_consts if not isinstance(c, frozenset)]]
     if isinstance(obj, types.MethodType):
         return [obj.__func__, obj.__self__]
+    if isinstance(
+        obj, types.BuiltinFunctionType
+    ):  # the method of an object, made anew each time it is asked for, or a function
+        is_bound = obj.__self__ is not None and not isinstance(obj.__self__, types.ModuleType)
+        return [obj.__name__, obj.__self__] if is_bound else [id(obj)]
     if isinstance(obj, type):
         return [id(obj)]
     root = kind.__module__.partition(".")[0]
@@ -207,6 +220,7 @@ def _reduced(obj: Any, kind: type) -> list[Any]:
     if isinstance(reduced, str):
         return [reduced]
     made_by, args, state, items, pairs = (*reduced, None, None, None, None)[:5]
+    state = without_passing(kind, state) if isinstance(state, dict) else state
     if isinstance(state, dict) and hasattr(kind, "__setstate__") and is_installed(kind):
         state = {name: _filled(state[name]) for name in sorted(state, key=str)}
     found = [made_by, args, state]

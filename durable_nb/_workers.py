@@ -10,7 +10,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -18,7 +17,7 @@ from durable_nb._forks import children_end_here
 
 MOST = 64
 
-_Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]", Callable[[], object] | None]
+_Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
 
 class Workers:
@@ -29,11 +28,8 @@ class Workers:
         self._lock = threading.Lock()
         self._threads = self._busy = 0
 
-    def submit(
-        self, job: Callable[[], Any], context: Context, began: Callable[[], object] | None = None
-    ) -> asyncio.Future[Any]:
-        """Run `job` in a thread, in `context`; the future belongs to the running loop, which calls `began` when a thread has
-        taken the job up."""  # fmt: skip
+    def submit(self, job: Callable[[], Any], context: Context) -> asyncio.Future[Any]:
+        """Run `job` in a thread, in `context`; the future belongs to the running loop."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
@@ -41,15 +37,12 @@ class Workers:
             if self._busy > self._threads and self._threads < MOST:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"durable_nb step {self._threads}", daemon=True).start()
-        self._jobs.put((job, context, loop, future, began))
+        self._jobs.put((job, context, loop, future))
         return future
 
     def _work(self) -> None:
         while True:
-            job, context, loop, future, began = self._jobs.get()
-            if began is not None:
-                with suppress(RuntimeError):  # its loop is gone
-                    loop.call_soon_threadsafe(began)
+            job, context, loop, future = self._jobs.get()
             try:
                 with children_end_here():
                     result, error = context.run(job), None
@@ -62,7 +55,7 @@ class Workers:
             except RuntimeError:
                 if not loop.is_closed():  # with its loop gone, nobody waits for the result any more
                     raise
-            del job, context, future, began, result, error
+            del job, context, future, result, error
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

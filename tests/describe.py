@@ -21,6 +21,8 @@ from pathlib import Path
 HIDDEN = re.compile(r"_{2,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|__\w+__|In|Out|get_ipython|exit|quit|open|durable|load_ext")
 CHANCE, TIMES, NEVER = re.compile("time_$|_id$"), re.compile("_(fit|score)_time$"), re.compile("(?!)")
 """Of scikit-learn's objects: how long something took, and an address."""
+_ORDERED = re.compile(r"_.*_$")
+"""Python's and enum's own members of a class: nobody sees in which order they come; the others keep theirs."""
 LONG = 600
 """Characters from which on a text is told by its digest."""
 
@@ -121,6 +123,10 @@ class Description:
             return [self._of(obj.__wrapped__, f"{path}.wrapped")]
         if isinstance(obj, (types.GeneratorType, types.CoroutineType)):
             return [obj.__qualname__, str(inspect.getgeneratorstate(obj)) if inspect.isgenerator(obj) else ""]
+        if isinstance(obj, (staticmethod, classmethod)):
+            return [self._of(obj.__func__, f"{path}.func")]
+        if isinstance(obj, re.Match):
+            return [self._of(obj.re, f"{path}.re"), repr((obj.string, obj.pos, obj.endpos, obj.regs, obj.lastindex))]
         if isinstance(obj, re.Pattern):
             return [obj.pattern, str(obj.flags)]
         if isinstance(obj, (list, tuple, collections.deque)):
@@ -181,7 +187,7 @@ class Description:
         skipped = {"__dict__", "__weakref__", "__abstractmethods__", "_abc_impl", "__slotnames__", "__firstlineno__"}
         members = [
             (name, value)
-            for name, value in vars(cls).items()
+            for name, value in sorted(vars(cls).items(), key=lambda item: item[0] if _ORDERED.match(item[0]) else "~")
             if name not in skipped and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))
         ]
         return [cls.__qualname__, self._each(cls.__bases__, f"{path}.bases"), self._items(members, path)]

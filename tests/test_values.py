@@ -30,6 +30,7 @@ def executed(sessions, tmp_path):
     return run
 
 
+PLT = "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt"
 NP, PD = "import numpy as np", "import numpy as np, pandas as pd"
 MEMORY = {
     "a view": (NP, "a = np.arange(10.)\nb = a[2:8:2]\nr = a[::-1]", "b[:] = 0; r[0] = 7; l = a.tolist(), r.base is a, b.base is a"),
@@ -94,6 +95,17 @@ CHANGED = {
     "a model is fitted again": (IRIS + "from sklearn.ensemble import RandomForestClassifier\nm = RandomForestClassifier(n_estimators=3, random_state=0).fit(X, y); held = [m]", "m.fit(X, 1 - y)\np = m.predict(X)", "l = held[0] is m, m.predict(X).tolist(), len(m.estimators_)"),
     "a pipeline": (IRIS + "from sklearn.pipeline import make_pipeline\nfrom sklearn.preprocessing import StandardScaler\nfrom sklearn.neighbors import KNeighborsClassifier\nscale = StandardScaler()\npipe = make_pipeline(scale, KNeighborsClassifier(2))", "pipe.fit(X, y)\ns = pipe.score(X, y)", "l = pipe.predict(X).tolist(), pipe.steps[0][1] is scale, scale.mean_.tolist()"),
     "groups are aggregated": (PD + "\ndf = pd.DataFrame({'k': list('abab'), 'v': [1, 2, 3, 4]})\ng = df.groupby('k')", "m = g.mean()\nn = g.ngroups", "l = g.sum().to_dict(), m.to_dict(), g.obj is df"),
+    "a match": ("import re", "m = re.search('b(.)', 'abcd')\nk = list(re.finditer('a', 'banana'))[1]\nf = re.compile('x').fullmatch('x')", "l = m.group(1), m.span(), k.span(), k.string is not None, f.re.pattern"),
+    "a csv writer": ("import csv, io", "with open('w.csv', 'w') as f:\n    w = csv.writer(f, delimiter=';')\nbuffer = io.StringIO()\nv = csv.writer(buffer)", "v.writerow([1, 2]); l = buffer.getvalue(), w.dialect.delimiter, f.closed; del buffer, v"),
+    "a function that dispatches": ("import functools", "@functools.singledispatch\ndef tell(x):\n    'Tells.'\n    return 'any'\n@tell.register\ndef of_int(x: int): return 'int', tell('a')\ntell(3)", "tell.register(list, len); l = tell(3), tell([1, 2]), tell.__doc__, tell.__name__, tell.registry[object] is tell.__wrapped__"),
+    "numpy's global generator": ("import numpy as np, random\nfrom scipy import stats", "n = stats.norm(2)\npick = random.choice\ng = np.random.mtrand._rand", "np.random.seed(3); random.seed(3); l = n.rvs(2).tolist(), pick(range(99)), g is np.random.mtrand._rand"),
+    "records": (NP, "r = np.rec.array([(1, 2.)], dtype=[('x', 'i4'), ('y', 'f8')])", "l = r.x.tolist(), r[0].y, type(r) is np.recarray"),
+    "a formula's design": ("import numpy as np, patsy\nx = {'a': np.arange(4.), 'g': list('uvuv')}\ndef twice(v): return 2 * v", "d = patsy.dmatrix('twice(a) + C(g)', x)", "l = d.design_info.column_names, np.asarray(patsy.build_design_matrices([d.design_info], x)[0]).tolist()"),
+    "a formula's results": ("import numpy as np, pandas as pd, statsmodels.formula.api as smf\nf = pd.DataFrame({'a': np.arange(6.), 'y': [1., 2, 2, 4, 5, 7]})\ndef twice(v): return 2 * v", "r = smf.ols('y ~ twice(a)', f).fit()", "l = r.predict(pd.DataFrame({'a': [1.]})).round(6).tolist(), r.params.round(6).tolist()"),
+    "classes that hear of their subclasses": ("", "class Base:\n    def __init_subclass__(cls, **k): Base.kinds = [*getattr(Base, 'kinds', []), cls.__name__]\nclass A(Base):\n    x = 1\nclass B(A): pass", "class C(B): pass\nl = Base.kinds, [c.__name__ for c in Base.__subclasses__()], B.__mro__ == (B, A, Base, object), A.x"),
+    "a class made by another": ("made = []", "class Meta(type):\n    def __new__(m, name, bases, space):\n        print('made', name)\n        return super().__new__(m, name, bases, {**space, 'by': 'Meta'})\nclass T(metaclass=Meta):\n    n = 1", "class U(T): pass\nl = type(T) is Meta, T.by, U.by, T.n"),
+    "a figure and its axes": (PLT, "fig, ax = plt.subplots()\nline, = ax.plot([1, 2])\nax.legend(['a'])\nplt.close(fig)", "line.remove(); ax.set_title('t'); l = fig.axes[0] is ax, ax.figure is fig, len(ax.lines), ax.get_legend().texts[0].get_text(); del fig, ax, line"),
+    "a search tree": ("import numpy as np\nfrom scipy.spatial import KDTree", "t = KDTree(np.arange(12.).reshape(6, 2))", "l = t.query([4., 5.])[1].item(); del t"),
     "results that remember what was read": (IRIS + "import statsmodels.api as sm\nr = sm.OLS(y, sm.add_constant(X[:, :1])).fit()", "q = float(r.rsquared)\np = r.pvalues.round(6).tolist()\nt = str(r.summary())[:40]", "l = r.rsquared == q, len(r.params)"),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from ._graph import Fingerprint, Fingerprinter, digest_of
 from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
 from ._owners import is_installed
 from ._source import attribute_uses, names_loaded, nested_codes, normalise
-from ._values import FORMAT, Opaque, Unhashable
+from ._values import FORMAT, Opaque, Unhashable, lasting_parts, without_passing
 
 __all__ = [
     "FORMAT",
@@ -20,6 +20,7 @@ __all__ = [
     "identify",
     "in_format",
     "is_installed",
+    "lasting_parts",
     "names_loaded",
     "nested_codes",
     "normalise",
@@ -27,4 +28,5 @@ __all__ = [
     "of_call",
     "of_value",
     "source_of",
+    "without_passing",
 ]

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128_digest
 
+from durable_nb._reducers import attributes_of
+
 from ._objects import CONFIGURED, HOLDS, OPAQUE_TYPES, added, configuration
 from ._owners import public_module
 from ._plain import WORTH_IT, layers, plain_members
@@ -723,8 +725,8 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     for name in lineage:
         if name == "enum.Enum":
             return _member(walk, obj)
-        if name in _IN_THEIR_OWN_WAY:
-            return _IN_THEIR_OWN_WAY[name](walk, obj)
+        if name in _LASTING:
+            return _by_parts(walk, obj, _LASTING[name](obj))
         if name == "zoneinfo.ZoneInfo" and obj.key is not None:
             walk.out += b"Z" + text(obj.key)
             return None
@@ -753,29 +755,40 @@ def _enter_other(walk: Walk, obj: Any) -> Iterator[Any] | None:
     return _reduced(walk, obj)
 
 
-def _callbacks(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    """matplotlib's registry, which every figure, axes and norm has: its state counts how often it was asked for its state."""
-    if walk.seen(obj):
-        return None
-    walk.out += b"Xcallbacks;"
+def _callbacks(obj: Any) -> list[Any]:
+    """Of the registry that every figure, axes and norm of matplotlib has: its state counts how often it was asked for."""
     kept = obj._pickled_cids
     found = [(name, [way() for cid, way in ways.items() if cid in kept]) for name, ways in obj.callbacks.items()]
-    return iter(([(name, functions) for name, functions in found if functions],))
+    return [(name, functions) for name, functions in found if functions]
 
 
-def _kd_tree(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    """scipy's, whose state holds addresses."""
-    if walk.seen(obj):
-        return None
-    walk.out += b"Xkdtree;"
-    walk.refer(type(obj))
-    return iter((obj.data, obj.leafsize, obj.indices, obj.boxsize, getattr(obj, "__dict__", {})))
+def _kd_tree(obj: Any) -> list[Any]:
+    """Of scipy's, whose state holds addresses."""
+    return [obj.data, obj.leafsize, obj.indices, obj.boxsize, getattr(obj, "__dict__", {})]
 
 
-_IN_THEIR_OWN_WAY: dict[str, Callable[[Walk, Any], Iterator[Any] | None]] = {
+_LASTING: dict[str, Callable[[Any], list[Any]]] = {
     "matplotlib.cbook.CallbackRegistry": _callbacks,
     "scipy.spatial._ckdtree.cKDTree": _kd_tree,
 }
+
+
+def lasting_parts(obj: Any) -> list[Any] | None:
+    """What an object is, where its state holds more than that; None for most."""
+    for base in type(obj).__mro__:
+        ask = _LASTING.get(f"{base.__module__}.{base.__qualname__}")
+        if ask is not None:
+            return ask(obj)
+    return None
+
+
+def _by_parts(walk: Walk, obj: Any, parts: list[Any]) -> Iterator[Any] | None:
+    if walk.seen(obj):
+        return None
+    walk.out += b"Xparts;"
+    walk.refer(type(obj))
+    walk.keep.append(parts)
+    return iter(parts)
 
 
 def _parts_held(walk: Walk, obj: Any, name: str, holds: Callable[[Any], Any]) -> Iterator[Any] | None:
@@ -867,6 +880,9 @@ def _refusing(walk: Walk, obj: Any, kind: type) -> Iterator[Any] | None:
 
 
 def _reduction(obj: Any, kind: type) -> Any:
+    held = attributes_of(obj)
+    if held is not None:
+        return copyreg.__newobj__, (kind,), held  # type: ignore[attr-defined]  # private to the stubs
     registered = copyreg.dispatch_table.get(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # itertools warns from 3.12 that it will stop reducing
@@ -956,8 +972,22 @@ def _attributes(walk: Walk, obj: Any, found: Mapping[str, Any]) -> dict[str, Any
 def _without_passing(walk: Walk, kind: type, found: Mapping[str, Any]) -> Mapping[str, Any]:
     passing = walk.later.get(kind)
     if passing is None:
-        names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
-        passing = walk.later[kind] = dict(chain.from_iterable(_LATER.get(name, {}).items() for name in names))
+        passing = walk.later[kind] = _passing(kind)
+    return _without(passing, found)
+
+
+def without_passing(kind: type, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The attributes of an instance without those that say nothing lasting."""
+    return _without(_passing(kind), found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _passing(kind: type) -> dict[str, Any]:
+    names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+    return dict(chain.from_iterable(_LATER.get(name, {}).items() for name in names))
+
+
+def _without(passing: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
     if not passing:
         return found
     return {
@@ -974,11 +1004,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "functools.singledispatchmethod": {"_method_cache": MISSING},
     "sklearn.base.BaseEstimator": {"_sklearn_version": MISSING, "_stop_words_id": MISSING},  # an address
     "matplotlib.artist.Artist": {"_stale": MISSING},  # whether it is drawn as it is now
-    "matplotlib.transforms.TransformNode": {
-        "_parents": MISSING,
-        "_invalid": MISSING,
-        "_inverted": MISSING,
-    },  # by address; caches
+    "matplotlib.transforms.TransformNode": dict.fromkeys(("_parents", "_invalid", "_inverted"), MISSING),  # by address; caches
 }
 """Attributes that only later Pythons have, or that say nothing lasting, by type: they count where they are not this; MISSING:
 they never do."""
