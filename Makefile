@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: bench books demo test stress lint browser clean
+.PHONY: bench books demo test matrix stress lint browser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,12 @@ SEED ?= 1
 stress: $(VENV)/test
 	DURABLE_NB_KILLS=2000 DURABLE_NB_OPENINGS=4000 DURABLE_NB_SEED=$(SEED) $(BIN)/pytest --installed tests/test_processes.py $(ARGS)
 
+# The tests on Python 3.11 to 3.14, with pandas 2 and 3, numpy 1.26 and 2, ipykernel 6 and 7, as far as the Pythons are there; as
+# root on Debian 3.14 is fetched. By hand, before a release: about an hour. ONLY=3.14 chooses, ARGS are pytest's.
+ONLY ?=
+matrix: $(VENV)/wheel
+	$(BIN)/python tests/matrix.py --wheel "$(WHEEL)" --only "$(ONLY)" --workers $(WORKERS) -- $(ARGS)
+
 # Ratios against raw SQLite, fdatasync, pickle, xxh3, DBOS, joblib and marimo in the same run: about 8 minutes and 6 GB of memory.
 # DURABLE_NB_BENCH_MANY=2000 DURABLE_NB_BENCH_STEPS=100 DURABLE_NB_BENCH_BYTES=100000000 make bench: under a minute.
 bench: $(VENV)/bench
@@ -49,7 +55,7 @@ lint: $(VENV)/lint
 	$(BIN)/lint-imports --no-logo
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .matrix dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # An environment is made anew when pyproject.toml changes: a dependency that was taken out must be missed.
 $(VENV)/made: pyproject.toml

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from durable_nb.errors import NonDeterminismError as NonDeterminismError
     from durable_nb.errors import NonRetryableError as NonRetryableError
     from durable_nb.errors import NotInRunError as NotInRunError
+    from durable_nb.errors import NotSupportedError as NotSupportedError
     from durable_nb.errors import RetryAfter as RetryAfter
     from durable_nb.errors import RunCancelled as RunCancelled
     from durable_nb.errors import RunConflictError as RunConflictError
@@ -63,6 +64,7 @@ _HOMES = {
             "NestedStepError",
             "NonRetryableError",
             "NotInRunError",
+            "NotSupportedError",
             "RetryAfter",
             "NonDeterminismError",
             "RunCancelled",

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +40,10 @@ class Clock(Protocol):
         """Let `seconds` of the loop's time pass."""
         ...
 
+    async def wait(self, seconds: float, is_busy: Callable[[], bool]) -> bool:
+        """The same for a time-out, beside bodies that may be at work; True where the time is over, whatever `now` says."""
+        ...
+
 
 class SystemClock:
     """The machine's clocks."""
@@ -54,6 +59,16 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    async def wait(self, seconds: float, is_busy: Callable[[], bool]) -> bool:  # noqa: ARG002  all time is real
+        await asyncio.sleep(seconds)
+        return False
+
+
+def elapsed_s(since: Instant, now: Instant) -> float:
+    """Seconds that have passed: by the boot clock within one boot; across boots by the wall clock, 0 where it was set back."""
+    same = since.boot and since.boot == now.boot
+    return max(now.boot_s - since.boot_s if same else now.wall_s - since.wall_s, 0.0)
 
 
 def remaining_s(started: Instant, duration_s: float, now: Instant) -> float:

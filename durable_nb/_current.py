@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
-from durable_nb._facts import Snapshot
+from durable_nb._facts import Snapshot, Status
 from durable_nb._retry import RetryPolicy
 from durable_nb.errors import NestedStepError, NotInRunError
 
@@ -32,6 +32,8 @@ class StepRequest:
     """Does the work; returns the value, or an awaitable of it."""
     fingerprint: Callable[[], Fingerprint]
     """What the outcome depends on: its digest identifies the step."""
+    arguments: Callable[[], str] = str
+    """Digest of the arguments alone: which of a workflow's recorded steps of this name it is."""
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     thread: bool = False
     """Call `body` in a worker thread instead of on the loop."""
@@ -51,8 +53,31 @@ class SleepRequest:
     wake: timedelta | datetime
 
 
+@dataclass(slots=True)
+class StartRequest:
+    """A run of a workflow, to be begun by another one."""
+
+    workflow: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run_id: str | None
+    """None: one that is the same in every execution."""
+    labels: tuple[str, ...]
+    on_conflict: str
+    arguments: Callable[[], str]
+    """Their digest."""
+
+
 class Run(Protocol):
     """A run, as verbs see it. Identities are fixed when a method is called; the coroutine does the rest."""
+
+    is_replayed: bool
+    """Is its code repeated from a history? Then it may look at nothing that a replay would not see."""
+
+    @property
+    def runs(self) -> Engine:
+        """The engine of its own store: where the runs that it starts belong."""
+        ...
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
         """The recorded outcome, or that of doing the work now and recording it."""
@@ -62,8 +87,16 @@ class Run(Protocol):
         """Return when the time has come. The deadline is on disk before the wait begins."""
         ...
 
-    def child_id(self, workflow: str, arguments: Callable[[], str]) -> str:
-        """The id of the run of that workflow that is started here: the same in every execution. `arguments`: their digest."""
+    def start(self, request: StartRequest) -> str:
+        """Begin a child; its id, the same in every execution."""
+        ...
+
+    def stands_for(self, error: BaseException, value: Any) -> None:
+        """A verb gives the code `value` where its step raised `error`."""
+        ...
+
+    def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
+        """What another run returns or raises, when it has ended."""
         ...
 
 
@@ -81,6 +114,11 @@ current_body: ContextVar[Body | None] = ContextVar("durable_nb_body", default=No
 
 class Engine(Protocol):
     """What starts and finds the runs of workflows."""
+
+    @property
+    def store_id(self) -> str:
+        """Which store it is of: several processes may be."""
+        ...
 
     def start(
         self,
@@ -102,6 +140,18 @@ class Engine(Protocol):
         """The runs of workflows that are not finished and that nobody executes, newest first: (id, workflow)."""
         ...
 
+    def resume_own(self) -> list[str]:
+        """Go on with those whose workflow is defined here, by the module or notebook that has started them; their ids."""
+        ...
+
+    def check(self, run_id: str) -> None:
+        """RunNotFoundError where there is no run of that id."""
+        ...
+
+    def status_of(self, run_id: str) -> Status:
+        """How a run stands; reads no value."""
+        ...
+
     def resume(self, run_id: str, *, take_over: bool) -> None:
         """Go on with a run that is not completed and that nobody executes."""
         ...
@@ -120,10 +170,6 @@ class Engine(Protocol):
 
     def snapshots(self) -> list[Snapshot]:
         """All runs, the newest first, without their steps."""
-        ...
-
-    def labels(self, run_id: str) -> tuple[str, ...]:
-        """The texts that a run was started with."""
         ...
 
 

@@ -18,9 +18,11 @@ from contextvars import Context
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from durable_nb import _records as rec
 from durable_nb._adoption import Origin, may_adopt
+from durable_nb._attempt import Attempt
 from durable_nb._cellrun import CellRun
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
@@ -30,6 +32,8 @@ from durable_nb._request import Changed
 from durable_nb._run import Held, Run, Work
 from durable_nb._store import Store
 from durable_nb._workers import Workers
+from durable_nb._workflow_loop import WorkflowLoop
+from durable_nb._workflowrun import WorkflowRun
 from durable_nb.errors import StoreError, UntrustedStoreError
 
 WATCH_S = 0.5
@@ -65,15 +69,27 @@ class Engine:
         self.jitter = jitter
         self.workers = Workers()
         self.held: dict[str, Held] = {}
-        self.active: dict[str, Run] = {}
+        self.active: dict[str, Run | WorkflowRun] = {}
         self.changing: set[str] = set()
         """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
         self.works: dict[str, Work] = {}
         """Attempts that are being made now, by their outcome's key; some outlive the execution that began them."""
+        self.bodies: dict[str, Attempt] = {}
+        """Bodies of workflows' steps that are at work now, by their idempotency key; threads outlive an execution."""
+        self.workflows: Any = None
+        """What starts and finds the runs of workflows of this store, and awaits them."""
+        self._awaited: dict[str, _Awaited] = {}
+        """Runs that other processes execute, and that somebody here waits for."""
+        self._kept: set[asyncio.Task[Any]] = set()
         self.changed: defaultdict[str, list[Changed]] = defaultdict(list)
         """By scope: steps of unfinished runs that have changed live objects of this kernel, in order."""
-        store.writer.expected = self.works.__len__
+        store.writer.expected = lambda: len(self.works) + len(self.bodies)
         self.watching: asyncio.Task[None] | None = None
+
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Let a task that nobody awaits come to its end."""
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
 
     def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:
         """A record as the row that a commit takes."""
@@ -207,6 +223,7 @@ class Engine:
         lease: Lease | None,
         *,
         deletes: tuple[str, ...] = (),
+        inserts: tuple[tuple[str, bytes], ...] = (),
         first: tuple[str, bytes | None, Generation] | None = None,
     ) -> Held | None:
         """Take a run whose lease is `lease` (None: a new run), and write its record; None where another was faster.
@@ -215,17 +232,17 @@ class Engine:
         what it shall hold then, instead of the lease's row.
         """
         commit, held = self._claiming(record, lease, deletes, first)
-        return self._claimed(held, await self.store.writer.commit(commit))
+        return self._claimed(held, await self.store.writer.commit(replace(commit, inserts=inserts)))
 
-    def claim_and_wait(self, record: RunRecord) -> Held | None:
-        """A new run, for synchronous code: its record is on disk when this returns. None where there is a run of that id.
+    def claim_and_wait(self, record: RunRecord, row: tuple[str, bytes]) -> Held | None:
+        """A new run, for synchronous code: its record and `row` are on disk when this returns. None: there is one of that id.
 
         That there is no lease doesn't say so: another process may have started the run meanwhile, and completed it.
         """
         commit, held = self._claiming(record, None, (), None)
         key = rec.run_key(record.id)
         new = tuple(row for row in commit.puts if row[0] == key)
-        commit = replace(commit, inserts=new, puts=tuple(row for row in commit.puts if row[0] != key))
+        commit = replace(commit, inserts=new, puts=(row, *(row for row in commit.puts if row[0] != key)))
         return self._claimed(held, self.store.writer.commit_and_wait(commit))
 
     def _claiming(
@@ -257,8 +274,17 @@ class Engine:
         if verdict is not Verdict.APPLIED:
             return None
         self.held[held.run_id] = held
-        self._watch()
+        if asyncio._get_running_loop() is not None:
+            self.watch()
         return held
+
+    def disown(self, run_id: str) -> None:
+        """Give up a run that was begun and is not executed, after whatever was handed over."""
+        self.held.pop(run_id, None)
+        key = rec.lease_key(run_id)
+        mine, free = (self.pack(key, Lease(1, owner)) for owner in (self.store.process.id, ""))
+        with contextlib.suppress(StoreError):
+            self.store.writer.commit_and_wait(Commit(mine, puts=(free,)))
 
     def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run and its lease, as they stand in the journal."""
@@ -290,6 +316,8 @@ class Engine:
             return None
         if any(work.run_id == run_id and not work.task.done() for work in self.works.values()):
             return None
+        if any(body.run_id == run_id for body in self.bodies.values()):
+            return None
         row = self.pack(rec.lease_key(run_id), Lease(held.epoch, ""))
         given = self.store.writer.commit(Commit(held.guard, puts=(row,)))
         given.add_done_callback(lambda done: self._let_go(held, done))
@@ -299,28 +327,70 @@ class Engine:
         if not done.cancelled() and done.exception() is None and self.held.get(held.run_id) is held:
             del self.held[held.run_id]
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """Look for what other processes want of the runs that are executed here, for as long as there are any."""
         loop = asyncio.get_running_loop()
+        if type(loop) is WorkflowLoop:
+            loop = loop.carrier
         if self.watching is None or self.watching.done() or self.watching.get_loop() is not loop:
             self.watching = loop.create_task(self._watch_on(), context=Context(), name="durable_nb watch")
 
     async def _watch_on(self) -> None:
-        while self.held and not self.store.writer.closed:
+        while (self.held or self._awaited) and not self.store.writer.closed:
             await asyncio.sleep(WATCH_S)
             with contextlib.suppress(StoreError):  # whoever needs the disk is told; here it is tried again
                 for run_id in list(self.held):
                     self.let_go(run_id)
                 runs = list(self.active.values())
+                awaited = dict(self._awaited)
                 for run, lease, cancel in await self.store.writer.call(functools.partial(self._news, runs)):
                     if self.active.get(run.id) is run:
                         run.hear(lease, cancel)
+                if awaited:
+                    for run_id in await self.store.writer.call(functools.partial(self._changed_of, awaited)):
+                        for waiting in self._awaited.pop(run_id).waiters:
+                            if not waiting.done():
+                                waiting.set_result(None)
 
-    def _news(self, runs: list[Run]) -> list[tuple[Run, bytes | None, Cancel | None]]:
+    async def change_of(self, run_id: str) -> None:
+        """Return when a run that another process executes has ended, or when that process has."""
+        seen = self._awaited.setdefault(run_id, _Awaited(self.store.journal.get(rec.run_key(run_id))))
+        waiting = asyncio.get_running_loop().create_future()
+        seen.waiters.append(waiting)
+        self.watch()
+        await waiting
+
+    def _changed_of(self, awaited: dict[str, _Awaited]) -> list[str]:
+        """Which of the runs have ended, or lost their owner. One look for all of them."""
+        journal, alive = self.store.journal, dict[str, bool]()
+        leases = dict(journal.scan(rec.lease_key("")))
+        changed = []
+        for run_id, seen in awaited.items():
+            row = leases.get(rec.lease_key(run_id))
+            owner = ""
+            with contextlib.suppress(StoreError):
+                owner = unpack(self.store.seal, rec.lease_key(run_id), row, Lease).owner if row else ""
+            if owner not in alive:
+                alive[owner] = owner != self.store.process.id and self.store.process.is_alive(owner)
+            if not alive[owner] or journal.get(rec.run_key(run_id)) != seen.row:
+                changed.append(run_id)
+        return changed
+
+    def _news(self, runs: list[Run | WorkflowRun]) -> list[tuple[Run | WorkflowRun, bytes | None, Cancel | None]]:
         journal = self.store.journal
         rows = dict(journal.scan(rec.cancel_key("")))
-        cancels = {key: unpack(self.store.seal, key, row, Cancel) for key, row in rows.items()}
+        cancels = {}
+        for key, row in rows.items():
+            with contextlib.suppress(StoreError):  # one that can't be read is of no other run's concern
+                cancels[key] = unpack(self.store.seal, key, row, Cancel)
         return [(run, journal.get(rec.lease_key(run.id)), cancels.get(rec.cancel_key(run.id))) for run in runs]
+
+
+@dataclass(slots=True)
+class _Awaited:
+    row: bytes | None
+    """The run's record, when it was looked at last."""
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
 
 def new_id() -> str:

@@ -53,6 +53,7 @@ class Snapshot:
     started_at: float
     ended_at: float | None
     steps: tuple[Step, ...]
+    labels: tuple[str, ...] = ()
 
 
 class Paths:

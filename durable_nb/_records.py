@@ -4,9 +4,15 @@
 |---|---|
 | `step/SCOPE/GENERATION/IDENTITY/N` | the outcome of the Nth step among equals: written once, never changed |
 | `try/SCOPE/GENERATION/IDENTITY/N` | failed attempts of a step that is not finished, and when the next one is due |
-| `timer/RUN/NAME/N` | when a sleep began and how long it is |
+| `step/SCOPE/GENERATION/SEQ` | the same of a workflow's run, as the SEQth row of its log |
+| `sleep/SCOPE/GENERATION/SEQ` | a row of a run's log with which a sleep began |
+| `log/SCOPE/GENERATION/SEQ` | any other row of a run's log: requests made, timers fired, children ended, a cancellation |
+| `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
+| `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
 | `cancel/RUN` | the run is to be cancelled by whoever executes it |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
+| `arguments/RUN` | what a workflow's run was started with |
+| `result/RUN` | what it returned, or the exception it raised |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
 | `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
@@ -20,7 +26,7 @@ ever renamed or given another meaning.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -94,6 +100,49 @@ class Outcome:
     """Failed: `TypeName: message`."""
     turns: tuple[Turn, Turn] = ((0, 0), (0, 0))
     """When the last attempt began and when it ended, beside the run's other events: clocks can be set, this can't."""
+    request: int = -1
+    """Of a workflow's run: which of its requests this ends. What follows is told of the log's row."""
+    asked: tuple[Asked, ...] = ()
+    """Requests made since the row before."""
+    closed: int = -1
+    """Every request of the activations up to this one is on record with this row."""
+    at: float = 0.0
+    """The run's time, in seconds."""
+    again: bool = False
+    """The outcome of an equal request of before a resumption."""
+    preview: str = ""
+    """Arguments and result in a few words."""
+    usage: dict[str, float] = field(default_factory=dict)
+    """Tokens and cost of a model's answer."""
+    format: int = FORMAT
+
+    what: ClassVar[str] = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A row of a run's log that is no step's outcome.
+
+    what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end; `cancel`: the
+              run's cancellation; `dropped`: a body that was stopped; `moved`: a sleep's deadline, by another boot's clock;
+              `resumed`: the run goes on before its delivery `cut`
+    """
+
+    what: str
+    request: int = -1
+    asked: tuple[Asked, ...] = ()
+    closed: int = -1
+    at: float = 0.0
+    wall_s: float = 0.0
+    again: bool = False
+    form: str = ""
+    value: bytes = b""
+    blob: str = ""
+    failed: bool = False
+    error: str = ""
+    timer: Timer | None = None
+    cut: int = -1
+    ended_by: tuple[int, ...] = ()
     format: int = FORMAT
 
 
@@ -134,6 +183,50 @@ class Timer:
     format: int = FORMAT
 
 
+class Asked(msgspec.Struct, frozen=True, array_like=True):
+    """A request that a workflow's code has made."""
+
+    id: int
+    """The how manieth of the run, from 0."""
+    activation: int
+    """Between which deliveries: after this many."""
+    kind: str
+    name: str
+    digest: str
+    """Of its arguments."""
+    n: int = 0
+    """Which among its equals."""
+    lane: tuple[int, ...] = ()
+    """Where the task that made it stands in the tree of the run's tasks."""
+    timer: Timer | None = None
+    """Of a sleep: when it is over."""
+
+    @property
+    def what(self) -> tuple[str, str, str]:
+        return self.kind, self.name, self.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """(args, kwargs) of a workflow's run, encoded as `form` says."""
+
+    form: str
+    value: bytes
+    blob: str = ""
+    """Large ones lie in this file."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a workflow returned or, failed or cancelled, the exception that whoever awaits the run gets."""
+
+    form: str
+    value: bytes
+    blob: str = ""
+    format: int = FORMAT
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run. `status` is `running` until it ends; whether anybody runs it now is told by its lease's owner."""
@@ -153,18 +246,22 @@ class RunRecord:
     """It began with `--rerun`."""
     rerun_step: str = ""
     """It began with `--rerun=STEP`."""
-    form: str = ""
-    arguments: bytes = b""
-    """Of a workflow: (args, kwargs), encoded as `form` says."""
-    arguments_blob: str = ""
-    """Large ones lie in this file."""
-    result_form: str = ""
-    result: bytes = b""
-    """What the workflow returned or, failed, the exception it raised."""
-    result_blob: str = ""
     labels: tuple[str, ...] = ()
     origin: Origin = field(default_factory=Origin)
     """Of a cell's run: the cell that executed it last."""
+    home: str = ""
+    """Of a workflow: the module or notebook that defines it, '' where that can't be told. `resume()` resumes its own."""
+    parent: str = ""
+    """The run that started it."""
+    since: Instant | None = None
+    """Of a workflow: at this moment the run's time was `since_s`. It stands still while the run has failed."""
+    since_s: float = 0.0
+    ended_by: tuple[int, ...] = ()
+    """Failed: the requests whose exceptions ended it."""
+    due_at: float | None = None
+    """When it is to begin, where not at once."""
+    progress: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -213,7 +310,7 @@ class Again:
     format: int = FORMAT
 
 
-Record = Again | Cancel | Loose | Outcome | Attempts | Timer | RunRecord | Lease | Generation
+Record = Again | Arguments | Cancel | Event | Loose | Outcome | Attempts | Result | Timer | RunRecord | Lease | Generation
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -251,6 +348,21 @@ def step_prefix(scope: str, generation: int) -> str:
 def attempts_prefix(scope: str, generation: int) -> str:
     """Keys of all unfinished retries of a cell."""
     return f"try/{scope}/{generation:06}/"
+
+
+def log_prefixes(scope: str, generation: int) -> tuple[str, str, str]:
+    """Keys of a workflow run's log: outcomes of steps, sleeps that began, and the rest. They share one count."""
+    return step_prefix(scope, generation), f"sleep/{scope}/{generation:06}/", f"log/{scope}/{generation:06}/"
+
+
+def arguments_key(run_id: str) -> str:
+    """Key of what a run was started with."""
+    return f"arguments/{run_id}"
+
+
+def result_key(run_id: str) -> str:
+    """Key of what a run came to."""
+    return f"result/{run_id}"
 
 
 def loose_prefix(scope: str, generation: int) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from durable_nb._clock import Instant, remaining_s
-from durable_nb._records import Attempts, Outcome, Timer, Turn
+from durable_nb._records import Attempts, Outcome, Timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,69 +101,3 @@ class Occurrences:
     def rivals(self, identity: str) -> list[int]:
         """The recorded numbers that a request could take; where there are several, their branches decide."""
         return self._free.get(identity, [])
-
-
-class Places:
-    """Where in a workflow a request is: the Nth of its branch, steps and sleeps counted alike."""
-
-    def __init__(self) -> None:
-        self._next: defaultdict[str, int] = defaultdict(int)
-
-    def take(self, branch: str) -> int:
-        """The place of this request, from 0."""
-        place = self._next[branch]
-        self._next[branch] = place + 1
-        return place
-
-    def asked(self, branch: str) -> int:
-        """How many requests the branch has made."""
-        return self._next[branch]
-
-
-class How(Enum):
-    """What a recorded event of a workflow was."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    SLEPT = "slept"
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """A recorded event of a workflow, as far as resuming a failed run goes. A sleep begins and ends when it is asked for."""
-
-    key: str
-    branch: str
-    began: Turn
-    ended: Turn
-    how: How
-
-
-def to_clear(endings: Iterable[Ending]) -> list[str]:
-    """The failures to try again when a failed run is resumed: those after which nothing succeeded in their branch or in one
-    that it came from. An earlier one was caught by the code, which went on from it.
-
-    Code that slept after a failure has caught it as well. But where every failure was slept upon (`except: await
-    sleep(...); raise`), the sleeps are forgotten with the failures that they came after: else nothing would be tried again.
-    """  # fmt: skip
-    every = list(endings)
-    failures = [event for event in every if event.how is How.FAILED]
-    open_ones = [failure for failure in failures if not _went_on(failure, every, {How.SUCCEEDED, How.SLEPT})]
-    if open_ones or not failures:
-        return [failure.key for failure in open_ones]
-    open_ones = [failure for failure in failures if not _went_on(failure, every, {How.SUCCEEDED})]
-    slept = [event for event in every if event.how is How.SLEPT and any(_follows(event, failure) for failure in open_ones)]
-    return [event.key for event in (*open_ones, *slept)]
-
-
-def _went_on(failure: Ending, every: list[Ending], signs: set[How]) -> bool:
-    return any(later.how in signs and _follows(later, failure) for later in every)
-
-
-def _follows(later: Ending, failure: Ending) -> bool:
-    """An event that was under way already when the failure came is no sign of anything."""
-    return later.began >= failure.ended and _comes_from(failure.branch, later.branch)
-
-
-def _comes_from(branch: str, ancestor: str) -> bool:
-    return branch == ancestor or branch.startswith(f"{ancestor}/")

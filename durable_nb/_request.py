@@ -23,16 +23,12 @@ if TYPE_CHECKING:
     from durable_nb._fingerprint import Fingerprint
 
 
-class Request:
-    """A step of this execution: what was asked, which record it is, and how it stands."""
+class Inputs:
+    """What a step is given, as it was when it was asked for."""
 
-    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
-        self.key, self.request, self.branch = key, request, branch
-        self.found = found
-        """What its outcome depends on; None where that can't be told, or needn't."""
-        self.fact = Step(request.name, path, request.kind, Status.PENDING)
-        self.began: rec.Turn = (0, 0)
-        """When the last attempt began."""
+    def __init__(self, request: StepRequest, found: Fingerprint | None) -> None:
+        self.request, self.found = request, found
+        """`found`: what its outcome depends on; None where that can't be told, or needn't."""
         self.components = found.components if found is not None else {}
         self.objects = found.places() if found is not None and not found.lasting else {}
         """What its body may change in place."""
@@ -51,10 +47,21 @@ class Request:
         """What may change of that component."""
         return _of(self.objects, label)
 
-    def shares_objects_with(self, other: Request) -> bool:
+    def shares_objects_with(self, other: Inputs) -> bool:
         """Could both bodies change the same object?"""
         mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
         return not mine.isdisjoint(theirs)
+
+
+class Request(Inputs):
+    """A step of a cell's execution: what was asked, which record it is, and how it stands."""
+
+    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
+        super().__init__(request, found)
+        self.key, self.branch = key, branch
+        self.fact = Step(request.name, path, request.kind, Status.PENDING)
+        self.began: rec.Turn = (0, 0)
+        """When the last attempt began."""
 
 
 class Changed:
@@ -105,7 +112,7 @@ def said(label: str) -> str:
     return label.partition(" ")[2] or "the object it belongs to"
 
 
-def packed_changes(asked: Request, given: set[str], value: Any) -> bytes | None:
+def packed_changes(asked: Inputs, given: set[str], value: Any) -> bytes | None:
     """The arguments that the body has changed, to be changed again when the step is restored, and which of its inputs it
     returned. None where there is nothing of both, or where it can't be done again."""  # fmt: skip
     if asked.shared:  # whose change is whose can't be told

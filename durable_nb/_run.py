@@ -24,7 +24,7 @@ from durable_nb import _codec, _patches
 from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
-from durable_nb._current import Body, SleepRequest, StepRequest, current_body, current_run
+from durable_nb._current import Body, SleepRequest, StartRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
 from durable_nb._forks import children_end_here
@@ -36,7 +36,6 @@ from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
-    NonDeterminismError,
     NotInRunError,
     RunCancelled,
     RunSuspended,
@@ -86,6 +85,10 @@ class Stage:
 
     def changed(self) -> None:
         """The run's facts changed. Called often, must be cheap."""
+
+    def muted(self) -> AbstractContextManager[None]:
+        """While entered, what the workflow's own code prints, displays and logs is shown nowhere: it is being repeated."""
+        return nullcontext()
 
 
 @dataclass(slots=True)
@@ -164,6 +167,7 @@ class Work:
 class Run:
     """One execution of a run. Implements what verbs ask (`_current.Run`); how a step is identified is told by subclasses."""
 
+    is_replayed = False
     what: str
     """How messages call the run: "cell 'a'"."""
     again: str
@@ -207,6 +211,17 @@ class Run:
         steps = tuple(self._facts.values())
         status = standing(steps) if self.status is Status.RUNNING else self.status
         return Snapshot(self.id, self.name, status, self.began_at, self.ended_at, steps)
+
+    def standing(self) -> Status:
+        """How the run stands now."""
+        return self.snapshot().status
+
+    def stop_soon(self, why: BaseException) -> None:
+        """The same as `stop`, from any thread."""
+        if self._main is None:
+            self._stopped = self._stopped or why
+        else:
+            self._main.get_loop().call_soon_threadsafe(self.stop, why)
 
     def _now_s(self) -> float:
         return self.engine.clock.now().wall_s
@@ -266,13 +281,6 @@ class Run:
         it, globals it has changed."""  # fmt: skip
         return asked.key, (), set()
 
-    async def _may_begin(self) -> None:
-        """Look whether a body may still begin."""
-
-    def _refusal(self) -> BaseException | None:
-        """Why nothing may be begun in this run any more."""
-        return None
-
     def _timer_key(self, request: SleepRequest, branch: str) -> str:
         """Which record a sleep has, fixed now."""
         raise NotImplementedError
@@ -327,11 +335,7 @@ class Run:
 
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
-        why = KeyboardInterrupt(f"{self.what} was interrupted")
-        if self._main is None:
-            self._stopped = self._stopped or why
-        else:
-            self._main.get_loop().call_soon_threadsafe(self.stop, why)
+        self.stop_soon(KeyboardInterrupt(f"{self.what} was interrupted"))
 
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
@@ -341,6 +345,10 @@ class Run:
         if not isinstance(why, RunSuspended):
             for work in set(self._works):
                 work.cancel()
+
+    def die(self) -> None:
+        """End as a kill would."""
+        self.stop(asyncio.CancelledError())
 
     def may_be_left(self, task: asyncio.Task[Any] | None, frame: types.FrameType | None) -> bool:
         """Is the user's code executing there, in a task of this run's own? It may be left by a KeyboardInterrupt; out of the
@@ -380,7 +388,7 @@ class Run:
         if unwinding:
             await asyncio.wait(unwinding, timeout=_UNWIND_S)
 
-    async def finish(self, status: Status, error: str = "", result: tuple[str, bytes] = ("", b"")) -> None:
+    async def finish(self, status: Status, error: str = "") -> None:
         """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
         self.status, self.ended_at = status, self._now_s()
         self.engine.active.pop(self.id, None)
@@ -393,16 +401,11 @@ class Run:
         is_over = status in (*_FINAL, Status.CANCELLED)
         self.engine.changing.add(self.id)
         try:
-            form, data = result
-            data, blob = await self._kept(data)
             record = replace(
                 self.record,
                 status=status.value if is_over else Status.RUNNING.value,
                 ended_at=self.ended_at if is_over else None,
                 error=rec.plain(error),
-                result_form=form,
-                result=data,
-                result_blob=blob,
             )
             puts = [self.engine.pack(rec.run_key(self.id), record)]
             deletes = [rec.cancel_key(self.id)] if is_over else []
@@ -440,10 +443,7 @@ class Run:
         __tracebackhide__ = True
         self._check_open(request.name)
         branch = branch_name()
-        try:
-            key, found = self._place(request, branch)
-        except NonDeterminismError as error:
-            return _raises(error)
+        key, found = self._place(request, branch)
         asked = Request(key, request, found, branch, self._paths.take(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
@@ -491,9 +491,6 @@ class Run:
     def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
         """Start an attempt in a task of its own, which records how it ends."""
         self._check_open(asked.request.name)
-        refusal = self._refusal()
-        if refusal is not None:
-            raise refusal
         asked.began = self._held.turn()
         began = failures.started_at if failures else self._now_s()
         self._tell(replace(asked.fact, status=Status.RUNNING, attempts=attempt, started_at=began))
@@ -551,7 +548,6 @@ class Run:
         return ended
 
     async def _made(self, asked: Request, attempt: int, began: float) -> Ended:
-        await self._may_begin()
         with self.stage.recording(asked.fact.path) as noted:
             try:
                 if asked.request.at_most_once:
@@ -634,7 +630,7 @@ class Run:
         raise NotImplementedError
 
     async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes, seen: bytes) -> Outcome:
-        form, data = self.encoded(value, f"step {asked.request.name!r} of {self.what} returned")
+        form, data = encoded(value, f"step {asked.request.name!r} of {self.what} returned")
         data, blob = await self._kept(data)
         return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown, seen=seen)
 
@@ -644,18 +640,6 @@ class Run:
             return data, ""
         journal = self.engine.store.journal
         return b"", await self.engine.store.writer.call(lambda: journal.put_blob(data))
-
-    @staticmethod
-    def encoded(value: Any, what: str) -> tuple[str, bytes]:
-        """A value as bytes; UnserializableError, beginning with `what`, where it can't be stored."""
-        try:
-            return _codec.encode(value)
-        except Exception as error:
-            raise UnserializableError(
-                f"{what} a {type(value).__qualname__} that can't be stored ({type(error).__name__}: {error}). Its body has run "
-                "and nothing was recorded: return plain data (numbers, text, lists, dicts, arrays, frames), and make "
-                "connections and the like outside, from that data"
-            ) from error
 
     def _outcome_of(self, asked: Request, attempt: int, began: float, form: str, data: bytes, **more: Any) -> Outcome:
         kind, name = asked.request.kind, asked.request.name
@@ -745,8 +729,12 @@ class Run:
         if await self.engine.store.writer.commit(commit) is not Verdict.APPLIED:
             raise self._give_way()
 
+    def _listening(self) -> set[Run]:
+        """This execution, and the one that is active now."""
+        return {run for run in (self, self.engine.active.get(self.id)) if isinstance(run, Run)}
+
     def _learn_attempts(self, key: StepKey, row: bytes | None) -> None:
-        for run in {self, self.engine.active.get(self.id, self)}:
+        for run in self._listening():
             if row is None:
                 run._attempts.pop(key.attempts, None)
             else:
@@ -754,7 +742,7 @@ class Run:
 
     def _learn(self, key: StepKey, row: bytes) -> None:
         """A body that outlived its execution tells the one that is active now."""
-        for run in {self, self.engine.active.get(self.id, self)}:
+        for run in self._listening():
             run._outcomes[key.outcome] = row
         self._learn_attempts(key, None)
 
@@ -779,19 +767,13 @@ class Run:
         __tracebackhide__ = True
         self._check_open(request.name)
         branch = branch_name()
-        try:
-            key = self._timer_key(request, branch)
-        except NonDeterminismError as error:
-            return _raises(error)
+        key = self._timer_key(request, branch)
         fact = Step(request.name, self._paths.take(branch, request.name), "sleep", Status.PENDING)
         self._tell(fact)
         return self._sleep(request, key, fact, branch)
 
     async def _sleep(self, request: SleepRequest, key: str, fact: Step, branch: str) -> None:
         engine = self.engine
-        refusal = self._refusal()
-        if refusal is not None:
-            raise refusal
         row, began = self._timers.get(key), engine.clock.now()
         recorded = unpack(engine.store.seal, key, row, Timer) if row else None
         since = recorded.since if recorded else began
@@ -819,12 +801,28 @@ class Run:
         now, restored = engine.clock.now().wall_s, recorded is not None and not waited
         self._tell(replace(fact, status=Status.COMPLETED, started_at=since.wall_s, ended_at=now, restored=restored))
 
-    def child_id(self, workflow: str, arguments: Callable[[], str]) -> str:
-        self._check_open(workflow)
+    def start(self, request: StartRequest) -> str:
+        """Begin a child; without an id of its own it has the same one in every execution."""
+        self._check_open(request.workflow)
         branch, now = branch_name(), self._now_s()
-        key = self._child_key(workflow, branch, arguments)
-        self._tell(Step(workflow, self._paths.take(branch, workflow), "start", Status.COMPLETED, 1, now, now))
-        return digest_of("start", self.engine.store.id, self.record.scope, str(self.record.generation), key)
+        if request.run_id is None:
+            key = self._child_key(request.workflow, branch, request.arguments)
+            parts = self.engine.store.id, self.record.scope, str(self.record.generation), key
+            request.run_id, request.on_conflict = digest_of("start", *parts), "keep"
+        self._tell(Step(request.workflow, self._paths.take(branch, request.workflow), "start", Status.COMPLETED, 1, now, now))
+        self.engine.workflows.start_requested(request, self.id)
+        return request.run_id
+
+    def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
+        return self.engine.workflows.outcome(run_id)  # type: ignore[no-any-return]
+
+    def stands_for(self, error: BaseException, value: Any) -> None:
+        """Of no matter here: a step that failed isn't kept."""
+
+    @property
+    def runs(self) -> Any:
+        """The engine of the workflows of this store."""
+        return self.engine.workflows
 
     async def _pause(self, asked: Request, retry: Retry) -> None:
         """A part of the wait for a retry."""
@@ -967,9 +965,17 @@ async def _caught(body: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | 
         return None, raised
 
 
-async def _raises(error: BaseException) -> Any:
-    """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
-    raise error
+def encoded(value: Any, what: str) -> tuple[str, bytes]:
+    """A value as bytes; UnserializableError, beginning with `what`, where it can't be stored."""
+    try:
+        form, data = _codec.encode(value)
+    except Exception as error:
+        raise UnserializableError(
+            f"{what} a {type(value).__qualname__} that can't be stored ({type(error).__name__}: {error}). Its body has run "
+            "and nothing was recorded: return plain data (numbers, text, lists, dicts, arrays, frames), and make "
+            "connections and the like outside, from that data"
+        ) from error
+    return form, data
 
 
 def digest_of(*parts: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
+import hashlib
 import inspect
 import types
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+import msgspec
 
 from durable_nb import _fingerprint
 from durable_nb._clock import parse_duration, parse_when
@@ -135,6 +138,7 @@ class Step(Generic[_P, _T]):
                 name=name,
                 body=functools.partial(self.fn, *args, **kwargs),
                 fingerprint=lambda: _fingerprint.of_call(self.fn, args, kwargs),
+                arguments=lambda: _digest_of(self.fn, args, kwargs),
                 policy=self.policy,
                 thread=self.thread and not _is_async(self.fn),
                 timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
@@ -266,6 +270,24 @@ def check_name(verb: str, name: object) -> str:
             f"durable.{verb}({name!r}, ...): the step's name is empty; give it one, such as 'charge'. Nothing was run"
         )
     return plain(name)
+
+
+_SCALARS = {int, str, bool, float, bytes, type(None)}
+
+
+def _digest_of(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What tells calls of one function apart: their arguments, those of a partial and the object of a method included. Equal
+    where that can't be told: such calls are told apart by their order."""  # fmt: skip
+    while isinstance(fn, functools.partial):
+        args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
+    if (bound := getattr(fn, "__self__", None)) is not None and not isinstance(bound, types.ModuleType):
+        args = (bound, *args)
+    try:
+        if _SCALARS.issuperset(map(type, args)) and not kwargs:
+            return hashlib.blake2b(msgspec.msgpack.encode(args), digest_size=8).hexdigest()
+        return _fingerprint.hash_value((args, kwargs))
+    except Exception:  # whatever is odd about an argument
+        return ""
 
 
 def _is_async(fn: Any) -> bool:

@@ -10,6 +10,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -17,7 +18,7 @@ from durable_nb._forks import children_end_here
 
 MOST = 64
 
-_Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+_Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]", Callable[[], object] | None]
 
 
 class Workers:
@@ -28,8 +29,11 @@ class Workers:
         self._lock = threading.Lock()
         self._threads = self._busy = 0
 
-    def submit(self, job: Callable[[], Any], context: Context) -> asyncio.Future[Any]:
-        """Run `job` in a thread, in `context`; the future belongs to the running loop."""
+    def submit(
+        self, job: Callable[[], Any], context: Context, began: Callable[[], object] | None = None
+    ) -> asyncio.Future[Any]:
+        """Run `job` in a thread, in `context`; the future belongs to the running loop, which calls `began` when a thread has
+        taken the job up."""  # fmt: skip
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
@@ -37,12 +41,15 @@ class Workers:
             if self._busy > self._threads and self._threads < MOST:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"durable_nb step {self._threads}", daemon=True).start()
-        self._jobs.put((job, context, loop, future))
+        self._jobs.put((job, context, loop, future, began))
         return future
 
     def _work(self) -> None:
         while True:
-            job, context, loop, future = self._jobs.get()
+            job, context, loop, future, began = self._jobs.get()
+            if began is not None:
+                with suppress(RuntimeError):  # its loop is gone
+                    loop.call_soon_threadsafe(began)
             try:
                 with children_end_here():
                     result, error = context.run(job), None
@@ -55,7 +62,7 @@ class Workers:
             except RuntimeError:
                 if not loop.is_closed():  # with its loop gone, nobody waits for the result any more
                     raise
-            del job, context, future, result, error
+            del job, context, future, began, result, error
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

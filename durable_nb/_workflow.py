@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Iterable
+from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from durable_nb import _fingerprint
-from durable_nb._clock import say_duration
-from durable_nb._current import current_body, current_run, engine, workflow_functions
+from durable_nb._clock import parse_duration, say_duration
+from durable_nb._current import Engine, StartRequest, current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._misuse import did_you_mean, explained
 from durable_nb._records import plain
 from durable_nb._verbs import check_name
-from durable_nb.errors import NotInRunError
+from durable_nb.errors import NotInRunError, NotSupportedError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -71,9 +72,9 @@ class Workflow(Generic[_P, _T]):
             )
         texts = (labels,) if isinstance(labels, str) else tuple(labels)
         parent = current_run.get()
-        if id is None and parent is not None and current_body.get() is None:
-            child = parent.child_id(self.name, lambda: _digest_of(args, kwargs))
-            return Run(engine().start(self.name, args, kwargs, run_id=child, labels=texts, on_conflict="keep"))
+        if parent is not None and current_body.get() is None:
+            request = StartRequest(self.name, args, kwargs, id, texts, on_conflict, lambda: _digest_of(args, kwargs))
+            return Run(parent.start(request), parent.runs)
         return Run(engine().start(self.name, args, kwargs, run_id=id, labels=texts, on_conflict=on_conflict))
 
 
@@ -131,13 +132,21 @@ def _home(function: Any) -> tuple[str, str]:
 class Run:
     """A run of a workflow, or of a cell. Everything but awaiting it is a plain call."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, store: Engine | None = None) -> None:
         self.id = run_id
+        self._home = store if store is not None else engine()
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine of the run's own store: the one in use, unless another store was opened meanwhile."""
+        current = engine()
+        return current if current.store_id == self._home.store_id else self._home
 
     @property
     def status(self) -> Status:
-        """`interrupted` is a run that is not finished and that no process executes."""
-        return self._snapshot().status
+        """`interrupted` is a run that is not finished and that no process executes. Reads no step's value."""
+        _refuse_in_workflow("run.status")
+        return self._engine.status_of(self.id)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -145,27 +154,35 @@ class Run:
         return self._snapshot().steps
 
     def _snapshot(self) -> Snapshot:
-        return engine().snapshot(self.id)
+        _refuse_in_workflow("a run's status and steps")
+        return self._engine.snapshot(self.id)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """What the workflow returns; its exception, or RunCancelled. An interrupted run goes on."""
-        return engine().outcome(self.id).__await__()
+        parent = current_run.get()
+        if parent is not None and parent.is_replayed and current_body.get() is None:
+            return parent.result_of(self.id).__await__()
+        return self._engine.outcome(self.id).__await__()
 
-    def result(self, timeout: float | None = None) -> Any:
-        """The same for synchronous code, a cell's too; TimeoutError after `timeout` seconds, and the run goes on."""
+    def result(self, timeout: float | str | timedelta | None = None) -> Any:
+        """The same for synchronous code, a cell's too. TimeoutError after `timeout` (seconds, timedelta, "90s"); the run
+        goes on."""  # fmt: skip
         import asyncio
 
         from durable_nb._door import wait_for
 
+        _refuse_in_workflow("run.result()")
+        limit_s = None if timeout is None else parse_duration(timeout).total_seconds()
+
         async def outcome() -> Any:
-            asked = asyncio.ensure_future(engine().outcome(self.id))
+            asked = asyncio.ensure_future(self._engine.outcome(self.id))
             try:
-                ended, _ = await asyncio.wait({asked}, timeout=timeout)
+                ended, _ = await asyncio.wait({asked}, timeout=limit_s)
                 if ended:
                     return asked.result()
             finally:
                 asked.cancel()
-            raise TimeoutError(f"the run {self.id!r} is {self.status} after {say_duration(timeout or 0.0)}; it goes on")
+            raise TimeoutError(f"the run {self.id!r} is {self.status} after {say_duration(limit_s or 0.0)}; it goes on")
 
         return wait_for(outcome())
 
@@ -175,12 +192,14 @@ class Run:
         A failed run is tried again from the step that failed. `take_over` takes the run from a live process that executes it:
         that one's commits are refused from then on, and its code is cancelled.
         """
-        engine().resume(self.id, take_over=take_over)
+        _refuse_in_workflow("run.resume()")
+        self._engine.resume(self.id, take_over=take_over)
         return self
 
     def cancel(self, reason: str = "") -> None:
         """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
-        engine().cancel(self.id, reason)
+        _refuse_in_workflow("run.cancel()")
+        self._engine.cancel(self.id, reason)
 
     def __repr__(self) -> str:
         found = self._snapshot()
@@ -189,8 +208,9 @@ class Run:
 
 def get_run(run_id: str) -> Run:
     """The run of that id; RunNotFoundError where there is none."""
+    _refuse_in_workflow("durable.get_run()")
     run_id = plain(run_id)
-    engine().snapshot(run_id)
+    engine().check(run_id)
     return Run(run_id)
 
 
@@ -198,15 +218,28 @@ def runs(status: str | None = None, workflow: str | None = None, label: str | No
     """The newest runs of the store, cells' too, as far as they fit. ValueError for a status that there isn't."""
     if status is not None and status not in list(Status):
         raise ValueError(f"no status {status!r}; there are {', '.join(Status)}")
+    _refuse_in_workflow("durable.runs()")
     found = engine().snapshots()
     kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
-    if label is not None:
-        kept = [run for run in kept if label in engine().labels(run.id)]
-    return [Run(run.id) for run in kept[:limit]]
+    return [Run(run.id) for run in kept if label is None or label in run.labels][:limit]
 
 
 def resume() -> list[Run]:
-    """Go on with every interrupted run whose workflow is defined here; those runs. Each other one is told in a line with
-    what it waits for."""  # fmt: skip
-    waiting = [(Run(run_id).resume(), name) for run_id, name in engine().interrupted()]
-    return [run for run, name in waiting if name in workflow_functions]
+    """Resumes every interrupted run that this notebook or module has started, and returns those runs.
+
+    One line tells of each run whose workflow is not defined here. Another notebook's or program's runs are left to it, whatever
+    their workflow is named.
+    """
+    _refuse_in_workflow("durable.resume()")
+    return [Run(run_id) for run_id in engine().resume_own()]
+
+
+def _refuse_in_workflow(what: str) -> None:
+    """What the code of a workflow learns by itself, a replay would not see."""
+    __tracebackhide__ = True
+    parent = current_run.get()
+    if parent is not None and parent.is_replayed and current_body.get() is None:
+        raise NotSupportedError(
+            f"{what} can't be used in a workflow's own code, since a replay would see something else. Do it in a step: "
+            "await durable.run(name, function, ...)"
+        )

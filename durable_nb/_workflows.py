@@ -8,47 +8,61 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import sys
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._branches import current_branch
-from durable_nb._clock import remaining_s
-from durable_nb._current import current_body, current_run, use_engine, workflow_functions
+from durable_nb._catalog import Catalog
+from durable_nb._clock import elapsed_s
+from durable_nb._current import StartRequest, current_body, current_run, use_engine, workflow_functions
 from durable_nb._engine import Engine, new_id
-from durable_nb._facts import Paths, Snapshot, Status, Step, standing
+from durable_nb._facts import Snapshot, Status
 from durable_nb._fingerprint import Unhashable, hash_value
+from durable_nb._history import deliveries_of, set_aside
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Attempts, Cancel, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
-from durable_nb._replay import Ending, How, Wait, decide_sleep, to_clear
-from durable_nb._run import BLOB_BYTES, cancelled, log
+from durable_nb._records import Arguments, Cancel, Event, Lease, Result, RunRecord, unpack
+from durable_nb._run import BLOB_BYTES, Held, cancelled, log
+from durable_nb._run_log import read_log
 from durable_nb._store import Store
+from durable_nb._workflow_loop import WorkflowLoop
 from durable_nb._workflowrun import WorkflowRun
 from durable_nb.errors import (
+    CorruptStoreError,
     DurableError,
     LeaseLost,
     RunCancelled,
     RunConflictError,
-    RunNotFoundError,
     UnserializableError,
-    UntrustedStoreError,
 )
-
-POLL_S = 0.2
 
 
 class Workflows:
-    """Implements `_current.Engine` on one store."""
+    """Implements `_current.Engine` on one store. Its calls may come from any thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, main: Callable[[], str] | None = None) -> None:
+        """`main`: what tells apart the workflows that the module `__main__` defines; None: the script's path."""
         self._engine = engine
-        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._main = main or _script
+        self._tasks: dict[str, asyncio.Task[Any] | None] = {}
+        """Runs that are executed here; None: the task is about to be made, on the loop's thread."""
         self._cancelling: dict[str, RunCancelled] = {}
         """Runs whose task has been made and has not begun, that are to stop as soon as it does."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Where runs are executed that are started from another thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop = _carrier(asyncio.get_running_loop())
+        self.catalog = Catalog(engine, self._tasks.__contains__)
+        engine.workflows = self
+
+    @property
+    def store_id(self) -> str:
+        return self._engine.store.id
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
@@ -61,59 +75,104 @@ class Workflows:
         run_id: str | None,
         labels: tuple[str, ...],
         on_conflict: str,
+        parent: str = "",
     ) -> str:
-        form, data, inputs = _encoded(workflow, args, kwargs)
-        function = workflow_functions.get(workflow)
+        arguments, inputs = _encoded(workflow, args, kwargs)
         new = run_id if run_id is not None else new_id()
-        found = self.seen(new)
+        found = self.catalog.seen(new)
         if found is None:
-            _loop_for(new)  # before anything is recorded
-            began = self._engine.clock.now().wall_s
-            scope = rec.scope_of(f"~run {new}")
-            record = RunRecord(new, "workflow", workflow, scope, 0, inputs, began, form=form, arguments=data, labels=labels)
-            if len(data) >= BLOB_BYTES:
-                record = replace(record, arguments=b"", arguments_blob=self._engine.store.journal.put_blob(data))
-            held = self._engine.claim_and_wait(record)
-            if held is not None:
-                self._spawn(new, self._execute(WorkflowRun(self._engine, record, held, resumed=False), function))
+            self._loop_for(new)  # before anything is recorded
+            if self._begin(new, workflow, arguments, inputs, labels, parent):
                 return new
-            found = self.seen(new)  # another process started it in this very moment
+            found = self.catalog.seen(new)  # another process started it in this very moment
         if found is not None:
-            record, lease = found
-            same = (record.kind, record.name) == ("workflow", workflow)
-            if not same or (record.inputs != inputs and on_conflict != "keep"):
-                what = "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}"
-                raise RunConflictError(
-                    f"the run id {run_id!r} is used already, by {what}; nothing was started. Use another id, or "
-                    f"find that run with durable.get_run({run_id!r})"
-                )
-            if on_conflict == "fail":
-                status = self.status(record, lease)
-                raise RunConflictError(f"the run {run_id!r} was started already (it is {status}); nothing was started")
-            if on_conflict == "restart":
-                if self._is_owned(record.id, lease):
-                    raise RunConflictError(
-                        f"the run {run_id!r} is being executed (it is {self.status(record, lease)}), so it was not restarted; "
-                        "nothing was started. Cancel it first, with the run's cancel()"
-                    )
-                self._go(replace(record, generation=record.generation + 1), lease, anew=True)
-            elif record.status == Status.RUNNING and not self._is_owned(record.id, lease):
-                self._go(record, lease)
+            self._attach(*found, workflow, inputs, on_conflict)
         return new
 
+    def start_requested(self, request: StartRequest, parent: str) -> None:
+        """The same, for a run."""
+        self.start(
+            request.workflow,
+            request.args,
+            request.kwargs,
+            run_id=request.run_id,
+            labels=request.labels,
+            on_conflict=request.on_conflict,
+            parent=parent,
+        )
+
+    def _begin(self, new: str, workflow: str, arguments: Arguments, inputs: str, labels: tuple[str, ...], parent: str) -> bool:
+        """Record a new run, and execute it; False where there is one of that id."""
+        engine, now = self._engine, self._engine.clock.now()
+        scope = rec.scope_of(f"~run {new}")
+        home = self.home_of(workflow_functions.get(workflow))
+        of = new, "workflow", workflow, scope, 0, inputs, now.wall_s
+        record = RunRecord(*of, labels=labels, home=home, parent=parent, since=now)
+        if len(arguments.value) >= BLOB_BYTES:
+            arguments = replace(arguments, value=b"", blob=engine.store.journal.put_blob(arguments.value))
+        try:
+            held = engine.claim_and_wait(record, engine.pack(rec.arguments_key(new), arguments))
+            if held is None:
+                return False
+            self._spawn(new, lambda: self._execute(record, held, resumed=False))
+        except BaseException:  # a KeyboardInterrupt: what was begun is nobody's, and can be resumed
+            engine.disown(new)
+            raise
+        return True
+
+    def _attach(self, record: RunRecord, lease: Lease | None, workflow: str, inputs: str, on_conflict: str) -> None:
+        """There is a run of that id: is it the same, and what is to be done with it?"""
+        same = (record.kind, record.name) == ("workflow", workflow)
+        if not same or (record.inputs != inputs and on_conflict != "keep"):
+            what = "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}"
+            raise RunConflictError(
+                f"the run id {record.id!r} is used already, by {what}; nothing was started. Use another id, or "
+                f"find that run with durable.get_run({record.id!r})"
+            )
+        if on_conflict == "fail":
+            status = self.catalog.status(record, lease)
+            raise RunConflictError(f"the run {record.id!r} was started already (it is {status}); nothing was started")
+        if on_conflict == "restart":
+            if self.catalog.is_owned(record.id, lease):
+                raise RunConflictError(
+                    f"the run {record.id!r} is being executed (it is {self.catalog.status(record, lease)}), so it was not "
+                    "restarted; nothing was started. Cancel it first, with the run's cancel()"
+                )
+            self._go(replace(record, generation=record.generation + 1), lease, anew=True)
+        elif record.status == Status.RUNNING and not self.catalog.is_owned(record.id, lease):
+            self._go(record, lease)
+
     def resume(self, run_id: str, *, take_over: bool) -> None:
-        record, lease = self._find(run_id)
+        record, lease = self.catalog.find(run_id)
         if record.id in self._tasks or record.status == Status.COMPLETED or record.kind != "workflow":
             return
-        if self._is_owned(run_id, lease) and not take_over:
+        if self.catalog.is_owned(run_id, lease) and not take_over:
             return
         self._go(record, lease)
 
+    def resume_own(self) -> list[str]:
+        resumed = []
+        for run_id, name in self.interrupted():
+            record, lease = self.catalog.find(run_id)
+            function = workflow_functions.get(name)
+            if function is None or self.home_of(function) == record.home:
+                self._go(record, lease)
+                if function is not None:
+                    resumed.append(run_id)
+        return resumed
+
+    def home_of(self, function: Any) -> str:
+        """Which module or notebook defines a workflow; '' where that can't be told."""
+        if function is None:
+            return ""
+        module = str(function.__module__)
+        return self._main() if module == "__main__" else module
+
     def cancel(self, run_id: str, reason: str) -> None:
-        record, lease = self._find(run_id)
+        record, lease = self.catalog.find(run_id)
         run = self._engine.active.get(record.id)
         if run is not None:
-            run.stop(cancelled(record.id, reason))
+            run.stop_soon(cancelled(record.id, reason))
         elif record.id in self._tasks:
             self._cancelling[record.id] = cancelled(record.id, reason)
         elif record.status == Status.RUNNING and lease is not None:
@@ -123,32 +182,48 @@ class Workflows:
             if self._engine.store.writer.commit_and_wait(Commit(guard, puts=(row,))) is not Verdict.APPLIED:
                 self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
 
+    # -- executing -----------------------------------------------------------------------------------------------------
+
     def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
-        """Execute a run in a task of its own, which belongs to no cell; `anew`, with none of its sleeps behind it."""
-        function = workflow_functions.get(record.name)
-        if function is None:
+        """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it."""
+        if workflow_functions.get(record.name) is None:
             log.warning(
                 "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
                 "then durable.get_run(%r).resume()",
                 *(record.id, record.name, record.id),
             )
             return
-        self._spawn(record.id, self._drive(record, lease, function, anew=anew))
+        self._spawn(record.id, lambda: self._drive(record, lease, anew=anew))
 
-    def _spawn(self, run_id: str, work: Any) -> None:
-        try:
-            loop = _loop_for(run_id)
-        except RuntimeError:
-            work.close()
-            raise
+    def _loop_for(self, run_id: str) -> asyncio.AbstractEventLoop:
+        """The loop that executes it: the running one; in another thread, the one that executes this store's runs."""
+        with contextlib.suppress(RuntimeError):
+            self._loop = _carrier(asyncio.get_running_loop())
+            return self._loop
+        if self._loop is not None and self._loop.is_running():
+            return self._loop
+        raise RuntimeError(
+            f"the run {run_id!r} needs a running event loop: start it from async code, as in asyncio.run(main())"
+        )
+
+    def _spawn(self, run_id: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        loop = self._loop_for(run_id)
         context = copy_context()
         context.run(current_run.set, None)
         context.run(current_branch.set, None)
         context.run(current_body.set, None)
-        task = loop.create_task(work, context=context, name=f"durable_nb run {run_id}")
-        self._tasks[run_id] = task
+
+        def begin() -> None:
+            task = loop.create_task(work(), context=context, name=f"durable_nb run {run_id}")
+            self._tasks[run_id] = task
+            task.add_done_callback(lambda done: self._ended(run_id, done))
+
+        self._tasks[run_id] = None
         self._engine.changing.add(run_id)
-        task.add_done_callback(lambda done: self._ended(run_id, done))
+        if asyncio._get_running_loop() is loop:
+            begin()
+        else:
+            loop.call_soon_threadsafe(begin)
 
     def _ended(self, run_id: str, task: asyncio.Task[Any]) -> None:
         if self._tasks.get(run_id) is task:
@@ -158,47 +233,62 @@ class Workflows:
         if not task.cancelled():
             task.exception()  # on record: whoever waits for the run gets it from there
 
-    async def _drive(self, record: RunRecord, lease: Lease | None, function: Any, *, anew: bool) -> None:
-        cleared: tuple[str, ...] = ()
+    async def _drive(self, record: RunRecord, lease: Lease | None, *, anew: bool) -> None:
+        now, deletes = self._engine.clock.now(), [rec.cancel_key(record.id)]
+        rows: list[tuple[str, bytes]] = []
+        since, since_s = record.since, record.since_s
         if anew:
-            timers = await self._engine.store.writer.call(lambda: self._engine.store.journal.scan(rec.timer_prefix(record.id)))
-            cleared = tuple(key for key, _ in timers)
+            since, since_s = now, 0.0
         elif record.status in (Status.FAILED, Status.CANCELLED):
-            cleared = await self._engine.store.writer.call(lambda: self._cleared(record))
+            since = now
+            since_s, rows, cleared = await self._resumption(record)
+            deletes += cleared
+        elif since is None or since.boot != now.boot:  # from here on this boot's clock tells the run's time
+            since_s, since = since_s + elapsed_s(since or now, now), now
         record = replace(
-            record, status=Status.RUNNING.value, ended_at=None, error="", result=b"", result_form="", result_blob=""
+            record, status=Status.RUNNING.value, ended_at=None, error="", ended_by=(), since=since, since_s=since_s
         )
-        held = await self._engine.claim(record, lease, deletes=(*cleared, rec.cancel_key(record.id)))
+        held = await self._engine.claim(record, lease, deletes=tuple(deletes), inserts=tuple(rows))
         if held is None:
             return  # another process was faster: it executes the run, and who waits here hears of it by the journal
-        await self._execute(WorkflowRun(self._engine, record, held, resumed=True), function)
+        await self._execute(record, held, resumed=True)
 
-    async def _execute(self, run: WorkflowRun, function: Any) -> None:
+    async def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], list[str]]:
+        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, and rows
+        that go."""  # fmt: skip
+        journal, seal = self._engine.store.journal, self._engine.store.seal
+        log_rows = await self._engine.store.writer.call(lambda: read_log(journal, seal, record.scope, record.generation))
+        rows = [row for _, _, row in log_rows]
+        cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
+        course = deliveries_of(rows)
+        since_s = course[cut].row.at if cut >= 0 else max((row.at for row in rows), default=0.0)
+        if forgotten:
+            names = ", ".join(dict.fromkeys(repr(asked.name) for asked in forgotten))
+            log.warning(
+                "run %r of workflow %r is resumed before the failure that ended it; what that had caused is forgotten: %s",
+                *(record.id, record.name, names),
+            )
+        asked = {one.id: one for row in rows for one in row.asked}
+        for request in record.ended_by:
+            if request in asked and asked[request].kind == "result":
+                self.resume(asked[request].name, take_over=False)
+        key = f"{rec.log_prefixes(record.scope, record.generation)[2]}{len(rows) + 1:08}"
+        event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._engine.clock.now().wall_s)
+        attempts = rec.attempts_prefix(record.scope, record.generation)
+        cleared = [f"{attempts}{request:08}" for request in record.ended_by]
+        return since_s, [self._engine.pack(key, event)], cleared
+
+    async def _execute(self, record: RunRecord, held: Held, *, resumed: bool) -> None:
+        self._engine.watch()
+        run = WorkflowRun(self._engine, record, held, resumed=resumed)
         if run.id in self._cancelling:
             run.stop(self._cancelling[run.id])
         try:
-            await run.load()
-            self._engine.changing.discard(run.id)
-            await run.drive(function)
+            await run.drive(workflow_functions[record.name])
         finally:
-            self._engine.active.pop(run.id, None)  # where the records or the arguments can't be read, it was never finished
-
-    def _cleared(self, record: RunRecord) -> tuple[str, ...]:
-        """What is forgotten when a failed run goes on: failures that nothing came after, and cut-off attempts."""
-        journal, seal = self._engine.store.journal, self._engine.store.seal
-        endings = []
-        for key, row in journal.scan(rec.step_prefix(record.scope, record.generation)):
-            outcome = unpack(seal, key, row, Outcome)
-            endings.append(Ending(key, outcome.branch, *outcome.turns, How.FAILED if outcome.failed else How.SUCCEEDED))
-        for key, row in journal.scan(rec.timer_prefix(record.id)):
-            timer = unpack(seal, key, row, Timer)
-            endings.append(Ending(key, timer.branch, timer.turn, timer.turn, How.SLEPT))
-        begun = [
-            key
-            for key, row in journal.scan(rec.attempts_prefix(record.scope, record.generation))
-            if unpack(seal, key, row, Attempts).begun
-        ]
-        return (*to_clear(endings), *begun)
+            if self._engine.active.get(run.id) is run:  # where the records or the arguments can't be read
+                del self._engine.active[run.id]
+                self._engine.let_go(run.id)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +297,10 @@ class Workflows:
             task = self._tasks.get(run_id)
             if task is not None:
                 await asyncio.wait({task})
-            record, lease = self._find(run_id)
+            elif run_id in self._tasks:  # another thread has started it this moment
+                await asyncio.sleep(0)
+                continue
+            record, lease = self.catalog.find(run_id)
             if record.status == Status.COMPLETED:
                 return await self._result(record)
             if record.status in (Status.FAILED, Status.CANCELLED):
@@ -216,143 +309,72 @@ class Workflows:
                 lost = task.exception()
                 if lost is not None and not isinstance(lost, LeaseLost):
                     raise lost
-            if run_id not in self._tasks:
-                if not self._is_owned(run_id, lease):
-                    self._go(record, lease)
-                if run_id not in self._tasks and not self._is_owned(run_id, lease):
+            if run_id in self._tasks:
+                continue
+            if not self.catalog.is_owned(run_id, lease):
+                self._go(record, lease)
+                if run_id not in self._tasks:
                     raise DurableError(
                         f"the run {run_id!r} is interrupted, and its workflow {record.name!r} is not defined here"
                     )
-                await asyncio.sleep(POLL_S)
+                continue
+            await self._engine.change_of(run_id)
 
     async def _result(self, record: RunRecord) -> Any:
-        journal, data = self._engine.store.journal, record.result
-        if record.result_blob:
-            data = await self._engine.store.writer.call(lambda: journal.get_blob(record.result_blob))
-        return _codec.decode(record.result_form, data)
+        if record.ended_at is None:  # cancelled while nobody executed it
+            return RunCancelled(record.error)
+        journal, key, call = self._engine.store.journal, rec.result_key(record.id), self._engine.store.writer.call
+        row = await call(lambda: journal.get(key))
+        if row is None:
+            raise CorruptStoreError(f"the record {key!r} is missing: what the run {record.id!r} came to")
+        result = unpack(self._engine.store.seal, key, row, Result)
+        data = await call(lambda: journal.get_blob(result.blob)) if result.blob else result.value
+        return _codec.decode(result.form, data)
+
+    def check(self, run_id: str) -> None:
+        self.catalog.find(run_id)
+
+    def status_of(self, run_id: str) -> Status:
+        return self.catalog.status(*self.catalog.find(run_id))
 
     def snapshot(self, run_id: str) -> Snapshot:
-        record, lease = self._find(run_id)
-        run = self._engine.active.get(record.id)
-        if run is not None:
-            return run.snapshot()
-        return self._summary(record, lease, self._steps(record))
+        return self.catalog.snapshot(run_id)
 
     def snapshots(self) -> list[Snapshot]:
-        found = []
-        for key, row in self._engine.store.journal.scan("run/"):
-            with contextlib.suppress(UntrustedStoreError):  # somebody else's run in a store that was copied
-                pair = self.seen(unpack(self._engine.store.seal, key, row, RunRecord).id)
-                if pair is not None:
-                    found.append(self._summary(*pair, ()))
-        return sorted(found, key=lambda run: run.started_at, reverse=True)
+        return self.catalog.snapshots()
 
     def interrupted(self) -> list[tuple[str, str]]:
-        waiting = [run for run in self.snapshots() if run.status is Status.INTERRUPTED]
-        return [(run.id, run.name) for run in waiting if self._find(run.id)[0].kind == "workflow"]
-
-    def labels(self, run_id: str) -> tuple[str, ...]:
-        return self._find(run_id)[0].labels
-
-    def _summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...]) -> Snapshot:
-        return Snapshot(record.id, record.name, self.status(record, lease), record.started_at, record.ended_at, steps)
-
-    def status(self, record: RunRecord, lease: Lease | None) -> Status:
-        """How a run stands, given its record and its lease."""
-        run = self._engine.active.get(record.id)
-        if run is not None:
-            return run.snapshot().status
-        if record.id in self._tasks:
-            return Status.PENDING
-        if record.status != Status.RUNNING:
-            return Status(record.status)
-        return standing([step for _, step in self._waits(record)]) if self._is_owned(record.id, lease) else Status.INTERRUPTED
-
-    def _steps(self, record: RunRecord) -> tuple[Step, ...]:
-        """From the records alone: what is known of a run that is not executed here. Of a cell's run, what it did itself."""
-        journal, seal = self._engine.store.journal, self._engine.store.seal
-        found = self._waits(record)
-        for key, row in journal.scan(rec.step_prefix(record.scope, record.generation)):
-            o = unpack(seal, key, row, Outcome)
-            if record.kind == "workflow" or o.run_id == record.id:
-                status = Status.FAILED if o.failed else Status.COMPLETED
-                step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
-                found.append((o.turns[0], step))
-        paths = Paths()
-        return tuple(replace(step, path=paths.take(step.path, step.name)) for _, step in sorted(found, key=itemgetter(0)))
-
-    def _waits(self, record: RunRecord) -> list[tuple[Turn, Step]]:
-        """The sleeps, and the steps that have failed and are to be tried again: when asked for, and with a branch as path."""
-        journal, seal, now = self._engine.store.journal, self._engine.store.seal, self._engine.clock.now()
-        found = []
-        for key, row in journal.scan(rec.timer_prefix(record.id)):
-            t = unpack(seal, key, row, Timer)
-            began, left = t.since.wall_s, decide_sleep(t, now)
-            if isinstance(left, Wait) and record.status != Status.COMPLETED:
-                step = Step(t.name, t.branch, "sleep", Status.SLEEPING, 0, began, wake_at=now.wall_s + left.seconds)
-            else:
-                until = t.until_s if t.until_s is not None else began + t.duration_s
-                step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
-            found.append((t.turn, step))
-        for key, row in journal.scan(rec.attempts_prefix(record.scope, record.generation)):
-            a = unpack(seal, key, row, Attempts)
-            if a.run_id == record.id:
-                wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
-                status = Status.RUNNING if a.begun else Status.RETRYING
-                step = Step(a.name, a.branch, a.kind, status, a.failed, a.started_at, error=a.error or None, wake_at=wake_at)
-                found.append((a.turn, step))
-        return found
-
-    def _is_owned(self, run_id: str, lease: Lease | None) -> bool:
-        return run_id in self._tasks or self._engine.is_owned(run_id, lease)
-
-    def _find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
-        found = self.seen(run_id) or self._last_of_cell(run_id)
-        if found is not None:
-            return found
-        raise RunNotFoundError(
-            f"no run {run_id!r} in the store {self._engine.store.path}; durable.runs() lists those there are"
-        )
-
-    def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
-        """A run as it stands; cancelled it is as well where its executor died before it heard of it."""
-        found = self._engine.read_run(run_id)
-        if found is None or found[0].status != Status.RUNNING or self._is_owned(run_id, found[1]):
-            return found
-        key = rec.cancel_key(run_id)
-        row = self._engine.store.journal.get(key)
-        if row is None:
-            return found
-        error = cancelled(run_id, unpack(self._engine.store.seal, key, row, Cancel).reason)
-        form, data, _ = _codec.encode_error(error)
-        return replace(found[0], status=Status.CANCELLED.value, error=str(error), result_form=form, result=data), found[1]
-
-    def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
-        key = rec.generation_key(rec.scope_of(name))
-        row = self._engine.store.journal.get(key)
-        return self.seen(unpack(self._engine.store.seal, key, row, Generation).last_run) if row else None
+        waiting = [
+            record
+            for record, lease in self.catalog.all()
+            if record.kind == "workflow" and self.catalog.status(record, lease) is Status.INTERRUPTED
+        ]
+        return [(run.id, run.name) for run in sorted(waiting, key=lambda run: run.started_at, reverse=True)]
 
 
-def _encoded(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bytes, str]:
+def _script() -> str:
+    """The script that is `__main__`; '' where there is none."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    return str(Path(path).resolve()) if path else ""
+
+
+def _carrier(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+    """Of a workflow's code, too, runs are executed by the loop that carries it."""
+    return loop.carrier if isinstance(loop, WorkflowLoop) else loop
+
+
+def _encoded(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Arguments, str]:
+    """The arguments of a run, and their digest."""
     try:
-        form, data = _codec.encode((args, kwargs))
+        arguments = Arguments(*_codec.encode((args, kwargs)))
     except Exception as error:
         raise UnserializableError(
             f"workflow {workflow!r} can't be started with these arguments ({type(error).__name__}: {error}); nothing was "
             "recorded. Give it plain data, and make connections and the like in its steps"
         ) from error
     with contextlib.suppress(Unhashable):
-        return form, data, hash_value((args, kwargs))
-    return form, data, hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _loop_for(run_id: str) -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise RuntimeError(
-            f"the run {run_id!r} needs a running event loop: start it from async code, as in asyncio.run(main())"
-        ) from None
+        return arguments, hash_value((args, kwargs))
+    return arguments, hashlib.blake2b(arguments.value, digest_size=16).hexdigest()
 
 
 def open_store(path: str | Path) -> None:

@@ -12,6 +12,7 @@
     ├── RunConflictError      a run id that is used already, for something else
     ├── RunNotFoundError      no run of that id
     ├── NonDeterminismError   the workflow asks for other steps than it did when they were recorded
+    ├── NotSupportedError     what a workflow's own code can't do: threads, sockets, another loop's futures
     ├── UnserializableError   a result that can't be written to the journal
     ├── LeaseLost             another process has taken this run over
     └── StoreError            the folder can't be used as it is
@@ -104,6 +105,11 @@ class NonDeterminismError(DurableError):
 
     Put the code back as it was, or guard the change, and `run.resume()`.
     """
+
+
+class NotSupportedError(DurableError):
+    """What was asked for can't be done here. In a workflow's own code: threads, sockets, subprocesses, another loop's futures,
+    whatever a replay would not see. Do it in a step: `await durable.run(name, function, ...)`."""  # fmt: skip
 
 
 class UnserializableError(DurableError, TypeError):

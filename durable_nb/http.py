@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb import _codec, _fingerprint
 from durable_nb._clock import parse_duration
-from durable_nb._current import StepRequest, current_body, run_for
+from durable_nb._current import Run, StepRequest, current_body, run_for
 from durable_nb._misuse import explained
 from durable_nb._retry import RetryPolicy, is_transient
 from durable_nb._verbs import check_name
@@ -92,7 +92,7 @@ def call(
                 raise
         recorded = _record(response)
         if response.status_code >= 400:
-            raise StatusError(_restore(recorded, request))
+            raise StatusError(recorded)
         return recorded
 
     step = run.step(
@@ -101,10 +101,11 @@ def call(
             name=name,
             body=body,
             fingerprint=lambda: _fingerprint.of_value(described),
+            arguments=lambda: _fingerprint.hash_value(described),
             policy=RetryPolicy(retries, retry_on=_is_worth_retrying),
         )
     )
-    return _answer(step, request)
+    return _answer(run, step, request)
 
 
 @lru_cache(maxsize=1)
@@ -118,9 +119,13 @@ def _ssl_context() -> ssl.SSLContext:
 class StatusError(Exception):
     """A response with a status of 400 or more: an attempt that failed, unless it was the last one. Notices show its name."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(f"{response.status_code} {response.reason_phrase}".strip())
-        self.response = response
+    def __init__(self, recorded: dict[str, Any]) -> None:
+        super().__init__(f"{recorded['status']} {recorded['reason']}".strip())
+        self.recorded = recorded
+        self.response = _restore(recorded, None)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.recorded,)
 
 
 def _is_worth_retrying(error: BaseException) -> bool:
@@ -131,11 +136,13 @@ def _is_worth_retrying(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol) and is_transient(error)
 
 
-async def _answer(step: Coroutine[Any, Any, Any], request: httpx.Request) -> httpx.Response:
+async def _answer(run: Run, step: Coroutine[Any, Any, Any], request: httpx.Request) -> httpx.Response:
     try:
         return _restore(await step, request)
     except StatusError as refused:
-        return refused.response
+        response = _restore(refused.recorded, request)
+        run.stands_for(refused, response)
+        return response
 
 
 def _describe(request: httpx.Request, vary: Iterable[str]) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _record(response: httpx.Response) -> dict[str, Any]:
     }
 
 
-def _restore(recorded: dict[str, Any], request: httpx.Request) -> httpx.Response:
+def _restore(recorded: dict[str, Any], request: httpx.Request | None) -> httpx.Response:
     """The response that was recorded, with a request that holds no credentials."""
     import httpx
 
@@ -186,7 +193,7 @@ def _restore(recorded: dict[str, Any], request: httpx.Request) -> httpx.Response
         recorded["status"],
         headers=[tuple(pair) for pair in recorded["headers"]],
         content=base64.b64decode(recorded["content"]),
-        request=redact(request),
+        request=None if request is None else redact(request),
         extensions={"http_version": recorded["http_version"].encode(), "reason_phrase": recorded["reason"].encode()},
     )
     response.elapsed = timedelta(seconds=recorded["elapsed_s"])

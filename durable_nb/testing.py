@@ -29,11 +29,14 @@ from durable_nb._engine import Engine
 from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb._journal.memory import MemoryJournal
 from durable_nb._journal.writer import Writer
+from durable_nb._records import Outcome, unpack
 from durable_nb._store import Store
+from durable_nb._workflow import Workflow
+from durable_nb._workflow import workflow as define_workflow
 from durable_nb._workflows import Workflows
 from durable_nb.errors import StoreError
 
-_ROWS = {"run": "run/", "step": "step/", "try": "try/", "timer": "timer/"}
+_ROWS = {"run": ("run/",), "step": ("step/",), "try": ("try/",), "timer": ("timer/", "sleep/")}
 CRASH_POINTS = tuple(f"{side}:{what}" for what in ("write", *_ROWS, "value") for side in ("before", "after"))
 """Where a process can die: just before something is on disk, or just after, when the process hasn't heard of it yet.
 
@@ -71,6 +74,21 @@ class FakeClock:
             self._pass(max(mine[0] - self._passed_s, 0.0))
         finally:
             self._sleepers.remove(mine)
+
+    async def wait(self, seconds: float, is_busy: Callable[[], bool]) -> bool:
+        """Skip `seconds` of a time-out in a workflow's code (`asyncio.timeout`, `wait_for`, `asyncio.sleep`).
+
+        While bodies of the run are at work, which take real time, it takes as much of that.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + seconds
+        while is_busy() and loop.time() < until_s:  # noqa: ASYNC110  nobody tells when a body ends
+            await asyncio.sleep(min(0.002, max(until_s - loop.time(), 0.0)))
+        if is_busy():
+            self._pass(seconds)
+            return True
+        await self.sleep(seconds)
+        return True
 
     def advance(self, duration: float | str | timedelta) -> None:
         """Let time pass, as between a crash and the restart: seconds, a timedelta, or "90s" "2h" "7d"."""
@@ -244,7 +262,7 @@ class Process:
             return
         self._buried = True
         for run in list(self.engine.active.values()):
-            run.stop(asyncio.CancelledError())
+            run.die()
         for task in self._tasks():
             task.cancel()
         self._writer.die()
@@ -253,8 +271,9 @@ class Process:
             self._owner_cancelled = self._owner.cancel()
 
     def _tasks(self) -> set[asyncio.Task[Any]]:
-        watching = {self.engine.watching} if self.engine.watching is not None else set()
-        return {*self._workflows._tasks.values(), *(work.task for work in self.engine.works.values()), *watching}
+        tasks = {*self._workflows._tasks.values(), *(work.task for work in self.engine.works.values()), self.engine.watching}
+        tasks |= {body.task for body in self.engine.bodies.values()}
+        return {task for task in tasks if task is not None}
 
     async def _end(self) -> None:
         """The process ends: of itself, its unfinished runs interrupted, or by its death."""
@@ -304,6 +323,36 @@ async def runtime(
             await process._end()
         finally:
             _current._engines[:] = before
+
+
+def redefine(workflow: Any, *, name: str | None = None) -> Any:
+    """Make this function the workflow of its name (or `name`), whatever has had it before, as after an edit and a restart.
+
+    workflow  an async function, or a workflow, which becomes the one of its name again; a name alone forgets who has it, so
+              that the next `@durable.workflow` of that name is taken. The workflow is returned; None for a name alone
+    """
+    if isinstance(workflow, str):
+        _current.workflow_functions.pop(workflow, None)
+        return None
+    function = workflow.fn if isinstance(workflow, Workflow) else workflow
+    called = name or (workflow.name if isinstance(workflow, Workflow) else function.__name__)
+    _current.workflow_functions.pop(called, None)
+    return define_workflow(name=called)(function)
+
+
+def outcomes(store: MemoryStore | Path, run_id: str | None = None) -> list[Outcome]:
+    """The recorded outcomes of steps of workflows' runs and of cells, in the order in which they were recorded; of one run.
+
+    Each has `name kind run_id failed error attempts started_at ended_at`, and `value` as bytes, of the form `form`.
+    """
+    opened = None if isinstance(store, MemoryStore) else Store(store)
+    journal, seal = (store.journal, store.seal) if isinstance(store, MemoryStore) else (opened.journal, opened.seal)  # type: ignore[union-attr]
+    try:
+        found = [unpack(seal, key, row, Outcome) for key, row in journal.scan("step/")]
+    finally:
+        if opened is not None:
+            opened.close()
+    return [outcome for outcome in found if run_id in (None, outcome.run_id)]
 
 
 class _Writer(Writer):

@@ -11,6 +11,7 @@ import functools
 import gc
 import os
 import re
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,16 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
 def _database(obj: Any) -> Any:
     files = [tuple(row)[1:] for row in obj.execute("PRAGMA database_list").fetchall()]
     # one in memory is nowhere else
-    return [(name, file or xxh3_128(obj.serialize(name=name)).hexdigest()) for name, file in files]
+    return [(name, file or xxh3_128(_content(obj, name)).hexdigest()) for name, file in files]
+
+
+def _content(connection: Any, name: str) -> bytes:
+    """A database in memory as a file, whatever SQLite wrote it: without the count of changes and the version in its header."""
+    if not connection.execute(f"PRAGMA {name}.page_count").fetchone()[0]:
+        return b""  # older ones can't serialise it
+    content = bytearray(connection.serialize(name=name))
+    content[24:28], content[92:100] = bytes(4), bytes(8)
+    return bytes(content)
 
 
 def _http(obj: Any) -> Any:
@@ -174,7 +184,10 @@ def _file(obj: Any) -> Any:
 def _pool(obj: Any) -> Any:
     if obj._work_queue.qsize():
         raise ValueError("work is pending")
-    return obj._max_workers, obj._thread_name_prefix, obj._shutdown, obj._initializer, obj._initargs
+    context = obj._create_worker_context() if sys.version_info >= (3, 14) else None
+    begun = (obj._initializer, obj._initargs) if context is None else (context.initializer, context.initargs)
+    given = None if re.fullmatch(r"ThreadPoolExecutor-\d+", obj._thread_name_prefix) else obj._thread_name_prefix
+    return obj._max_workers, given, obj._shutdown, *begun
 
 
 def _processes(obj: Any) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _ABSENT = object()
 _HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
+_IMMUTABLE_TYPE = 1 << 8  # C as well, such as _thread.lock
 _HERE = os.path.dirname(os.path.abspath(str(sys.modules[__name__.partition(".")[0]].__file__))) + os.sep  # noqa: PTH100, PTH120  pathlib would double our import time
 _STDLIB = tuple({os.path.dirname(os.__file__) + os.sep, os.path.realpath(os.path.dirname(os.__file__)) + os.sep})  # noqa: PTH120
 
@@ -71,7 +72,7 @@ def installed_name(obj: Any) -> tuple[str, str] | None:
     if not isinstance(module, str) or not isinstance(qualname, str) or not is_installed(module):
         return None
     public = _public(module, qualname, obj)
-    if public is None and isinstance(obj, type) and not obj.__flags__ & _HEAP_TYPE:
+    if public is None and isinstance(obj, type) and (not obj.__flags__ & _HEAP_TYPE or obj.__flags__ & _IMMUTABLE_TYPE):
         public = _bare(module)
     return None if public is None else (public, RENAMED.get((public, qualname), qualname))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from durable_nb._cellcache.entries import Entries
 from durable_nb._journal import Commit, Verdict
 from durable_nb._journal.database import has_race
-from durable_nb._records import Outcome, RunRecord, unpack
+from durable_nb._records import Arguments, Outcome, Result, unpack
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
 
@@ -56,10 +56,10 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
                 outcome = unpack(seal, key, row or b"", Outcome)
                 named = f"step {outcome.name!r}", f"--rerun={outcome.name} executes the step anew"
                 blobs |= dict.fromkeys((outcome.blob, outcome.patches_blob), named)
-            if body is not None and key.startswith("run/"):
-                run = unpack(seal, key, row or b"", RunRecord)
-                named = f"run {run.id!r}", "start the workflow again, under another id"
-                blobs |= dict.fromkeys((run.arguments_blob, run.result_blob), named)
+            if body is not None and key.startswith(("arguments/", "result/")):
+                named = f"run {key.partition('/')[2]!r}", "start the workflow again, under another id"
+                kind: type[Arguments | Result] = Arguments if key.startswith("arguments/") else Result
+                blobs[unpack(seal, key, row or b"", kind).blob] = named
         except UntrustedStoreError:
             foreign[key.partition("/")[0]] += 1
         except CorruptStoreError as error:

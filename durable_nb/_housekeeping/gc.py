@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
@@ -32,6 +33,7 @@ GRACE_S = 3600.0
 """Drafts and large values that are younger may belong to a write that is going on."""
 
 _DELETES_AT_ONCE = 500
+_OF_RUN = rec.scope_of("~run ")
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -150,8 +152,10 @@ _Guard = tuple[str, bytes | None] | None
 def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     """Keys that nothing will ask for again, with the row that must still be what it was when they go."""
     journal, seal = engine.store.journal, engine.store.seal
-    by_run = [key for prefix in ("timer/", "lease/", "cancel/", "open/") for key, _ in journal.sizes(prefix)]
-    of_steps = [key for prefix in ("step/", "try/", "loose/", "again/") for key, _ in journal.sizes(prefix)]
+    by_run = [
+        key for prefix in ("timer/", "lease/", "cancel/", "open/", "arguments/", "result/") for key, _ in journal.sizes(prefix)
+    ]
+    of_steps = [key for prefix in ("step/", "sleep/", "log/", "try/", "loose/", "again/") for key, _ in journal.sizes(prefix)]
     # The runs are read last: what was begun meanwhile has its run's row.
     runs = dict(journal.scan("run/"))
     current: dict[str, tuple[int, _Guard]] = {}
@@ -170,7 +174,9 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     old = defaultdict[str, list[str]](list)
     for key in of_steps:
         scope, generation = key.split("/")[1:3]
-        if scope in current and int(generation) < current[scope][0] and (scope, int(generation)) not in busy:
+        if scope.startswith(_OF_RUN) and rec.run_key(run := unquote(scope)[len("~run ") :]) not in runs:
+            yield (rec.run_key(run), None), [key]
+        elif scope in current and int(generation) < current[scope][0] and (scope, int(generation)) not in busy:
             old[scope].append(key)
     for scope, keys in old.items():
         yield current[scope][1], keys

@@ -89,7 +89,7 @@ class Inventory:
         self._journal, self._seal = engine.store.journal, engine.store.seal
         self.path = engine.store.path
         self.entries = Entries(engine.store.cells, self._seal)
-        self._workflows = Workflows(engine)
+        self._workflows = engine.workflows or Workflows(engine)
 
     def runs(self) -> list[RunFacts]:
         """All runs, the newest first; what can't be read is left out."""
@@ -169,7 +169,7 @@ class Inventory:
     def _records(self) -> Iterable[tuple[RunRecord, Lease | None]]:
         for key, row in self._journal.scan("run/"):
             with contextlib.suppress(StoreError):  # `doctor` tells of it
-                found = self._workflows.seen(unpack(self._seal, key, row, RunRecord).id)
+                found = self._workflows.catalog.seen(unpack(self._seal, key, row, RunRecord).id)
                 if found is not None:
                     yield found
 
@@ -189,7 +189,7 @@ class Inventory:
             record.id,
             record.kind,
             _cell_of(record.scope, record.name) if record.kind == "cell" else record.name,
-            self._workflows.status(record, lease).value,
+            self._workflows.catalog.status(record, lease).value,
             record.started_at,
             record.ended_at,
             None if record.kind == "cell" else steps.get(record.scope, 0),

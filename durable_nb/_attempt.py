@@ -1,0 +1,92 @@
+"""One execution of a step's body, on the kernel's loop or in a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from inspect import isawaitable
+from typing import Any
+
+from durable_nb._current import StepRequest
+from durable_nb._forks import children_end_here
+from durable_nb._workers import Workers
+
+
+class Attempt:
+    """A body that has been begun. It ends once, and is never begun again."""
+
+    def __init__(self, run_id: str, request: StepRequest, workers: Workers, context: Context) -> None:
+        """Begin it, in this context."""
+        loop = asyncio.get_running_loop()
+        self.run_id, self.request = run_id, request
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.in_thread = request.thread
+        """Nothing can stop it: it ends by itself."""
+        self.owner: Callable[[Attempt], object] | None = None
+        """Who is told of the end where nobody waits for it any more."""
+        self._workers = workers
+        self._began: asyncio.Future[None] = loop.create_future()
+        self.task = loop.create_task(self._execute(), context=context)
+
+    @property
+    def is_over(self) -> bool:
+        """Has the body ended? `value` and `error` tell how; a cancelled one has a CancelledError."""
+        return self.task.done()
+
+    def cancel(self) -> None:
+        """Stop the body at its next await. A thread goes on."""
+        if not self.in_thread:
+            self.task.cancel()
+
+    def when_over(self, tell: Callable[[], object]) -> None:
+        """Call that on the loop when the body has ended."""
+        self.task.add_done_callback(lambda _: tell())
+
+    async def ends_within(self, timeout_s: float | None) -> bool:
+        """Wait for the end, for so long after the body began: not while it waited for one of the threads. Did it come?
+
+        What can be stopped is stopped after that; one that goes on to its end all the same has come to it, as with
+        `asyncio.timeout`. Cancelling the wait stops nothing.
+        """
+        if timeout_s is None:
+            await asyncio.wait({self.task})
+            return True
+        await asyncio.wait({self.task, self._began}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({self.task}, timeout=timeout_s)
+        if self.task.done():
+            return True
+        if self.in_thread:
+            return False
+        self.task.cancel()
+        await asyncio.wait({self.task})
+        return self.error is None
+
+    async def _execute(self) -> None:
+        """Nothing but CancelledError leaves this: a KeyboardInterrupt or SystemExit would end the kernel's loop."""
+        try:
+            value: Any
+            if self.in_thread:
+                began = self._begin if self.request.timeout_s is not None else None
+                value = await self._workers.submit(self.request.body, copy_context(), began)  # one that is entered only there
+                self.in_thread = False
+            with children_end_here():
+                if not self.request.thread:
+                    self._begin()
+                    value = self.request.body()
+                self.value = await value if isawaitable(value) else value
+        except asyncio.CancelledError:
+            self.error = asyncio.CancelledError()
+            raise
+        except KeyboardInterrupt as interrupt:
+            self.error = asyncio.CancelledError()
+            raise asyncio.CancelledError from interrupt
+        except BaseException as raised:
+            self.error = raised
+        finally:
+            self.in_thread = False
+
+    def _begin(self) -> None:
+        if not self._began.done():
+            self._began.set_result(None)

@@ -1,0 +1,189 @@
+"""How the runs of a store stand: the one answer, whoever asks (`run.status`, `runs()`, the tables, the command line).
+
+It is told from summary rows that hold no values, the runs' leases, and what this process executes itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from durable_nb import _records as rec
+from durable_nb._clock import remaining_s
+from durable_nb._facts import Paths, Snapshot, Status, Step, standing
+from durable_nb._history import TIMER
+from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
+from durable_nb._replay import Wait, decide_sleep
+from durable_nb._run import cancelled
+from durable_nb._run_log import read_log
+from durable_nb.errors import RunNotFoundError, StoreError
+
+if TYPE_CHECKING:
+    from durable_nb._engine import Engine
+
+
+class Catalog:
+    """Looks, and changes nothing."""
+
+    def __init__(self, engine: Engine, is_started: Callable[[str], bool]) -> None:
+        """`is_started`: has this process begun to execute that run, or is it about to?"""
+        self._engine, self._is_started = engine, is_started
+        self._journal, self._seal = engine.store.journal, engine.store.seal
+
+    def find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
+        """The run of that id, or the last one of the cell of that name; RunNotFoundError."""
+        found = self.seen(run_id) or self._last_of_cell(run_id)
+        if found is None:
+            raise RunNotFoundError(
+                f"no run {run_id!r} in the store {self._engine.store.path}; durable.runs() lists those there are"
+            )
+        return found
+
+    def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
+        """A run as it stands; cancelled it is as well where its executor died before it heard of it."""
+        found = self._engine.read_run(run_id)
+        if found is None or found[0].status != Status.RUNNING or self.is_owned(run_id, found[1]):
+            return found
+        return self._heeding(found[0], self._journal.get(rec.cancel_key(run_id))), found[1]
+
+    def all(self) -> Iterator[tuple[RunRecord, Lease | None]]:
+        """Every run that can be read. One that is damaged, or that another key signed, is left out: `doctor` tells of it."""
+        leases, cancels = (dict(self._journal.scan(prefix)) for prefix in (rec.lease_key(""), rec.cancel_key("")))
+        owners: dict[str, bool] = {}
+        for key, row in self._journal.scan(rec.run_key("")):
+            with contextlib.suppress(StoreError):
+                record = unpack(self._seal, key, row, RunRecord)
+                if record.status != Status.RUNNING:
+                    yield record, None
+                    continue
+                held = leases.get(rec.lease_key(record.id))
+                lease = unpack(self._seal, rec.lease_key(record.id), held, Lease) if held else None
+                owner = lease.owner if lease else ""
+                if owner not in owners or owner == self._engine.store.process.id:
+                    owners[owner] = self.is_owned(record.id, lease)
+                yield (
+                    record if owners[owner] else self._heeding(record, cancels.get(rec.cancel_key(record.id))),
+                    lease if owners[owner] else replace(lease, owner="") if lease else None,
+                )
+
+    def snapshots(self) -> list[Snapshot]:
+        """All runs, the newest first, without their steps."""
+        found = [self.summary(record, lease) for record, lease in self.all()]
+        return sorted(found, key=lambda run: run.started_at, reverse=True)
+
+    def snapshot(self, run_id: str) -> Snapshot:
+        """A run with its steps."""
+        record, lease = self.find(run_id)
+        run = self._engine.active.get(record.id)
+        return run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+
+    def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
+        status = self.status(record, lease)
+        return Snapshot(record.id, record.name, status, record.started_at, record.ended_at, steps, record.labels)
+
+    def status(self, record: RunRecord, lease: Lease | None) -> Status:
+        """How a run stands, given its record and its lease."""
+        run = self._engine.active.get(record.id)
+        if run is not None:
+            return run.standing()
+        if self._is_started(record.id):
+            return Status.PENDING
+        if record.status != Status.RUNNING:
+            return Status(record.status)
+        return standing([step for _, step in self._waits(record)]) if self.is_owned(record.id, lease) else Status.INTERRUPTED
+
+    def is_owned(self, run_id: str, lease: Lease | None) -> bool:
+        """Does a live process, this one or another, execute the run?"""
+        return self._is_started(run_id) or self._engine.is_owned(run_id, lease)
+
+    def _heeding(self, record: RunRecord, row: bytes | None) -> RunRecord:
+        """The run, cancelled by that row while nobody executed it."""
+        if row is None:
+            return record
+        reason = unpack(self._seal, rec.cancel_key(record.id), row, Cancel).reason
+        return replace(record, status=Status.CANCELLED.value, error=str(cancelled(record.id, reason)))
+
+    def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
+        key = rec.generation_key(rec.scope_of(name))
+        row = self._journal.get(key)
+        return self.seen(unpack(self._seal, key, row, Generation).last_run) if row else None
+
+    # -- steps, from the records alone: of a run that is not executed here -------------------------------------------------
+
+    def _steps(self, record: RunRecord) -> tuple[Step, ...]:
+        found = self._logged(record) if record.kind == "workflow" else self._of_cell(record)
+        paths = Paths()
+        return tuple(replace(step, path=paths.take(step.path, step.name)) for _, step in sorted(found, key=itemgetter(0)))
+
+    def _logged(self, record: RunRecord) -> list[tuple[int, Step]]:
+        """What a workflow's run has asked for, and how it ended."""
+        rows = [row for _, _, row in read_log(self._journal, self._seal, record.scope, record.generation)]
+        waits = {number[1]: step for number, step in self._waits(record)}
+        ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
+        steps = []
+        for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result")):
+            end = ends.get(asked.id)
+            of = asked.name, "", asked.kind
+            if isinstance(end, Outcome):
+                status = Status.FAILED if end.failed else Status.COMPLETED
+                step = Step(*of, status, end.attempts, end.started_at, end.ended_at, error=end.error or None)
+            elif isinstance(end, Event):
+                status = Status.FAILED if end.failed else Status.CANCELLED if end.what == "dropped" else Status.COMPLETED
+                began = asked.timer.since.wall_s if asked.timer else end.wall_s
+                step = Step(*of, status, 0, began, end.wall_s, error=end.error or None)
+            else:
+                step = waits.get(asked.id) or Step(*of, Status.PENDING if asked.kind == "sleep" else Status.RUNNING)
+                if record.status != Status.RUNNING:
+                    step = replace(step, status=Status.INTERRUPTED)
+            steps.append((asked.id, step))
+        return steps
+
+    def _of_cell(self, record: RunRecord) -> list[tuple[Turn, Step]]:
+        """What a cell's run did itself."""
+        found = self._waits(record)
+        for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
+            o = unpack(self._seal, key, row, Outcome)
+            if o.run_id == record.id:
+                status = Status.FAILED if o.failed else Status.COMPLETED
+                step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
+                found.append((o.turns[0], step))
+        return found
+
+    def _waits(self, record: RunRecord) -> list[tuple[Turn, Step]]:
+        """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its turn, a
+        workflow's by the request's number), and with a branch as path."""  # fmt: skip
+        now = self._engine.clock.now()
+        found: list[tuple[Turn, Step]] = []
+        for turn, t in self._timers(record):
+            began, left = t.since.wall_s, decide_sleep(t, now)
+            if isinstance(left, Wait) and record.status != Status.COMPLETED:
+                step = Step(t.name, t.branch, "sleep", Status.SLEEPING, 0, began, wake_at=now.wall_s + left.seconds)
+            elif record.kind == "workflow":
+                continue
+            else:
+                until = t.until_s if t.until_s is not None else began + t.duration_s
+                step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
+            found.append((turn, step))
+        for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
+            a = unpack(self._seal, key, row, Attempts)
+            if a.run_id == record.id:
+                wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
+                status = Status.RUNNING if a.begun else Status.RETRYING
+                step = Step(a.name, a.branch, a.kind, status, a.failed, a.started_at, error=a.error or None, wake_at=wake_at)
+                turn = (0, int(key.rpartition("/")[2])) if record.kind == "workflow" else a.turn
+                found.append((turn, step))
+        return found
+
+    def _timers(self, record: RunRecord) -> Iterator[tuple[Turn, Timer]]:
+        if record.kind == "workflow":
+            for key, row in self._journal.scan(rec.log_prefixes(record.scope, record.generation)[1]):
+                for asked in unpack(self._seal, key, row, Event).asked:
+                    if asked.timer is not None:
+                        yield (0, asked.id), asked.timer
+        else:
+            for key, row in self._journal.scan(rec.timer_prefix(record.id)):
+                timer = unpack(self._seal, key, row, Timer)
+                yield timer.turn, timer

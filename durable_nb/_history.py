@@ -1,0 +1,335 @@
+"""What a workflow's run has asked for and been given, in order, and which recorded request a request is. Pure.
+
+The log of a run is linear. A row tells which requests the code has made since the row before, and what ended: a step, a
+sleep, a timer, a child's run, or the run's being cancelled. What the code does between two deliveries is an *activation*;
+activation 0 is before the first. A replay delivers what is recorded, one at a time and in recorded order, and matches what
+the code asks for against what was asked in the same activation. So whatever asyncio construct chose the run's course chooses
+it again, and a difference is found before anything is executed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+import msgspec
+
+from durable_nb._records import Asked, Event, Outcome
+from durable_nb.errors import StepInterrupted
+
+Row = Outcome | Event
+
+TIMER = "timer"
+"""The kind of `asyncio.sleep` and time-outs in a workflow's code: no step, shown nowhere."""
+
+
+class Request:
+    """What the code asks for, to be matched: its kind, its name, and a digest of its arguments, made when it is needed."""
+
+    __slots__ = ("_digest", "id", "kind", "n", "name", "recorded_digest")
+
+    def __init__(self, kind: str, name: str, digest: str | Callable[[], str]) -> None:
+        self.kind, self.name = kind, name
+        self._digest = digest
+        self.id = -1
+        """Which request of the run it is; -1 until its activation closes."""
+        self.n = 0
+        """Which among its equals, in the order of asking."""
+        self.recorded_digest: str | None = None
+        """Under which digest it is recorded; it stays, whatever the arguments are now."""
+
+    @property
+    def digest(self) -> str:
+        if not isinstance(self._digest, str):
+            self._digest = self._digest()
+        return self._digest
+
+    @property
+    def said(self) -> str:
+        return f"{self.kind} {self.name!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One event of the past, to be delivered again: the end of request `id`, or (id -1) the run's cancellation."""
+
+    id: int
+    row: Row
+    closed: int
+    """Every request of the activations up to this one is on record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """A run's history, as far as it counts."""
+
+    asked: dict[int, Asked] = field(default_factory=dict)
+    deliveries: tuple[Delivery, ...] = ()
+    kept: tuple[tuple[Asked, Row], ...] = ()
+    """Outcomes that stand, though the requests that earned them are set aside: whoever asks for the same gets them."""
+    taken: tuple[Asked, ...] = ()
+    """Requests set aside whose place among their equals isn't given away again."""
+
+
+class Mismatch(Exception):  # noqa: N818  told on as NonDeterminismError, with the run's name
+    """The code asks for something else than is recorded."""
+
+
+class History:
+    """One replay: deliveries are taken in order, activations closed one by one."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        course = _course_of(rows)
+        self._asked, self._deliveries = course.asked, course.deliveries
+        self._by_activation: defaultdict[int, list[Asked]] = defaultdict(list)
+        for asked in course.asked.values():
+            self._by_activation[asked.activation].append(asked)
+        self._kept: defaultdict[tuple[str, str, str], deque[tuple[Asked, Row]]] = defaultdict(deque)
+        for asked, row in course.kept:
+            self._kept[asked.what].append((asked, row))
+        self._everywhere = Counter(asked.what for asked in course.asked.values())
+        self._digests = Counter((kind, name) for kind, name, _ in {*self._everywhere, *self._kept})
+        self._closed = max((delivery.closed for delivery in course.deliveries), default=-1)
+        self._next_id = 1 + max((asked.id for asked in (*course.asked.values(), *course.taken)), default=-1)
+        self._equals: Counter[tuple[str, str, str]] = Counter()
+        for asked in (*course.asked.values(), *course.taken):
+            self._equals[asked.what] = max(self._equals[asked.what], asked.n + 1)
+        self._told: list[str] = []
+        self._bound: set[int] = set()
+        """Requests of this activation that were matched before it closed."""
+        self.activation = 0
+        """The one that the code is in: how many deliveries there were."""
+
+    def is_replaying(self) -> bool:
+        """Is there something left to deliver?"""
+        return self.activation < len(self._deliveries)
+
+    def peek(self) -> Delivery:
+        """What is delivered next."""
+        return self._deliveries[self.activation]
+
+    def recorded(self, request_id: int) -> Asked | None:
+        """That request, where it is on record."""
+        return self._asked.get(request_id)
+
+    def needs_digest(self, request: Request) -> bool:
+        """Do records differ in their arguments only, so that these must tell which of them the request is?"""
+        return self._digests[request.kind, request.name] > 1
+
+    def close(self, requests: Sequence[Request]) -> list[Request]:
+        """The activation is over, and asked for these: each gets its id; those that are not on record.
+
+        Mismatch where something recorded isn't asked for any more, or where something new is asked for in an activation all
+        of whose requests are on record. Equal requests are matched in order. One whose arguments were edited takes the record
+        of the same kind and name, in order, where there are as many of these as of the records left.
+        """
+        recorded = self._by_activation.get(self.activation, [])
+        if self._bound:
+            recorded = [asked for asked in recorded if asked.id not in self._bound]
+            for request in requests:
+                if request.id >= 0:
+                    self._check_edited(request)
+            self._bound.clear()
+        self._told += [request.said for request in requests if request.kind != TIMER]
+        requests = [request for request in requests if request.id < 0]
+        if not recorded:
+            new = requests
+        elif len(recorded) == len(requests) == 1 and self._is_plainly(requests[0], recorded[0]):
+            self._take(requests[0], recorded[0])
+            new = []
+        else:
+            new = self._matched(requests, recorded)
+        if new and self.activation <= self._closed:
+            raise Mismatch(f"asks for {new[0].said}, which is not recorded here{self._columns()}")
+        for request in new:
+            self._number(request)
+        return new
+
+    def bind(self, request: Request, before: Iterable[Request]) -> None:
+        """Match a request now, which must know its place among its equals before its activation closes. `before`: the requests
+        of this activation that were made before it."""  # fmt: skip
+        free = [asked for asked in self._by_activation.get(self.activation, []) if asked.id not in self._bound]
+        free = [asked for asked in free if (asked.kind, asked.name) == (request.kind, request.name)]
+        found = next((asked for asked in free if asked.digest == request.digest), free[0] if free else None)
+        if found is not None:
+            self._bound.add(found.id)
+            self._take(request, found)
+        else:
+            what = request.kind, request.name, request.digest
+            unbound = sum(other.id < 0 and (other.kind, other.name, other.digest) == what for other in before)
+            request.n = self._equals[what] + unbound
+
+    def kept(self, request: Request) -> Row | None:
+        """An outcome that an equal request earned before the run was resumed; it is given away once."""
+        found = self._kept.get((request.kind, request.name, request.digest))
+        if not found:
+            return None
+        asked, row = found.popleft()
+        request.n = asked.n
+        return row
+
+    def check_delivery(self, delivery: Delivery, open_ids: Iterable[int]) -> None:
+        """What ended must have been asked for."""
+        if delivery.id >= 0 and delivery.id not in open_ids:
+            raise self._missing(self._asked[delivery.id])
+
+    def check_returned(self) -> None:
+        """The code is done: whatever was asked for in later activations is missing."""
+        later = [asked for asked in self._asked.values() if asked.activation > self.activation and asked.kind != TIMER]
+        if later:
+            raise self._missing(later[0])
+
+    def _missing(self, recorded: Asked, instead: Request | None = None) -> Mismatch:
+        if instead is not None:
+            return Mismatch(f"asks for {instead.said} where {_said(recorded)} is recorded{self._columns()}")
+        count = sum(asked.kind != TIMER for asked in self._asked.values())
+        return Mismatch(f"asks for {len(self._told)} of {count} recorded steps; {_said(recorded)} is missing{self._columns()}")
+
+    def _is_plainly(self, request: Request, asked: Asked) -> bool:
+        if (request.kind, request.name) != (asked.kind, asked.name):
+            return False
+        return not self.needs_digest(request) or request.digest == asked.digest
+
+    def _matched(self, requests: Sequence[Request], recorded: Sequence[Asked]) -> list[Request]:
+        free: defaultdict[tuple[str, str, str], deque[Asked]] = defaultdict(deque)
+        for asked in recorded:
+            free[asked.what].append(asked)
+        others: defaultdict[tuple[str, str], list[Request]] = defaultdict(list)
+        for request in requests:
+            same = free.get((request.kind, request.name, request.digest))
+            if same:
+                self._take(request, same.popleft())
+            else:
+                others[request.kind, request.name].append(request)
+        left: defaultdict[tuple[str, str], list[Asked]] = defaultdict(list)
+        for asked in recorded:
+            if asked in free[asked.what]:
+                left[asked.kind, asked.name].append(asked)
+        for place, rows in left.items():
+            edited = others.pop(place, [])
+            if len(edited) != len(rows):
+                raise self._missing(rows[0], next((rest[0] for rest in others.values() if rest), None))
+            for request, asked in zip(edited, rows, strict=True):
+                self._take(request, asked)
+                self._check_edited(request)
+        return [request for rest in others.values() for request in rest]
+
+    def _check_edited(self, request: Request) -> None:
+        """Of a request that took the record of another: have its arguments been edited, or is it another one that moved?"""
+        if request.kind == TIMER or request.recorded_digest == request.digest:
+            return
+        if self._everywhere[request.kind, request.name, request.digest]:
+            raise Mismatch(
+                f"asks for {request.said} with the arguments of another recorded one: a line was inserted, deleted or "
+                f"moved{self._columns()}"
+            )
+
+    def _take(self, request: Request, asked: Asked) -> None:
+        request.id, request.n, request.recorded_digest = asked.id, asked.n, asked.digest
+
+    def _number(self, request: Request) -> None:
+        request.id, self._next_id = self._next_id, self._next_id + 1
+        what = request.kind, request.name, request.digest
+        request.n = self._equals[what]
+        self._equals[what] += 1
+
+    def _columns(self) -> str:
+        """What is recorded and what was asked for, side by side."""
+        recorded = [_said(asked) for _, asked in sorted(self._asked.items()) if asked.kind != TIMER]
+        count = max(len(recorded), len(self._told))
+        rows = [("recorded", "asked for"), *zip_longest(recorded, self._told, fillvalue="")]
+        width = max(len(left) for left, _ in rows)
+        first = next((n for n, (left, right) in enumerate(rows) if n and left != right), count)
+        shown = [n for n in range(len(rows)) if not n or first - 5 <= n <= first + 20]
+        lines = [
+            f"  {n or ' '}  {rows[n][0]:<{width}}  {rows[n][1]}{'   <-' if n and rows[n][0] != rows[n][1] else ''}".rstrip()
+            for n in shown
+        ]
+        return "\n" + "\n".join(lines)
+
+
+def set_aside(rows: Iterable[Row], ended_by: Sequence[int], *, cancelled: bool) -> tuple[int, list[Asked]]:
+    """Where a resumed run goes on from: the place of the delivery that ended it (-1: none did), and the requests whose recorded
+    outcomes don't count any more, because that delivery caused them (compensations)."""  # fmt: skip
+    course = _course_of(rows)
+    place = next((n for n, d in enumerate(course.deliveries) if d.id in ended_by or (cancelled and d.id < 0)), -1)
+    if place < 0:
+        return -1, []
+    ended = {delivery.id for delivery in course.deliveries}
+    return place, [asked for asked in _caused(course, place, ended_by) if asked.id in ended and asked.kind != TIMER]
+
+
+def deliveries_of(rows: Iterable[Row]) -> tuple[Delivery, ...]:
+    """What a replay of these rows delivers, in order."""
+    return _course_of(rows).deliveries
+
+
+def _course_of(rows: Iterable[Row]) -> _Course:
+    """The rows in order, with every resumption applied where it happened."""
+    asked: dict[int, Asked] = {}
+    deliveries: list[Delivery] = []
+    course = _Course(asked)
+    for row in rows:
+        for one in row.asked:
+            asked[one.id] = one
+        if row.what == "resumed" and isinstance(row, Event):
+            course = _resumed(replace(course, deliveries=tuple(deliveries)), row.cut, row.ended_by)
+            asked, deliveries = course.asked, list(course.deliveries)
+        elif row.what == "moved" and isinstance(row, Event):
+            asked[row.request] = msgspec.structs.replace(asked[row.request], timer=row.timer)
+        elif row.what != "asked":
+            deliveries.append(Delivery(row.request, row, row.closed))
+            if row.again:
+                what = asked[row.request].what
+                spent = next((pair for pair in course.kept if pair[0].what == what), None)
+                course = replace(course, kept=tuple(pair for pair in course.kept if pair is not spent))
+    return replace(course, deliveries=tuple(deliveries))
+
+
+def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
+    """A failed or cancelled run goes on before the delivery `cut`: what that has caused is set aside.
+
+    Outcomes of requests that were made before it stand, and are delivered after what was delivered before it; others are
+    kept for whoever asks for the same, but for those that the delivery has caused.
+    """
+    if cut < 0:
+        return course
+    caused = {asked.id for asked in _caused(course, cut, ended_by)}
+    before = {n: asked for n, asked in course.asked.items() if asked.activation <= cut}
+    deliveries = [replace(delivery, closed=min(delivery.closed, cut)) for delivery in course.deliveries[:cut]]
+    kept = list(course.kept)
+    went_on = {asked.activation - 1 for asked in course.asked.values() if asked.kind != TIMER}
+    for n, delivery in enumerate(course.deliveries[cut:], cut):
+        if delivery.row.failed and n not in went_on and not delivery.row.error.startswith(StepInterrupted.__name__):
+            continue  # a sibling's failure that nothing followed was not caught: it would end the run again
+        if delivery.id < 0 or delivery.id in ended_by or delivery.row.what == "dropped":
+            continue
+        if course.asked[delivery.id].kind == TIMER:
+            continue  # the run's time goes on from the cut: the timer falls due again
+        if delivery.id in before:
+            deliveries.append(replace(delivery, closed=cut))
+        elif delivery.id not in caused:
+            kept.append((course.asked[delivery.id], delivery.row))
+    others = [asked for n, asked in course.asked.items() if n not in before]
+    return _Course(before, tuple(deliveries), tuple(kept), (*course.taken, *others))
+
+
+def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
+    """Requests made because of the delivery `cut`: by what it woke, and by what that woke; or by the task that failed, or one
+    that it comes from, since its failure is what they went on with."""  # fmt: skip
+    lanes = [course.asked[n].lane for n in ended_by if n in course.asked]
+    caused: dict[int, Asked] = {}
+    for asked in sorted(course.asked.values(), key=lambda one: (one.activation, one.id)):
+        if asked.activation <= cut:
+            continue
+        cause = course.deliveries[asked.activation - 1].id
+        own = any(asked.lane == lane[: len(asked.lane)] for lane in lanes)
+        if cause < 0 or cause in ended_by or cause in caused or own:
+            caused[asked.id] = asked
+    return list(caused.values())
+
+
+def _said(asked: Asked) -> str:
+    return f"{asked.kind} {asked.name!r}"
