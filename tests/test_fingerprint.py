@@ -1049,6 +1049,48 @@ def test_opening_a_file_is_the_same_in_a_notebook_and_in_a_module():
     assert step(source, "f", "a", open=len) != step(source, "f", "a")
 
 
+LIBRARIES = [
+    ("import polars as pl\nx = pl.DataFrame({'a': [1, 2]})", "[1, 2]", "[1, 3]"),
+    ("import polars as pl\nx = pl.Series('a', ['u', 'v'])", "'v'", "'w'"),
+    ("import lxml.etree as e\nx = e.fromstring('<a><b/><c/></a>')[0]", "[0]", "[1]"),
+    ("import lxml.etree as e\nx = e.fromstring('<a><b/><c/></a>')[0]", "<c/>", "<d/>"),
+    ("import patsy\ndef g(a): return a\nx = patsy.dmatrix('g(a)', {'a': [1.0, 2.0]}).design_info", "return a", "return a * 2"),
+    ("from tqdm import tqdm\nx = tqdm([1, 2], disable=True)", "[1, 2]", "[1, 3]"),
+    ("import sqlalchemy\nx = sqlalchemy.create_engine('sqlite:///a.db')", "a.db", "b.db"),
+    ("import sqlalchemy.orm\nx = sqlalchemy.orm.Session(sqlalchemy.create_engine('sqlite:///a.db'))", "a.db", "b.db"),
+    ("from concurrent.futures import ThreadPoolExecutor\nx = ThreadPoolExecutor(3)", "3", "4"),
+    ("import asyncio\nx = asyncio.Semaphore(3)", "3", "4"),
+    ("import sqlite3\nx = sqlite3.connect(':memory:')\nx.execute('create table a (b)')", "(b)", "(c)"),
+    ("import requests\nx = requests.Session()\nx.headers['X'] = 'a'", "'a'", "'b'"),
+]
+
+
+@pytest.mark.parametrize(("source", "old", "new"), LIBRARIES)
+def test_what_people_keep_in_variables_counts_by_what_it_is(source, old, new):
+    """The same in each kernel; another where it is another; and nothing of it unknown, so that a cell that reads it may hit."""
+    one, again, other = (fp.of_value(cell(text)["x"]) for text in (source, source, source.replace(old, new)))
+    assert one.digest == again.digest != other.digest
+    assert all(opaque.configured for opaque in one.opaque)
+
+
+def test_chunks_of_a_polars_frame_say_nothing():
+    import polars as pl
+
+    for make in (lambda *rows: pl.DataFrame({"a": rows, "b": [str(row) for row in rows]}), lambda *rows: pl.Series("a", rows)):
+        assert hashed(pl.concat([make(1), make(2, 3)])) == hashed(make(1, 2, 3)) == hashed(make(0, 1, 2, 3)[1:])
+
+
+def test_tools_of_a_language_model_count_by_name_annotations_and_docstring():
+    source = "def paint(c: int): 'Paint it.'\ndef f(q, tools): return q, tools"
+
+    def ask(source):
+        space = cell(source)
+        return fp.of_call(space["f"], ("q",), {"tools": [space.get("paint") or space["draw"]]}).digest
+
+    edits = [(": int", ": str"), ("Paint it.", "Draw it."), ("def paint", "def draw")]
+    assert len({ask(source), *(ask(source.replace(old, new)) for old, new in edits)}) == 4
+
+
 def test_a_context_variable_counts_by_its_value():
     source = "import contextvars\nv = contextvars.ContextVar('v')\nv.set({})\ndef f(): return v.get()"
     differ(source.format(1), source.format(2))

@@ -150,6 +150,8 @@ class Fingerprinter:
         self._add(label, children)
 
     def add_value(self, label: str, value: Any) -> None:
+        if label in _TOOLS:
+            self._looked |= {DOCSTRINGS, ANNOTATIONS, NAMES}
         write = SCALARS.get(type(value))
         if write is not None:  # what a walk of it would give
             self._components[self._root(label)] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
@@ -598,6 +600,8 @@ def _overlaps(walks: list[Walk], said: Mapping[str, bytes]) -> list[bytes]:
 
 
 ALIASES = "aliases"
+_TOOLS = {"arg tools", "arg functions"}
+"""Arguments whose functions are shown to a language model, with their names, annotations and docstrings."""
 
 
 def digest_of(components: Mapping[str, str]) -> str:

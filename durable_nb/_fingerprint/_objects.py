@@ -52,6 +52,13 @@ def _variable(obj: Any) -> tuple[Any, ...]:
         return (obj.name,)
 
 
+def _element(obj: Any) -> tuple[Any, ...]:
+    """A node of a document is one place in all of it."""
+    etree = sys.modules["lxml.etree"]
+    document = obj.getroottree()
+    return etree.tostring(document), document.getpath(obj)
+
+
 def _reader(obj: Any) -> tuple[Any, ...]:
     dialect = obj.dialect
     source = [found for found in gc.get_referents(obj) if type(found).__module__ != "_csv" and not isinstance(found, type)]
@@ -80,7 +87,28 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
     "_csv.reader": _reader,
     "queue.Queue": _queue,
     "asyncio.queues.Queue": _queue,
-    "tqdm.std.tqdm": lambda obj: (obj.iterable, obj.n, obj.total, obj.desc, obj.unit, obj.disable),
+    "tqdm.std.tqdm": lambda obj: tuple(
+        getattr(obj, name, None) for name in ("iterable", "n", "total", "desc", "unit", "disable")
+    ),
+    # neither in how many chunks they lie nor whether they were found to be sorted says anything
+    "polars.dataframe.frame.DataFrame": lambda obj: (obj.height, obj.get_columns()),
+    "polars.series.series.Series": lambda obj: (obj.name, str(obj.dtype), obj.rechunk().to_arrow()),
+    "lxml.etree._Element": _element,
+    "lxml.etree._ElementTree": lambda obj: _element(obj.getroot()),
+    **dict.fromkeys(
+        (
+            "patsy.design_info.DesignInfo",
+            "patsy.design_info.FactorInfo",
+            "patsy.design_info.SubtermInfo",
+            "patsy.eval.EvalFactor",
+            "patsy.eval.EvalEnvironment",
+            "patsy.desc.Term",
+            "patsy.desc.ModelDesc",
+            "patsy.user_util.LookupFactor",
+            "patsy.origin.Origin",
+        ),
+        lambda obj: (dict(vars(obj)),),
+    ),
     "pydantic.types._SecretBase": lambda _: (),
     "pydantic._internal._validate_call.ValidateCallWrapper": lambda obj: (
         obj.function,
@@ -157,6 +185,12 @@ def _session(obj: Any) -> Any:
     }
 
 
+def _orm_session(obj: Any) -> Any:
+    if obj.new or obj.dirty or obj.deleted:
+        raise ValueError("changes are pending")
+    return obj.bind, obj.autoflush, obj.expire_on_commit
+
+
 def _without_secrets(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[str, Any]]:
     return sorted(
         (str(key).lower(), value if isinstance(value, str) else str(value))
@@ -208,6 +242,7 @@ CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "httpx2.Client": _http,
     "httpx2.AsyncClient": _http,
     "requests.sessions.Session": _session,
+    "sqlalchemy.orm.session.Session": _orm_session,
     "IPython.core.interactiveshell.InteractiveShell": lambda _: "the notebook's own",
     "_io.FileIO": _file,
     "_io.TextIOWrapper": _file,
@@ -215,6 +250,7 @@ CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "_io.BufferedWriter": lambda obj: (obj.name, obj.mode),
     "_io.BufferedRandom": _file,
     "_thread.lock": lambda obj: obj.locked(),
+    "_thread.RLock": lambda obj: repr(obj).startswith("<unlocked"),
     "asyncio.locks.Lock": lambda obj: obj.locked(),
     "asyncio.locks.Event": lambda obj: obj.is_set(),
     "asyncio.locks.Semaphore": lambda obj: obj._value,

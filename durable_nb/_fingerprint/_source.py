@@ -245,7 +245,7 @@ def _looks(words: set[str]) -> Looks:
     return frozenset(look for look, by in _LOOKING.items() if words & by)
 
 
-_BY_ALL = {"inspect", "pydoc", "tool", "function_tool", "beta_tool", "bind_tools", "tools=", "functions="}
+_BY_ALL = {"inspect", "pydoc", "tool", "function_tool", "beta_tool", "bind_tools", "tools=", "functions=", ".tools"}
 """Modules that look at all of a function, and the ways in which functions become tools of language models."""
 _LOOKING = {
     DOCSTRINGS: {"__doc__", "help", "getdoc", *_BY_ALL},

@@ -1002,6 +1002,7 @@ _LATER: dict[str, dict[str, Any]] = {
     "queue.Queue": {"is_shutdown": False},  # from 3.13
     "asyncio.queues.Queue": {"_is_shutdown": False},
     "functools.singledispatchmethod": {"_method_cache": MISSING},
+    "sqlalchemy.sql.schema.Column": {"_creation_order": MISSING},  # counted up
     "sklearn.base.BaseEstimator": {"_sklearn_version": MISSING, "_stop_words_id": MISSING},  # an address
     "matplotlib.artist.Artist": {"_stale": MISSING},  # whether it is drawn as it is now
     "matplotlib.transforms.TransformNode": dict.fromkeys(("_parents", "_invalid", "_inverted"), MISSING),  # by address; caches
