@@ -6,8 +6,10 @@ neither may end the other's sleep; but a notebook that was renamed, or is execut
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +38,8 @@ def may_adopt(began: Origin, asking: Origin, exists: Callable[[str], bool]) -> b
     if began.notebook and asking.notebook:
         return began.notebook == asking.notebook
     return began.code == asking.code
+
+
+def exists_beside(store: Path, notebook: str) -> bool:
+    """Is there a file of that name, as an origin has it? The store's folder may be a link: no '..' of it."""
+    return Path(os.path.normpath(store / notebook)).exists()

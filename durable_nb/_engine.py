@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import random
 import secrets
 from collections import defaultdict
@@ -17,11 +16,10 @@ from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from durable_nb import _records as rec
-from durable_nb._adoption import Origin, may_adopt
+from durable_nb._adoption import Origin, exists_beside, may_adopt
 from durable_nb._attempt import Attempt
 from durable_nb._cellrun import CellRun
 from durable_nb._clock import Clock, SystemClock
@@ -135,7 +133,7 @@ class Engine:
             for run, lease in found.runs
             if run.generation == found.generation
             and not self.is_owned(run.id, lease)
-            and may_adopt(run.origin, asking, self._exists)
+            and may_adopt(run.origin, asking, functools.partial(exists_beside, self.store.path))
         ]
         adopted = max(
             free,
@@ -149,10 +147,6 @@ class Engine:
         if asked.rerun and adopted and not (adopted[0].rerun and self._died(adopted[1])):
             return None
         return adopted
-
-    def _exists(self, notebook: str) -> bool:
-        """Is there a file of that name, as seen from the store's folder?"""
-        return Path(os.path.normpath(self.store.path / notebook)).exists()  # the store's folder may be a link: no '..' of it
 
     def _died(self, lease: Lease) -> bool:
         """Was its owner killed, and didn't let go of it itself?"""

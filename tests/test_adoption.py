@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from kernels import kernel
+from kernels import LOAD, kernel
 
 from durable_nb._adoption import Origin, may_adopt
 from durable_nb._ipython.notebook import origin_of
@@ -57,8 +57,11 @@ await durable.sleep('nap', '1h')"""
 def test_notebooks_in_a_folder_with_a_cell_of_one_name_leave_each_others_waits_alone(tmp_path):
     """A copy begins its own wait, with the steps they have in common, and says whose; one that was renamed goes on."""
 
+    loaded: list[str] = []
+
     def told_until_interrupted(notebook: str, naps: int) -> str:
-        with kernel(tmp_path, env={"JPY_SESSION_NAME": str(tmp_path / notebook)}) as home:
+        with kernel(tmp_path, env={"JPY_SESSION_NAME": str(tmp_path / notebook)}, load=False) as home:
+            loaded.append(home.run(LOAD).stdout)
             home.run(PAID)
             sent = home.send(WAIT)
             home.wait_until(tmp_path / "asleep", naps)
@@ -77,6 +80,8 @@ def test_notebooks_in_a_folder_with_a_cell_of_one_name_leave_each_others_waits_a
     (tmp_path / "a.ipynb").rename(tmp_path / "c.ipynb")
     assert "goes on" in told_until_interrupted("c.ipynb", 4)
     assert (tmp_path / "paid").read_text() == "x\n"
+    waits = ["run cell 'wait' again" in said for said in loaded]
+    assert waits == [False, False, True, True], "told of another notebook's"
 
 
 def test_a_notebook_is_known_as_its_front_end_tells_it(tmp_path, monkeypatch):

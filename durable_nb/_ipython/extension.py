@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -251,7 +252,7 @@ def load(shell: Any) -> None:
     session = Session(shell)
     session.load()
     shell._durable_session = session
-    print(f"durable_nb: this notebook's store is {session.path}{_on_disk(session.path)}{_waiting(session.path)}")  # noqa: T201  what loading says
+    print(f"durable_nb: this notebook's store is {session.path}{_on_disk(session.path)}{_waiting(session)}")  # noqa: T201  what loading says
 
 
 def _on_disk(store: Path) -> str:
@@ -261,14 +262,23 @@ def _on_disk(store: Path) -> str:
     return f"\ndurable_nb: {advice}" if advice else ""
 
 
-def _waiting(store: Path) -> str:
-    """What there is to be gone on with, and how; a line each for cells and for runs of workflows."""
+def _waiting(session: Session) -> str:
+    """What there is to be gone on with, and how; a line each for cells and for runs of workflows. Cells of another notebook
+    beside this one are its own affair."""  # fmt: skip
+    from durable_nb._adoption import exists_beside, may_adopt
     from durable_nb._glance import waiting
 
-    runs = waiting(store)
-    cells = [f"cell {run.name!r}" for run in runs if run.kind == "cell"]
+    runs = waiting(session.path)
     others = [repr(run.id) for run in runs if run.kind != "cell"]
-    said = f"\ndurable_nb: run {_listed(cells)} again to go on from where it stopped" if cells else ""
+    cells = [run for run in runs if run.kind == "cell"]
+    if cells:
+        from durable_nb._ipython.notebook import origin_of
+
+        here = origin_of("", session.shell.user_ns, session.folder, session.path)
+        exists = partial(exists_beside, session.path)
+        cells = [run for run in cells if may_adopt(run.origin, replace(here, code=run.origin.code), exists)]
+    names = list(dict.fromkeys(f"cell {run.name!r}" for run in cells))
+    said = f"\ndurable_nb: run {_listed(names)} again to go on from where it stopped" if names else ""
     return said + (f"\ndurable_nb: durable.resume() goes on with {_listed(others)}" if others else "")
 
 
