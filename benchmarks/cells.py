@@ -28,6 +28,8 @@ import pyarrow as pa
 import xxhash
 from bench import Notebook, Times, machine, missing, size
 
+from durable_nb._cellcache import inotify
+from durable_nb._cellcache.mentions import mentions_of, places_of
 from durable_nb._fingerprint import Fingerprinter
 
 HITS = size("HITS", 200)
@@ -271,12 +273,53 @@ def many_classes() -> None:
     print(f"  300 classes of 20 methods: {took[0] * 1000:.0f} ms the first time, {later * 1000:.0f} ms each time after")
 
 
+async def watching_files(notebook: Notebook, folder: Path) -> None:
+    """What it costs to see the files that native code opens: set once, then at each miss; a hit doesn't look."""
+    if not sys.platform.startswith("linux"):
+        missing("watching files", OSError("inotify is of Linux"))
+        return
+    many, deep = folder / "watched", folder / "most"
+    for n in range(1_000):
+        (many / f"{n // 100}" / f"{n}").mkdir(parents=True)
+    for n in range(10_000):
+        (deep / f"{n // 1000}" / f"{n}").mkdir(parents=True)
+    print("\nWatching files")
+    for name, top in (("1,000 folders", many), ("10,000 folders, 8,192 of them", deep)):
+        taken = Times()
+        for _ in range(TURNS):
+            watcher = inotify.Watcher()
+            with taken.taken():
+                watcher.watch(str(top))
+            watcher.close()
+        print(f"  {name} watched, once per kernel, in the background: {taken.ms:.1f} ms, {taken.cpu_ms:.1f} ms of CPU")
+    cell = "%%durable watched --quiet --rerun\nz = open('watched/0/0/x').read(), len(paths)"
+    (many / "0" / "0" / "x").write_text("1")
+    notebook.names["paths"] = [f"watched/{n // 100}/{n}" for n in range(20)]
+    with_, without = Times(), Times()
+    known = inotify._watcher
+    for _ in range(HITS):
+        for taken, found in ((with_, known), (without, None)):
+            inotify._watcher = found
+            with taken.taken():
+                await notebook.cell(cell)
+    inotify._watcher = known
+    print(f"  a cell that runs: {with_.ms:.2f} ms, {without.ms:.2f} ms with nothing watched: {with_.ms - without.ms:+.2f} ms, "
+          f"{with_.cpu_ms - without.cpu_ms:+.2f} ms of CPU (target 1)")  # fmt: skip
+    reading = Times()
+    texts = [f"name of {n}" for n in range(10_000)]
+    for _ in range(TURNS):
+        with reading.taken():
+            places_of(mentions_of([texts]), str(folder))
+    print(f"  10,000 texts looked up, the most that a miss may take: {reading.ms:.1f} ms, {reading.cpu_ms:.1f} ms of CPU")
+
+
 async def measure(folder: Path) -> None:
     notebook = Notebook()
     await small_hits(notebook, folder)
     notebook.names.update(array_of=array_of, frame_of=frame_of, BYTES=BYTES)
     await restoring(notebook, folder, "array", 0.01, 0.01)
     await restoring(notebook, folder, "frame", 0.2, 0.2)
+    await watching_files(notebook, folder)
     print("\nInputs")
     hashing("array", array_of, 1.5)
     hashing("frame", frame_of, 5)

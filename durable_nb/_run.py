@@ -64,15 +64,21 @@ log = logging.getLogger("durable_nb")
 class Stage:
     """Where steps show things. This one is for programs without a notebook: nothing is recorded, notices go to the log."""
 
-    def recording(self, path: str) -> AbstractContextManager[Callable[[], tuple[bytes, bytes]]]:  # noqa: ARG002
-        """While entered, note what the calling task displays and which files it reads; the callable gives both, encoded."""
+    def recording(
+        self,
+        path: str,  # noqa: ARG002
+        request: StepRequest,  # noqa: ARG002
+        found: Fingerprint | None,  # noqa: ARG002
+    ) -> AbstractContextManager[Callable[[], tuple[bytes, bytes]]]:
+        """While entered, note what the calling task displays and what it sees of the world; the callable gives both, encoded.
+        `found`: what the step is identified by."""  # fmt: skip
         return nullcontext(lambda: (b"", b""))
 
     def show_again(self, shown: bytes, seen: bytes) -> None:
-        """Display what was recorded, and note the files as read."""
+        """Display what was recorded, and note what was seen as seen."""
 
     def holds(self, seen: bytes) -> bool:  # noqa: ARG002
-        """Are the files that a step read still what they were?"""
+        """Is the world that a step saw still what it was?"""
         return True
 
     def notice(self, text: str) -> None:
@@ -548,7 +554,7 @@ class Run:
         return ended
 
     async def _made(self, asked: Request, attempt: int, began: float) -> Ended:
-        with self.stage.recording(asked.fact.path) as noted:
+        with self.stage.recording(asked.fact.path, asked.request, asked.found) as noted:
             try:
                 if asked.request.at_most_once:
                     await self._note_beginning(asked, attempt, began)

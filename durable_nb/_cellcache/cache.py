@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
+from durable_nb._cellcache.files import here
 from durable_nb._cellcache.hush import hushed
 from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, globals_held, key_of, mutated, said, stored_by
+from durable_nb._cellcache.mentions import mentions_of, packages_imported, places_of
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.patches import (
     attributes_set,
@@ -37,7 +38,8 @@ from durable_nb._cellcache.patches import (
 )
 from durable_nb._cellcache.resources import NotRemadeError, OtherwiseError, Remaker, Resources, Unmade, either
 from durable_nb._cellcache.settings import KNOWN, Setting, UnsettableError, set_again
-from durable_nb._cellcache.world import CellWatch, mentioned_paths, name_digest, set_generator
+from durable_nb._cellcache.watch import Watch, prepare
+from durable_nb._cellcache.world import Around, name_digest, set_generator
 from durable_nb._clock import say_duration
 from durable_nb._memory import InseparableError
 from durable_nb._patches import Standing, UnpatchableError, fits, put
@@ -151,7 +153,7 @@ class Before:
     """What it held."""
     elsewhere: dict[tuple[str, str], Any]
     """What the globals of modules held that helpers may bind."""
-    watch: CellWatch
+    watch: Watch
     """Of files and random generators."""
     effects: Effects
     """Of the process."""
@@ -196,10 +198,14 @@ class NotStored:
 class CellCache:
     """The cells of one store."""
 
-    def __init__(self, entries: Entries, own: Path, settings: Iterable[Setting] = ()) -> None:
-        """`own`: the store's folder, whose files are no inputs; `settings`: those of the notebook itself."""
-        self.entries, self._own = entries, own
+    def __init__(self, entries: Entries, own: Iterable[str], settings: Iterable[Setting] = ()) -> None:
+        """`own`: files and folders that are no inputs: the store's folder, the notebook; `settings`: those of the notebook."""
+        self.entries, self._own = entries, tuple(own)
         self._settings = (*KNOWN, *settings)
+
+    def around(self, namespace: Mapping[str, Any]) -> Around:
+        """What records of the world are compared with."""
+        return Around(namespace, self.entries.seal, self._own)
 
     def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
         """The identity of the cell, were it to run now."""
@@ -218,7 +224,7 @@ class CellCache:
             for entry in self.entries.of_key(code.scope, key.key):
                 stale = ruled_out(code.terms, entry.manifest)
                 why = why or stale
-                if stale or entry.manifest.world.changes(namespace):
+                if stale or entry.manifest.world.changes(self.around(namespace)):
                     continue
                 remaker = Remaker(code.tree, namespace)
                 with hushed():
@@ -247,22 +253,25 @@ class CellCache:
             return Why(None, (), (), notes)
         before = explain.decode(self.entries.notes(code.scope, nearest))
         components = explain.differences(nearest.components, before, key.components, notes, texts)
-        world = nearest.world.changes(namespace)
+        world = nearest.world.changes(self.around(namespace))
         return Why(nearest, tuple(found), (*components, *(explain.Difference(what) for what in world)), notes)
 
     def _nearest(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> tuple[Manifest | None, list[str]]:
         nearest: Manifest | None = None
         fewest: list[str] = []
         for manifest in self.entries.manifests(code.scope) if code.name else ():
-            found = changes(manifest.components, key.components) or manifest.world.changes(namespace)
+            found = changes(manifest.components, key.components) or manifest.world.changes(self.around(namespace))
             if nearest is None or len(found) < len(fewest):
                 nearest, fewest = manifest, found
         return nearest, fewest
 
     def begin(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey, notes: explain.Notes) -> Before:
         """Remember what the cell starts from; watch it with `watching(before.watch)` while it runs."""
-        inputs = {name: namespace[name] for name in code.names.read if name in namespace}
-        watch = CellWatch(mentioned_paths(code.tree, inputs), self._own)
+        mentions = mentions_of([namespace[name] for name in sorted(code.names.read) if name in namespace], [code.tree])
+        places = places_of(mentions, here())
+        prepare(places)
+        packages = {*key.versions, *packages_imported(code.tree)}
+        watch = Watch(self.around(namespace), mentions, places, packages, displays=True)
         effects = Effects(code.tree, key.words, self._settings)
         standing = Standing(key.places.values(), code_of(key).values(), digest_if_told)
         return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, notes)
@@ -311,9 +320,9 @@ class _Saving:
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
             self.changed, problems = mutated(key, code.tree, names, namespace, held, terms)
-            world, unseen = watch.world()
+            world, unseen = watch.world(self.after.results)
             problems += unseen
-            world = replace(world, names={name: name_digest(namespace, name) for name in sorted(alone)})
+            world = replace(world, names=world.names | {n: name_digest(namespace, n) for n in sorted(alone)})
         except Exception as error:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:

@@ -132,7 +132,7 @@ class Entries:
     """All entries of a store: `FOLDER/SCOPE/KEY-WORLD.cell`. One key has an entry for each state of the files it read."""
 
     def __init__(self, folder: Path, seal: Seal) -> None:
-        self._folder, self._seal = folder, seal
+        self._folder, self.seal = folder, seal
 
     def store(
         self,
@@ -187,7 +187,7 @@ class Entries:
         self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview], notes: bytes
     ) -> Iterable[bytes | memoryview]:
         packed = msgspec.msgpack.encode(manifest)
-        head = _HEAD.pack(_MAGIC, len(packed), self._seal.mac(_MAGIC, manifest.key.encode(), packed))
+        head = _HEAD.pack(_MAGIC, len(packed), self.seal.mac(_MAGIC, manifest.key.encode(), packed))
         yield head + packed
         yield stream
         yield outputs
@@ -201,7 +201,7 @@ class Entries:
 
     def mark(self, text: bytes) -> str:
         """Stands for a text in notes: six characters, which only the key's holder could try guesses with."""
-        return self._seal.mac(b"mark", text)[:3].hex()
+        return self.seal.mac(b"mark", text)[:3].hex()
 
     def of_key(self, scope: str, key: str) -> Iterator[Entry]:
         """The authenticated entries of a key, newest first; CorruptStoreError, UntrustedStoreError at one that isn't."""
@@ -271,7 +271,7 @@ class Entries:
             _notes(file, manifest)
             file.seek(_HEAD.size)
             packed = file.read(start - _HEAD.size)
-            head = _HEAD.pack(_MAGIC, len(packed), self._seal.mac(_MAGIC, key.encode(), packed))
+            head = _HEAD.pack(_MAGIC, len(packed), self.seal.mac(_MAGIC, key.encode(), packed))
             write_file(path, itertools.chain([head, packed], iter(lambda: file.read(_CHUNK), b"")))
 
     def _manifest(self, path: Path) -> Manifest:
@@ -311,7 +311,7 @@ class Entries:
         if packed_size > size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         packed = file.read(packed_size)
-        if signed and not hmac.compare_digest(mac, self._seal.mac(_MAGIC, key.encode(), packed)):
+        if signed and not hmac.compare_digest(mac, self.seal.mac(_MAGIC, key.encode(), packed)):
             raise UntrustedStoreError("its file is damaged, or was signed with another key; nothing of it was unpickled")
         try:
             manifest = msgspec.msgpack.decode(packed, type=Manifest)

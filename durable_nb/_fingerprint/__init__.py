@@ -4,7 +4,7 @@ from ._formats import in_format
 from ._graph import Fingerprint, Fingerprinter, digest_of
 from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
 from ._owners import is_installed
-from ._source import attribute_uses, names_loaded, nested_codes, normalise
+from ._source import attribute_uses, imported, names_loaded, nested_codes, normalise
 from ._values import FORMAT, Opaque, Unhashable, lasting_parts, without_passing
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "globals_stored",
     "hash_value",
     "identify",
+    "imported",
     "in_format",
     "is_installed",
     "lasting_parts",

@@ -19,7 +19,7 @@ from durable_nb._cellcache import explain
 from durable_nb._cellcache.cache import After, Before, CellCache, CellCode, Hit, Stored
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.keys import CellKey, Terms
-from durable_nb._cellcache.world import Watch, watching
+from durable_nb._cellcache.watch import Watch, watching
 from durable_nb._cellrun import CellRun
 from durable_nb._clock import say_duration
 from durable_nb._engine import Asked, Engine
@@ -30,7 +30,7 @@ from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.compile import compile_body, turn_on_features
 from durable_nb._ipython.host import NotebookHost
 from durable_nb._ipython.interrupts import interruptible
-from durable_nb._ipython.notebook import origin_of
+from durable_nb._ipython.notebook import file_of, origin_of
 from durable_nb._ipython.options import Options
 from durable_nb._ipython.settings import settings_of
 from durable_nb._ipython.status import StatusLine
@@ -78,8 +78,8 @@ class CellExecution:
         self.shell, self.engine, self.options, self.live, self.folder = shell, engine, options, live, folder
         self.compiled = compile_body(shell, body)
         self.code = CellCode(options.name, self.compiled.tree, self.compiled.names)
-        entries = Entries(engine.store.cells, engine.store.seal)
-        self.cache = CellCache(entries, engine.store.path, settings_of(shell))
+        own = [str(engine.store.path), *filter(None, [file_of(shell.user_ns, folder)])]
+        self.cache = CellCache(Entries(engine.store.cells, engine.store.seal), own, settings_of(shell))
         self.label = options.name or "cell"
         # Without a name the entry has none in its key; the cell's steps belong to its id in the notebook, or to its code.
         self.owner = options.name or (f"~id {cell_id}" if cell_id else f"~code {_digest_of(self.code.tree)}")

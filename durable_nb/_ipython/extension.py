@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from durable_nb._cellcache import inotify
 from durable_nb._cellcache.world import seeds_noticed
 from durable_nb._current import use_engine
 from durable_nb._files import default_store
@@ -49,6 +50,7 @@ class Session:
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = self.run, self.wait
         self._noticing.enter_context(seeds_noticed())
+        inotify.start(str(self.folder))
         use_engine(self.workflows)
 
     def unload(self) -> None:

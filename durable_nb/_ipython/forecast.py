@@ -10,6 +10,7 @@ made. Where those would be restored by the same keys, so would it. Cells that ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from durable_nb._cellcache.cache import ruled_out
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.keys import CellKey, Terms, changes, key_from, key_of
 from durable_nb._cellcache.names import Names
-from durable_nb._cellcache.world import World
+from durable_nb._cellcache.world import Around, World
 from durable_nb._fingerprint import Fingerprinter
 from durable_nb._ipython.cell import Story, terms_of
 from durable_nb._ipython.compile import source_of
@@ -128,7 +129,7 @@ def _of_visit(shell: Any, entries: Entries, name: str, visit: Visit, known: Know
     for manifest in manifests:
         if manifest.key == visit.key if code == visit.code else manifest.components.get("code") == code:
             terms = Terms(ttl_s=ttl_s, skip=frozenset(manifest.skipped))
-            why = ruled_out(terms, manifest) or ", ".join(of_machine(manifest.world).changes({})[:3])
+            why = ruled_out(terms, manifest) or ", ".join(of_machine(manifest.world).changes(Around({}, entries.seal))[:3])
             if not why:
                 return Forecast(name, HIT, "", manifest.took_s, manifest.key)
             reason = reason or why
@@ -138,7 +139,7 @@ def _of_visit(shell: Any, entries: Entries, name: str, visit: Visit, known: Know
 def _of_stored(entries: Entries, name: str) -> Forecast:
     """Of a cell of which nothing is known but its entries: only files can be compared."""
     newest = next(entries.manifests(scope_of(name), limit=1), None)
-    changes = of_machine(newest.world).changes({}) if newest is not None else [NOTHING_STORED]
+    changes = of_machine(newest.world).changes(Around({}, entries.seal)) if newest is not None else [NOTHING_STORED]
     cost_s = newest.took_s if newest else None
     if changes:
         return Forecast(name, RUN, ", ".join(changes[:3]), cost_s)
@@ -146,8 +147,10 @@ def _of_stored(entries: Entries, name: str) -> Forecast:
 
 
 def of_machine(world: World) -> World:
-    """What of a world a new kernel finds as it was: what the notebook's own cells make is not there yet."""
-    return replace(world, names={}, generators={}, settings=None)
+    """What of a world a new kernel finds as it was: what the notebook's own cells make is not there yet, environment variables
+    that they set among it."""  # fmt: skip
+    variables = {name: digest for name, digest in world.variables.items() if not digest or name in os.environ}
+    return replace(world, names={}, generators={}, settings={}, variables=variables)
 
 
 def _code_of(shell: Any, written: Written) -> str:
@@ -194,7 +197,7 @@ def differences(shell: Any, entries: Entries, story: Story) -> tuple[Manifest | 
         return None, []
     now, texts = explain.notes_of(key, tree, shell.user_ns, entries.mark)
     found = explain.differences(nearest.components, explain.decode(entries.notes(scope, nearest)), key.components, now, texts)
-    return nearest, [*found, *(explain.Difference(what) for what in nearest.world.changes(shell.user_ns))]
+    return nearest, [*found, *(explain.Difference(what) for what in nearest.world.changes(Around(shell.user_ns, entries.seal)))]
 
 
 def _made(names: Names, story: Story) -> set[str]:
@@ -225,7 +228,7 @@ def _of_one(
     for manifest in manifests:
         if manifest.key == whole:
             world = _world_to_compare(manifest, story, clobbered)
-            said = ruled_out(terms, manifest) or ", ".join(world.changes(shell.user_ns)[:3])
+            said = ruled_out(terms, manifest) or ", ".join(world.changes(Around(shell.user_ns, entries.seal))[:3])
             if not said:
                 return manifest, HIT, ""
             reason = reason or said

@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from durable_nb._cellcache.world import Watch, World, watching_step
+from durable_nb._cellcache.mentions import looks_up_anything
+from durable_nb._cellcache.steps import Sights, see_again, seen_by, still_holds
+from durable_nb._cellcache.watch import watching_step
 from durable_nb._cellrun import CellRun
+from durable_nb._current import StepRequest
 from durable_nb._ipython import capture
 from durable_nb._run import Stage
 
 if TYPE_CHECKING:
+    from durable_nb._fingerprint import Fingerprint
     from durable_nb._ipython.cell import CellExecution
 
 
@@ -24,25 +26,28 @@ class NotebookHost(Stage):
         self._cell = cell
         self._run = run
         self._view: Any = None
+        self._sights = Sights(cell.cache.around(cell.shell.user_ns))
 
     @contextlib.contextmanager
-    def recording(self, path: str) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
-        watch = Watch((), self._cell.engine.store.path)
+    def recording(
+        self, path: str, request: StepRequest, found: Fingerprint | None
+    ) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
+        watch = self._sights.watch(request.body, found.versions if found is not None else ())
+        if looks_up_anything(watch.mentions):
+            self.advise(
+                f"step {request.name!r} looks names up while it runs, which can't be followed to the end: it runs again where "
+                "variables change that its texts name"
+            )
         with self._cell.recorder.step(path) as shown, watching_step(watch):
-
-            def noted() -> tuple[bytes, bytes]:
-                world = watch.read()
-                return shown(), msgspec.msgpack.encode(world) if world.files else b""
-
-            yield noted
+            yield lambda: (shown(), seen_by(watch))
 
     def show_again(self, shown: bytes, seen: bytes) -> None:
         capture.show_again(self._cell.shell, shown, lambda _n, _forms: None)
         if seen and self._cell.watch is not None:
-            self._cell.watch.saw(msgspec.msgpack.decode(seen, type=World))
+            see_again(seen, self._cell.watch)
 
     def holds(self, seen: bytes) -> bool:
-        return not msgspec.msgpack.decode(seen, type=World).changes({})
+        return still_holds(seen, self._sights.around)
 
     def notice(self, text: str) -> None:
         if not self._cell.live:  # with a front end the view shows it

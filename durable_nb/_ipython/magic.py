@@ -13,6 +13,7 @@ from IPython.core.error import UsageError
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.entries import Manifest
 from durable_nb._cellcache.keys import said
+from durable_nb._cellcache.world import Around
 from durable_nb._clock import say_duration
 from durable_nb._current import workflow_functions
 from durable_nb._facts import Status
@@ -136,7 +137,8 @@ class LineMagic:
         if newest is None:
             return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel", *would])
         notes = explain.decode(entries.notes(scope_of(name), newest))
-        return Table("", notes=[*_entry_tree(name, newest, notes, of_machine(newest.world).changes({})), *would])
+        changes = of_machine(newest.world).changes(Around({}, entries.seal))
+        return Table("", notes=[*_entry_tree(name, newest, notes, changes), *would])
 
     def _differences_now(self, story: Story, now: Forecast) -> list[str]:
         """Where the cell would run now, what differs from what is stored."""

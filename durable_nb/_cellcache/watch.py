@@ -1,0 +1,558 @@
+"""Sees what a cell or step looks at while it runs, and what it does to files.
+
+Reading by Python raises audit events (PEP 578), whether the file is there or not. Asking whether a file is there raises none:
+`os.path` and `pathlib` are given an `os` that tells, for the time of a cell. Environment variables are looked up in one
+place. What native code opens is seen by `inotify`, or, where that can't see, taken from what is mentioned. What the cell
+itself wrote first is no input of it, but its result: gone or changed, the cell has to run again.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+from durable_nb._cellcache import environment, inotify
+from durable_nb._cellcache.files import (
+    ABSENT,
+    ADDED,
+    CHANGING,
+    CODE,
+    DATABASE,
+    FOLDER,
+    LISTED,
+    LOOKED_FOR,
+    MADE,
+    MATCHED,
+    MOST_IN_FOLDER,
+    READ,
+    REMOVED,
+    Counting,
+    FileState,
+    Stat,
+    away,
+    here,
+    is_above,
+    is_elsewhere,
+    kind_of,
+    looking_away,
+    stat_of,
+    state_of,
+)
+from durable_nb._cellcache.mentions import (
+    Mentions,
+    Places,
+    looked_up,
+    modules_named,
+)
+from durable_nb._cellcache.world import (
+    UNSEEDED,
+    Around,
+    World,
+    generators,
+    name_digest,
+    settings,
+    settings_used,
+)
+from durable_nb._fingerprint import imported
+
+_MOST_LOOKED_FOR = 10_000
+_DRAWING = frozenset(
+    "random randint randrange uniform choice choices sample shuffle gauss betavariate expovariate normalvariate "
+    "lognormvariate triangular vonmisesvariate paretovariate weibullvariate getrandbits randbytes binomialvariate".split()
+)
+"""Words without one of which code of no package draws no random numbers. Looking at the generators costs more than the rest."""
+_TICK_NS = 10 * 10**6
+"""The file system's clock is behind by up to so much."""
+_SETTING_UP_S = 2.0
+"""How long the first cells wait for the notebook's folder to be watched."""
+
+
+class Watch:
+    """What one execution of a cell or step sees."""
+
+    def __init__(
+        self, around: Around, mentions: Mentions, places: Places, packages: Iterable[str], *, displays: bool = False
+    ) -> None:
+        """`places`: where the mentions lead; `packages`: those that the code uses; `displays`: what it displays may be of
+        others. It sees from now on."""  # fmt: skip
+        self._around, self.mentions, self._places, self._packages = around, mentions, places, tuple(packages)
+        self._folder = here()
+        self._counts = Counting(around.own, places.hidden)
+        self._lock = threading.Lock()
+        self._first: dict[str, tuple[str, str, Stat]] = {}
+        """By absolute path: the name used, how it was touched first, and its state then."""
+        self._listed: dict[str, str] = {}
+        self._looked_for: dict[str, tuple[str, str, bool]] = {}
+        """By absolute path: the name used, what was there, and whether more than that was asked."""
+        self._given: dict[str, FileState] = {}
+        """What restored steps saw when they ran."""
+        self._given_variables: dict[str, str] = {}
+        self._given_settings: dict[str, str] = {}
+        self._imported: dict[str, None] = {}
+        self._variables: dict[str, tuple[str | None, bool]] = {}
+        self._set: set[str] = set()
+        self._names = {name: name_digest(around.namespace, name) for name in sorted(looked_up(mentions, around.namespace))}
+        self._settings = settings(None if displays else settings_used(self._packages, mentions.words))
+        draws = displays or bool(self._packages) or not mentions.words.isdisjoint(_DRAWING)
+        self._generators = generators() if draws else None
+        self._before = {where: stat_of(where) for where in places.files}
+        self._watcher = inotify.watcher()
+        self._position = self._watcher.position() if self._watcher is not None else (0, 0)
+        self._events: list[inotify.Event] | None = None
+        self._began_ns = time.time_ns() - _TICK_NS
+        self.alone = True
+        """No other step was at work meanwhile, which may have drawn random numbers as well."""
+
+    def restart(self) -> None:
+        """It sees natively opened files from now on only."""
+        if self._watcher is not None:
+            self._position = self._watcher.position()
+
+    def close(self) -> None:
+        """It sees until now."""
+        if self._watcher is not None:
+            self._events = self._watcher.since(self._position)
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    def event(self, event: str, args: tuple[Any, ...]) -> None:
+        """One audit event. Called inside the call that raises it: must be quick, and must not raise."""
+        path = args[0]
+        if event == "import":
+            self._imported[str(path)] = None
+            return
+        if isinstance(path, int) or (path is None and event == "open"):
+            return
+        name, where = self._place(path if path is not None else ".")
+        if is_elsewhere(where) or where.startswith(self._around.own):
+            return
+        with self._lock:
+            if event in ("os.listdir", "os.scandir"):
+                if where not in self._listed and not _imports(sys._getframe(2)):
+                    self._listed[where] = name
+                return
+            if event == "os.rename":
+                self._touch(where, name, REMOVED, None)
+                event, args = "open", (args[1], "w", os.O_WRONLY | os.O_TRUNC)
+                name, where = self._place(args[0])
+            if event in ("os.remove", "os.rmdir", "os.mkdir"):
+                if args[-1] != -1:  # relative to a folder's descriptor
+                    return
+                if event == "os.mkdir" or where not in self._first:
+                    self._first[where] = name, FOLDER if event == "os.mkdir" else REMOVED, None
+                return
+            how = _how(event, args)
+            if how == READ and os.path.isdir(where):  # to remove or to walk it by its descriptor
+                return
+            if event == "sqlite3.connect" and not os.path.exists(where):
+                how = DATABASE  # which it makes; what is put into it then is outside
+            if how == READ and where.endswith((".py", ".pyc")) and _imports(sys._getframe(2)):
+                return
+            self._touch(where, name, how, stat_of(where))
+
+    def _touch(self, where: str, name: str, how: str, state: Stat) -> None:
+        if where not in self._first:
+            self._first[where] = name, how, state
+
+    def _place(self, path: Any) -> tuple[str, str]:
+        """The path as it is written down, and where it leads."""
+        name = os.fsdecode(path)
+        now = here()
+        where = os.path.normpath(os.path.join(now, name))
+        return (name if now == self._folder else where), where
+
+    def looked_for(self, path: Any, found: str, *, closely: bool) -> None:
+        """Somebody asked whether there is such a file: 'file', 'folder' or ''. `closely`: how large it is, and the like."""
+        name, where = self._place(path)
+        if where not in self._looked_for and len(self._looked_for) < _MOST_LOOKED_FOR:
+            self._looked_for[where] = name, found, closely
+        elif closely and not self._looked_for.get(where, ("", "", True))[2]:
+            self._looked_for[where] = *self._looked_for[where][:2], True
+
+    def variable_read(self, name: str, value: str | None, is_passed: bool) -> None:
+        """An environment variable was looked up."""
+        if name in self._set or environment.is_secret(name) or not name.isidentifier():
+            return
+        if name not in self._variables or (self._variables[name][1] and not is_passed):
+            self._variables[name] = value, is_passed
+
+    def variable_set(self, name: str) -> None:
+        """What it looks up after that is its own."""
+        if name not in self._variables:
+            self._set.add(name)
+
+    def saw(self, world: World) -> None:
+        """A step that is restored saw this when it ran."""
+        with self._lock:
+            for file in world.files:
+                where = os.path.normpath(os.path.join(self._folder, file.path))
+                if file.how in (READ, LISTED, LOOKED_FOR, MATCHED, CODE):
+                    self._given.setdefault(f"{file.how} {where}", file)
+                elif state_of(file.how, file.path) == file.digest:
+                    self._touch(where, file.path, file.how, stat_of(where))
+            self._given_variables |= {n: digest for n, digest in world.variables.items() if n not in self._set}
+            self._given_settings |= world.settings
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def world(self, results: Iterable[Any] = ()) -> tuple[World, list[str]]:
+        """What was seen, now that it has ended; and why the outcome can't be kept, if it can't. `results`: displayed values."""
+        with looking_away():
+            files, problems = self._files()
+            used = settings_used((*self._packages, *(_package_of(value) for value in results)), self.mentions.words)
+            kept = {what: self._settings.get(what, "") for what in used} | self._given_settings
+            return World(files, self._moved(), kept, self._names, self._seen_variables()), problems
+
+    def _moved(self) -> dict[str, str]:
+        """Generators whose numbers were drawn, each with the state that it was in, or that nobody had seeded it."""
+        if not self.alone or self._generators is None:
+            return {}
+        found: dict[str, str] = {}
+        for name, after in generators().items():
+            before = self._generators.get(name)
+            if before is None:
+                found |= {name: UNSEEDED} if after.seeded else {}
+            elif not before.is_at(after):
+                found[name] = before.before()
+        return found
+
+    def moved_states(self, world: World) -> dict[str, Any]:
+        """The states that seeded generators have now, of those that were moved: what comes after must go on from there."""
+        now = generators() if world.generators else {}
+        return {name: g.state for name, g in now.items() if name in world.generators and g.seeded}
+
+    def _seen_variables(self) -> dict[str, str]:
+        found = dict(self._given_variables)
+        for name, (value, is_passed) in self._variables.items():
+            counts = environment.named_by(name, self.mentions.words, self.mentions.texts) if is_passed else name
+            if counts == name:
+                found[name] = self._around.digest(name, value)
+            elif counts:
+                found[counts] = self._around.variable(counts)
+        return found
+
+    def _files(self) -> tuple[list[FileState], list[str]]:
+        found: dict[tuple[str, str], FileState] = {}
+        problems: list[str] = []
+
+        def add(where: str, name: str, how: str) -> None:
+            if how in (READ, LISTED, LOOKED_FOR) and not self._counts(where):
+                return
+            digest = state_of(how, where)
+            if digest == CHANGING:
+                problems.append(f"{name} changed while it was compared")
+            found.setdefault((how, where), FileState(name, how, digest))
+
+        for where, (name, how, before) in self._first.items():
+            if how == READ and stat_of(where) != before:
+                if self._counts(where):
+                    problems.append(f"{name} changed after it had read it")
+            elif (
+                (how == READ and (before is None or os.path.isfile(where)))
+                or (how == MADE and os.path.isfile(where))
+                or (how == REMOVED and not os.path.lexists(where))
+                or (how == FOLDER and os.path.isdir(where))
+                or (how == DATABASE and os.path.lexists(where))
+            ):
+                add(where, name, how)
+        for where, name in self._listed.items():
+            add(where, name, LISTED)
+        for where, (name, kind, closely) in self._looked_for.items():
+            is_kept = where not in self._first and kind_of(where) == kind  # else it has made or removed it itself
+            if is_kept and (kind != "folder" or self._counts(os.path.join(where, ""))):
+                add(where, name, READ if closely and kind == "file" else LOOKED_FOR)
+        for where, name, how in self._opened_natively(problems):
+            add(where, name, how)
+        for where, name, how in self._mentioned():
+            if where not in self._first:
+                add(where, name, how)
+        for where in self._modules():
+            add(where, self._places.said(where, self._folder), CODE)
+        for file in self._given.values():
+            where = os.path.normpath(os.path.join(self._folder, file.path))
+            if state_of(file.how, where) != file.digest:
+                problems.append(f"{file.path} changed after a step had read it")
+            found.setdefault((file.how, where), file)
+        return list(found.values()), problems
+
+    def _opened_natively(self, problems: list[str]) -> Iterator[tuple[str, str, str]]:
+        """What inotify saw and Python didn't."""
+        history: dict[str, list[str]] = {}
+        for event in self._events or ():
+            history.setdefault(event.path, []).append(event.what)
+        for where, whats in history.items():
+            name = self._places.said(where, self._folder)
+            if where in self._first or where in self._listed or not self._counts(where):
+                continue
+            if whats[0] == inotify.LISTED:
+                if self._places.is_mentioned(where) and not is_above(where, self._folder):
+                    yield where, name, LISTED
+                continue
+            if where not in self._places.files and where.endswith(_NO_DATA):
+                continue
+            if not os.path.isfile(where):
+                if not os.path.lexists(where) and whats[0] != inotify.CREATED and inotify.GONE in whats:
+                    yield where, name, REMOVED
+            elif whats[0] == inotify.CREATED:
+                yield where, name, MADE
+            elif inotify.OPENED in whats:
+                first_end = next((what for what in whats if what in (inotify.CLOSED, inotify.WRITTEN)), inotify.CLOSED)
+                is_changed = inotify.WRITTEN in whats and os.stat(where).st_mtime_ns >= self._began_ns
+                if is_changed and first_end == inotify.CLOSED:
+                    problems.append(f"{name} changed after it had been read")
+                else:
+                    yield where, name, MADE if is_changed else READ
+
+    def _mentioned(self) -> Iterator[tuple[str, str, str]]:
+        """What counts as it stands: where nobody sees what is opened, and what is not there."""
+        places = self._places
+        for where in places.files:
+            if not self._is_seen(where) and os.path.isfile(where) and not is_elsewhere(where):
+                name = places.said(where, self._folder)
+                yield where, name, READ if stat_of(where) == self._before[where] else MADE
+        for where in places.folders:
+            if self._is_seen(os.path.join(where, "")) or is_above(where, self._folder) or not self._counts(where):
+                continue
+            yield where, places.said(where, self._folder), LISTED
+            for inner in _files_in(where):
+                yield inner, places.said(inner, self._folder), READ
+        for text in places.absent:
+            where = os.path.normpath(os.path.join(self._folder, os.path.expanduser(text)))
+            if kind_of(where) == ABSENT:
+                yield where, text, LOOKED_FOR
+        for pattern in places.patterns:
+            where = os.path.normpath(os.path.join(self._folder, pattern))
+            if state_of(MATCHED, where):
+                yield where, pattern, MATCHED
+
+    def _is_seen(self, where: str) -> bool:
+        return self._events is not None and self._watcher is not None and self._watcher.sees(where)
+
+    def _modules(self) -> Iterator[str]:
+        """The files of the project's modules that were imported, or may have been asked for by a computed name."""
+        waiting, seen = [*self._imported, *modules_named(self.mentions)], set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name in seen or name.partition(".")[0] == "durable_nb":
+                continue
+            seen.add(name)
+            filename = getattr(sys.modules.get(name), "__file__", None)
+            if isinstance(filename, str) and filename.endswith(".py") and self._counts(filename):
+                yield filename
+                waiting += _imports_in(filename, stat_of(filename), name)
+
+
+_NO_DATA = (".py", ".pyc", ".pyi", ".so", ".pyd", ".ipynb", ".lock")
+"""Modules are compared as code; notebooks are opened and written by those who edit them, while cells run."""
+
+
+def _how(event: str, args: tuple[Any, ...]) -> str:
+    if event != "open":
+        return READ
+    flags = args[2] if isinstance(args[2], int) else 0
+    if flags & (os.O_TRUNC | os.O_EXCL):
+        return MADE
+    if flags & os.O_APPEND or (flags & os.O_WRONLY and not flags & os.O_RDWR):
+        return ADDED
+    return READ
+
+
+def _files_in(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.path for entry in entries if not entry.name.startswith(".") and entry.is_file())[
+                :MOST_IN_FOLDER
+            ]
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=1024)
+def _imports_in(filename: str, _stat: Stat, name: str) -> tuple[str, ...]:
+    try:
+        with open(filename, "rb") as file:
+            tree = ast.parse(file.read())
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    package = name if os.path.basename(filename) == "__init__.py" else name.rpartition(".")[0]
+    return tuple(_absolute(level, module, package) for level, module in imported(tree))
+
+
+def _absolute(level: int, module: str, package: str) -> str:
+    above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+    return ".".join([*above, module] if module else above)
+
+
+def _package_of(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+# -- who is told -------------------------------------------------------------------------------------------------------
+
+_watches: list[Watch] = []
+_of_step: ContextVar[Watch | None] = ContextVar("durable_nb_watch", default=None)
+_steps: list[Watch] = []
+_hooked = False
+_EVENTS = frozenset(
+    {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect", "import"}
+)
+
+
+def prepare(places: Places) -> None:
+    """Have what is mentioned watched. Call it before whoever mentions it runs."""
+    watcher = inotify.watcher()
+    if watcher is None:
+        return
+    watcher.wait(_SETTING_UP_S)
+    with looking_away(), contextlib.suppress(OSError):  # no watches left
+        for where in places.files:
+            if not watcher.sees(where) and not is_elsewhere(where):
+                watcher.watch(where)
+        for where in places.folders:
+            if where not in (os.sep, os.path.expanduser("~")) and not is_elsewhere(where + os.sep):
+                watcher.watch(where)
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Tell `watch` what happens meanwhile, on any thread."""
+    global _hooked  # noqa: PLW0603  an audit hook is for the whole process and can't be taken back
+    if not _hooked:
+        sys.addaudithook(_audit)
+        _hooked = True
+    with contextlib.ExitStack() as stack:
+        watcher = inotify.watcher()
+        if watcher is not None:
+            stack.enter_context(watcher.listening())
+            watch.restart()
+        if not _watches:
+            stack.enter_context(environment.use_noticed(_variable_read, _variable_set))
+            stack.enter_context(_questions_noticed())
+        _watches.append(watch)
+        try:
+            yield
+        finally:
+            _watches.remove(watch)
+            watch.close()
+
+
+@contextmanager
+def watching_step(watch: Watch) -> Iterator[None]:
+    """Tell `watch` what the calling task does meanwhile, in worker threads too."""
+    for other in _steps:
+        other.alone = watch.alone = False
+    _steps.append(watch)
+    token = _of_step.set(watch)
+    try:
+        yield
+    finally:
+        _of_step.reset(token)
+        _steps.remove(watch)
+        watch.close()
+
+
+def _told() -> Iterator[Watch]:
+    step = _of_step.get()
+    yield from _watches
+    if step is not None:
+        yield step
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if not _watches or event not in _EVENTS or getattr(away, "on", False):
+        return
+    away.on = True
+    try:
+        for watch in _told():
+            watch.event(event, args)
+    finally:
+        away.on = False
+
+
+def _variable_read(name: str, value: str | None, is_passed: bool) -> None:
+    if not getattr(away, "on", False):
+        for watch in _told():
+            watch.variable_read(name, value, is_passed)
+
+
+def _variable_set(name: str) -> None:
+    if not getattr(away, "on", False):
+        for watch in _told():
+            watch.variable_set(name)
+
+
+_ASKING: tuple[types.ModuleType, ...] = tuple(
+    module for name in ("genericpath", "posixpath", "pathlib", "pathlib._local", "pathlib._os")
+    if (module := sys.modules.get(name)) is not None and "os" in vars(module)
+)  # fmt: skip
+"""Modules whose functions ask `os.stat` whether a file is there."""
+_CLOSELY = frozenset({"getsize", "getmtime", "getctime", "getatime", "samefile", "stat"})
+_ONLY_WHETHER = frozenset("exists is_file is_dir is_symlink is_mount lexists isfile isdir islink".split())
+
+
+class _Telling(types.ModuleType):
+    """`os`, but for the two functions that ask for a file."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    @staticmethod
+    def stat(path: Any, *args: Any, **options: Any) -> Any:
+        return _asked(os.stat, path, args, options)
+
+    @staticmethod
+    def lstat(path: Any, *args: Any, **options: Any) -> Any:
+        return _asked(os.lstat, path, args, options)
+
+
+def _asked(function: Callable[..., Any], path: Any, args: Any, options: Any) -> Any:
+    if getattr(away, "on", False) or isinstance(path, int) or options.get("dir_fd") is not None:
+        return function(path, *args, **options)
+    try:
+        found = function(path, *args, **options)
+    except (OSError, ValueError):
+        _tell_asked(path, ABSENT, closely=False)
+        raise
+    kind = "folder" if found.st_mode & 0o170000 == 0o040000 else "file"
+    frame = sys._getframe(2)
+    closely = frame.f_code.co_name in _CLOSELY and (frame.f_back is None or frame.f_back.f_code.co_name not in _ONLY_WHETHER)
+    _tell_asked(path, kind, closely=closely)
+    return found
+
+
+def _tell_asked(path: Any, kind: str, *, closely: bool) -> None:
+    away.on = True
+    try:
+        for watch in _told():
+            watch.looked_for(path, kind, closely=closely)
+    except (TypeError, ValueError):  # what is no path at all
+        pass
+    finally:
+        away.on = False
+
+
+@contextmanager
+def _questions_noticed() -> Iterator[None]:
+    telling = _Telling("os")
+    for module in _ASKING:
+        module.os = telling  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in _ASKING:
+            module.os = os  # type: ignore[attr-defined]
+
+
+def _imports(frame: Any) -> bool:
+    """Was it the import system? What it reads counts by the fingerprint of the code."""
+    return frame is not None and "importlib" in frame.f_code.co_filename
