@@ -43,7 +43,7 @@ from ._values import (
 
 if TYPE_CHECKING:
     import ast
-    from collections.abc import Callable, Container, Iterable, Iterator
+    from collections.abc import Callable, Container, ItemsView, Iterable, Iterator, KeysView, ValuesView
 
 
 @dataclass(frozen=True)
@@ -505,6 +505,16 @@ class _Places(Mapping[tuple[str, int], Any]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+    # those of a dict, which need no call for each of a million places
+    def keys(self) -> KeysView[tuple[str, int]]:
+        return self._found.keys()
+
+    def items(self) -> ItemsView[tuple[str, int], Any]:
+        return self._found.items()
+
+    def values(self) -> ValuesView[Any]:
+        return self._found.values()
 
 
 # ---- code that is asked about again and again ----
