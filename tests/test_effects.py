@@ -138,6 +138,7 @@ SET_AGAIN = {
     "sklearn.set_config": ("", "import sklearn\nsklearn.set_config(transform_output='pandas')", "look = sklearn.get_config()['transform_output']"),
     "polars' options": ("", "import polars as pl\nx = pl.Config.set_tbl_rows(3).set_fmt_float('full') and 1", "look = str(pl.DataFrame({'a': [float(n) for n in range(9)]}))"),
     "a context variable": ("import contextvars\nv = contextvars.ContextVar('v')", "t = v.set([1])\ndel t", "look = v.get()"),
+    "what numexpr remembers": ("import pandas as pd, numpy as np, numexpr\nd = pd.DataFrame({'a': np.arange(200_000.0)})", "q = len(d.query('a > 100'))\nv = numexpr.evaluate('a + 1', {'a': d.a.values}).sum()", "look = q, float(v)"),
     "nest_asyncio": ("", "import nest_asyncio\nnest_asyncio.apply()", "import asyncio\nlook = asyncio.run(asyncio.sleep(0, 5))"),
     "%precision": ("", "%precision 2", "f = get_ipython().display_formatter.formatters['text/plain']\nlook = f(1.23456)\ndel f"),
     "%pprint": ("", "%pprint", "look = get_ipython().display_formatter.formatters['text/plain'].pprint"),

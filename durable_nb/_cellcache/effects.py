@@ -39,8 +39,6 @@ class Effects:
 
 _SETTINGS_OF = {"numpy", "decimal"}
 """Packages that keep settings in context variables, which are known as settings."""
-_MEMORIES = {"numexpr"}
-"""Packages that remember there what they were last called with: no part of any result."""
 
 
 def variables_kept(
@@ -52,7 +50,7 @@ def variables_kept(
     for variable, value in variables:
         place = _place(variable, names)
         package = place.partition(":")[0].partition(".")[0] if ":" in place else ""
-        if package in _SETTINGS_OF | _MEMORIES or variable.name in _BY_NAME:
+        if package in _SETTINGS_OF or variable.name in _BY_NAME or _is_numexprs(variable):
             continue
         if not place:
             raise UnsettableError(f"it sets the context variable {variable.name}")
@@ -62,6 +60,12 @@ def variables_kept(
 
 _BY_NAME = {"decimal_context", "numpy.format_options", "numpy_extobj"}
 """Of C code's, and of hidden objects."""
+
+
+def _is_numexprs(variable: ContextVar[Any]) -> bool:
+    """It remembers there what it was last called with: no part of any result."""
+    last = getattr(sys.modules.get("numexpr.necompiler"), "_numexpr_last", None)
+    return getattr(getattr(last, "l", last), "_context_data", None) is variable
 
 
 def _place(variable: ContextVar[Any], names: Mapping[str, Any]) -> str:
