@@ -289,6 +289,11 @@ def configuration(name: str) -> Callable[[Any], Any] | None:
 def configure(kind: type, configuration: Callable[[Any], str]) -> None:
     """From now on values of `kind` count by their type and the text `configuration(value)`."""
     CONFIGURED[f"{kind.__module__}.{kind.__qualname__}"] = configuration
+    SAID.add(configuration)
+
+
+SAID: set[Callable[[Any], Any]] = set()
+"""Configurations that `configure` got: they tell all, whatever else instances of a user's class hold."""
 
 
 # ---- what a user's class adds ----

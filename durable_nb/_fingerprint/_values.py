@@ -31,7 +31,7 @@ from xxhash import xxh3_128_digest
 
 from durable_nb._reducers import attributes_of
 
-from ._objects import CONFIGURED, HOLDS, OPAQUE_TYPES, added, configuration
+from ._objects import CONFIGURED, HOLDS, OPAQUE_TYPES, SAID, added, configuration
 from ._owners import public_module
 from ._plain import WORTH_IT, layers, plain_members
 
@@ -816,7 +816,7 @@ def _outer(walk: Walk, obj: Any, asked: Callable[[Any], Any] | None) -> Iterator
         except Exception:  # a closed connection, a file without a name
             unknown = True
     walk.by_type(obj, configured=not unknown)
-    own = {} if walk.graph.by_name(type(obj)) is not None else added(obj)
+    own = {} if asked in SAID or walk.graph.by_name(type(obj)) is not None else added(obj)
     walk.keep.append((found, own))
     return _told(walk, obj, found, own)
 
