@@ -476,7 +476,7 @@ def test_an_ignored_name_does_not_count_in_the_cell_nor_in_its_helpers(shared):
     assert why(k.run(cell)) == "level changed"
     assert k.value("y") == 6
     shown = k.run("%%durable quiet --ignore log,feed,fed\ny = noisy(2)")
-    assert "--ignore lok: neither the cell nor a helper of it reads that name" in shown.told[-1]
+    assert "--ignore fed: neither the cell nor a helper of it reads that name" in shown.told[-1]
 
 
 def test_a_skipped_name_is_not_stored_and_wanted_again_it_is_made_again(tmp_path):
@@ -533,10 +533,7 @@ def test_an_extra_expression_is_part_of_the_key(shared):
 def test_identify_says_how_an_opaque_object_counts(shared):
     """By what the function gives: plain data of the same content is the same client; what is opaque itself is refused."""
     k = shared
-    k.run(
-        "class Client:\n    def __init__(self, url):\n"
-        "        self.url, self.feed = url, (n for n in url)\nc = Client('a')"
-    )
+    k.run("class Client:\n    def __init__(self, url):\n        self.url, self.feed = url, (n for n in url)\nc = Client('a')")
     cell = "%%durable asks\nu = c.url"
     k.run(cell)
     assert "can't be compared" in why(k.run(cell))
