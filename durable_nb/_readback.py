@@ -181,6 +181,8 @@ def _function(fn: types.FunctionType) -> list[Any]:
 
 def _array(array: Any) -> list[Any] | None:
     numpy: Any = sys.modules["numpy"]
+    if type(array) is numpy.ma.MaskedArray:  # pickle writes down the usual fill value, which wasn't asked for yet
+        return [array.view(numpy.ndarray), numpy.ma.getmaskarray(array), array.fill_value, array.hardmask]
     if type(array) not in (numpy.ndarray, numpy.matrix, numpy.recarray, numpy.memmap) and not isinstance(array, numpy.generic):
         return None
     told = [str(array.dtype), array.shape]

@@ -21,8 +21,8 @@ from pathlib import Path
 HIDDEN = re.compile(r"_{2,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|__\w+__|In|Out|get_ipython|exit|quit|open|durable|load_ext")
 CHANCE, TIMES, NEVER = re.compile("time_$|_id$"), re.compile("_(fit|score)_time$"), re.compile("(?!)")
 """Of scikit-learn's objects: how long something took, and an address."""
-_ORDERED = re.compile(r"_.*_$")
-"""Python's and enum's own members of a class: nobody sees in which order they come; the others keep theirs."""
+_ORDERED = re.compile("_")
+"""Members of a class that are Python's, or a library's, own: nobody sees in which order they come; the others keep theirs."""
 LONG = 600
 """Characters from which on a text is told by its digest."""
 
