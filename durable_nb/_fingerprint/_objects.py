@@ -87,9 +87,6 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
     "_csv.reader": _reader,
     "queue.Queue": _queue,
     "asyncio.queues.Queue": _queue,
-    "tqdm.std.tqdm": lambda obj: tuple(
-        getattr(obj, name, None) for name in ("iterable", "n", "total", "desc", "unit", "disable")
-    ),
     # neither in how many chunks they lie nor whether they were found to be sorted says anything
     "polars.dataframe.frame.DataFrame": lambda obj: (obj.height, obj.get_columns()),
     "polars.series.series.Series": lambda obj: (obj.name, str(obj.dtype), obj.rechunk().to_arrow()),
@@ -208,16 +205,21 @@ def _file(obj: Any) -> Any:
     if not obj.readable():
         return known
     position, number = obj.tell(), obj.fileno()  # a file that is being iterated doesn't tell: it counts as unknown
+    found = os.fstat(number)
+    return (*known, position, _content_of_file(number, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _content_of_file(number: int, *_state: int) -> str:
+    """The digest of an open file, remembered for as long as its size and modification time stay."""
     content, at = xxh3_128(), 0
     while chunk := os.pread(number, 1 << 20, at):
         content.update(chunk)
         at += len(chunk)
-    return (*known, position, content.hexdigest())
+    return content.hexdigest()
 
 
 def _pool(obj: Any) -> Any:
-    if obj._work_queue.qsize():
-        raise ValueError("work is pending")
     context = obj._create_worker_context() if sys.version_info >= (3, 14) else None
     begun = (obj._initializer, obj._initargs) if context is None else (context.initializer, context.initargs)
     given = None if re.fullmatch(r"ThreadPoolExecutor-\d+", obj._thread_name_prefix) else obj._thread_name_prefix
@@ -225,8 +227,6 @@ def _pool(obj: Any) -> Any:
 
 
 def _processes(obj: Any) -> Any:
-    if obj._pending_work_items:
-        raise ValueError("work is pending")
     return obj._max_workers, obj._shutdown_thread, obj._initializer, obj._initargs
 
 
@@ -249,13 +249,14 @@ CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "_io.BufferedReader": _file,
     "_io.BufferedWriter": lambda obj: (obj.name, obj.mode),
     "_io.BufferedRandom": _file,
-    "_thread.lock": lambda obj: obj.locked(),
-    "_thread.RLock": lambda obj: repr(obj).startswith("<unlocked"),
-    "asyncio.locks.Lock": lambda obj: obj.locked(),
+    # who holds a lock just now is chance: steps at work side by side are asked about while others hold it
+    **dict.fromkeys(
+        ("_thread.lock", "_thread.RLock", "asyncio.locks.Lock", "asyncio.locks.Semaphore", "threading.Semaphore"), lambda _: ()
+    ),
     "asyncio.locks.Event": lambda obj: obj.is_set(),
-    "asyncio.locks.Semaphore": lambda obj: obj._value,
     "threading.Event": lambda obj: obj.is_set(),
-    "threading.Semaphore": lambda obj: obj._value,
+    # how far a bar has come is what steps beside this one do to it
+    "tqdm.std.tqdm": lambda obj: tuple(getattr(obj, name, None) for name in ("iterable", "total", "desc", "unit", "disable")),
     "concurrent.futures.thread.ThreadPoolExecutor": _pool,
     "concurrent.futures.process.ProcessPoolExecutor": _processes,
 }

@@ -617,7 +617,20 @@ def _partial(walk: Walk, obj: functools.partial[Any]) -> Iterator[Any] | None:
 def _cached(walk: Walk, obj: Any) -> Iterator[Any] | None:
     # what lru_cache remembers is no input: calling the function must not change its identity
     walk.out += b"Xlru;"
+    if obj.cache_info().currsize and _reads_data(obj.__wrapped__):
+        # unless it remembers what the function gave when the variables that it reads held something else
+        walk.opaque.add(Opaque(walk.label, "functools.lru_cache that is filled", configured=False))
     return iter((obj.__wrapped__,))
+
+
+def _reads_data(fn: Any) -> bool:
+    if not isinstance(fn, types.FunctionType):
+        return False
+    from ._source import read
+
+    held = (look_up(name, fn.__globals__) for name in read(fn.__code__).executed)
+    code = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+    return any(value is not MISSING and not isinstance(value, code) for value in held)
 
 
 def _alias_type(walk: Walk, obj: Any) -> Iterator[Any] | None:
