@@ -66,7 +66,7 @@ class Sharing:
         if source is not None and array.flags.writeable and not owner.flags.writeable:
             raise InseparableError("an array that shares memory with an earlier one, which is read-only")
         offset = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-        layout = owner.shape, owner.strides, owner.dtype.str
+        layout = _layout(owner)
         made_from = owner if source is None else source
         return _view, (made_from, layout, kind, array.dtype, array.shape, array.strides, offset, array.flags.writeable)
 
@@ -121,6 +121,11 @@ def _owner(begin: int, end: int, members: list[tuple[int, int, Any, Any]]) -> tu
     return memory, None
 
 
+def _layout(array: Any) -> tuple[Any, ...]:
+    """The stride of a dimension of one says nothing: numpy chooses another one when the array comes back."""
+    return array.shape, tuple(s for n, s in zip(array.shape, array.strides, strict=True) if n > 1), array.dtype.str
+
+
 def _view(
     owner: Any,
     layout: tuple[Any, ...],
@@ -136,7 +141,7 @@ def _view(
     if isinstance(owner, tuple):
         frame, number = owner
         owner = frame._mgr.blocks[number].values
-    if layout != (owner.shape, owner.strides, owner.dtype.str):
+    if layout != _layout(owner):
         raise ValueError("the array that another one is a view of is another now")
     if owner.flags.forc and not dtype.hasobject:
         array = numpy.ndarray(shape, dtype, owner if owner.flags.c_contiguous else owner.T, offset, strides)

@@ -43,6 +43,7 @@ MEMORY = {
     "a field": (NP, "rec = np.zeros(3, [('x', 'i4'), ('y', 'f8')])\nx = rec['x']", "x[:] = 4; l = rec.tolist()"),
     "a displayed view": (NP + "\nA = np.arange(12).reshape(3, 4)", "A[1:3]", "_[0] = 9; l = A.tolist()"),
     "a displayed view of a large array": (NP + "\nA = np.arange(300_000.).reshape(3, -1)", "A[1:3]", "_[0] = 9; l = A.sum()"),
+    "of a frame of one column of its kind": (PD, "d = pd.DataFrame({'a': np.arange(9.), 's': list('abcabcabc')})\nd['b'] = d.a * 2\nd.loc[[3], 'b'] = np.nan\nd = d.dropna()\nd[-5:]", "l = d.b.tolist(), _.b.tolist()"),
     "objects": (NP, "o = np.array([[1], 'b', None, {}], dtype=object)\np = o[1:3]", "p[0] = 'new'; l = o.tolist()"),
     "two views of something gone": (NP, "a = np.arange(10)\nu, v = a[:6], a[4:]\ndel a", "u[5] = 99; l = v.tolist()"),
     "a matrix": (NP, "m = np.matrix([[1, 2], [3, 4]])\nr = m[0]", "r[0, 0] = 9; l = m.tolist(), type(r).__name__"),
