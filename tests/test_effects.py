@@ -203,6 +203,17 @@ def test_a_database_in_memory_counts_by_what_it_holds(sessions, tmp_path):
         assert found["state"]["look"] == '["builtins.tuple", "int 0x2"]'
 
 
+def test_a_key_that_a_client_is_made_with_is_read_anew_and_never_written_to_disk(sessions, tmp_path):
+    """A rotated one costs nothing, and is the one that the restored client has."""
+    cell = "%%durable client\nimport os, openai\nllm = openai.OpenAI(api_key=os.environ['OPENAI_API_KEY'])"
+    for key, told in (("sk-one-and-only", "running: first run"), ("sk-another", "restored")):
+        before = f"import os\nos.environ['OPENAI_API_KEY'] = '{key}'"
+        found = sessions.run([before, cell, "look = llm.api_key"], tmp_path)
+        assert (found["told"][-1], found["state"]["look"]) == (told, f"\"str '{key}'\"")
+    written = [path for path in (tmp_path / ".durable_nb").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"sk-one-and-only" in path.read_bytes()]
+
+
 def test_a_database_in_a_file_is_outside(sessions, tmp_path):
     """What was read through a connection of an earlier cell is kept, whatever the file holds now."""
     before = "import sqlite3\ncon = sqlite3.connect('outside.db')\nx = con.executescript('create table if not exists t (a); insert into t values (1);')\ndel x"
