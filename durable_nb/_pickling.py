@@ -538,29 +538,23 @@ def _faithful(cls: type, reduced: Any, *, anew: bool = False) -> Any:
 def _skeleton(make: Any, constructor: Any, name: str, bases: tuple[type, ...], given: dict[str, Any], *more: Any) -> type:
     """A class without its attributes yet. No code of the user's runs: neither a metaclass's nor `__init_subclass__`, which has
     done its work when the class was defined."""  # fmt: skip
-    lineage = [base for direct in bases for base in direct.__mro__]
+    lineage = [base for direct in bases for base in getattr(direct, "__mro__", ())]  # Generic[T] is no class
     hooked = any("__init_subclass__" in vars(base) and not is_installed(base) for base in lineage)
     if is_installed(constructor) and not hooked:
         return make(constructor, name, bases, given, *more)  # type: ignore[no-any-return]
     native = next(kind for kind in constructor.__mro__ if is_installed(kind))
-    silent = _Silent if bases[0].__dictoffset__ else _SilentInSlots  # of the same layout: the bases are exchanged below
-    cls: Any = native.__new__(constructor, name, (silent, *bases) if hooked else bases, dict(given))
+    cls: Any = native.__new__(constructor, name, (_silent(lineage), *bases) if hooked else bases, dict(given))
     if hooked:
         cls.__bases__ = bases
     return cloudpickle.cloudpickle._lookup_class_or_track(more[0], cls)  # type: ignore[no-any-return]
 
 
-class _SilentInSlots:
-    """Stands before the bases of a class while it is made, so that theirs is not called."""
-
-    __slots__ = ()
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        pass
-
-
-class _Silent:
-    __init_subclass__ = _SilentInSlots.__init_subclass__
+def _silent(lineage: list[type]) -> type:
+    """Stands before the bases of a class while it is made, so that their `__init_subclass__` is not called. Of the same layout:
+    the bases are exchanged afterwards."""  # fmt: skip
+    above = next((base.__base__ for base in reversed(lineage) if base.__dictoffset__), None)
+    own = {"__init_subclass__": classmethod(lambda _cls, **_: None)}
+    return type(above or object)("_Silent", (above or object,), own if above else {**own, "__slots__": ()})
 
 
 def _load_module_of(cls: type) -> None:
