@@ -23,30 +23,20 @@ class Branch:
         self.name = name
         self._root = root or self
         self._children: Counter[str] = Counter()
-        self._tasks: dict[str, asyncio.Task[Any]] = {}
-        """Of the root: the tasks that live, by their branch."""
-        self._cancelled: set[str] = set()
+        self._made = {name}
+        """Of the root: all branches that there have been."""
 
     def child(self, coro: Coroutine[Any, Any, Any]) -> Branch:
         """The branch of a task that runs `coro`."""
         kind = getattr(coro, "__qualname__", type(coro).__name__)
         self._children[kind] += 1
-        return Branch(f"{self.name}/{kind}#{self._children[kind]}", self._root)
+        name = f"{self.name}/{kind}#{self._children[kind]}"
+        self._root._made.add(name)
+        return Branch(name, self._root)
 
-    def belongs_to(self, task: asyncio.Task[Any]) -> None:
-        """Note how the task ends."""
-        self._root._tasks[self.name] = task
-        task.add_done_callback(self._ended)
-
-    def was_cancelled(self, name: str) -> bool:
-        """Was the task of that branch cancelled, or one that it comes from?"""
-        cancelled = self._cancelled | {own for own, task in self._tasks.items() if task.cancelling()}
-        return any(name == own or name.startswith(f"{own}/") for own in cancelled)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._root._tasks.pop(self.name, None)
-        if task.cancelled():
-            self._root._cancelled.add(self.name)
+    def has_made(self, name: str) -> bool:
+        """Of the root: has there been a task of that name in this execution?"""
+        return name in self._made
 
 
 current_branch: ContextVar[Branch | None] = ContextVar("durable_nb_branch", default=None)
@@ -82,9 +72,6 @@ class _Factory:
             context = options["context"] = copy_context()
             branch = parent.child(coro)
             context.run(current_branch.set, branch)
-            task = self._made(loop, coro, options)
-            branch.belongs_to(task)
-            return task
         return self._made(loop, coro, options)
 
     def _made(self, loop: asyncio.AbstractEventLoop, coro: Any, options: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ class CellRun(Run):
         super().__init__(engine, record, held, resumed=resumed)
         self.what = f"cell {record.name!r}"
         self._occurrences = Occurrences({})
+        self._sleeps = Occurrences({})
         self._counts: dict[str, int] = {}
         self._again: dict[str, int] = {}
         self._checked: set[str] = set()
@@ -51,6 +52,11 @@ class CellRun(Run):
             identity, number = key.rsplit("/", 2)[1:]
             recorded.setdefault(identity, set()).add(int(number))
         self._occurrences = Occurrences(recorded)
+        sleeps: dict[str, set[int]] = {}
+        for key, row in self._timers.items():
+            name = unpack(self.engine.store.seal, key, row, Timer).name
+            sleeps.setdefault(name, set()).add(int(key.rpartition("/")[2]))
+        self._sleeps = Occurrences(sleeps)
         for key, row in loose.items():
             known = unpack(self.engine.store.seal, key, row, Loose)
             self._loose[known.kind, known.name] = known.left_out
@@ -204,10 +210,22 @@ class CellRun(Run):
         outcome = self._recorded(key.outcome)
         return outcome.branch if outcome is not None else ""
 
-    def _timer_key(self, request: SleepRequest, branch: str) -> str:  # noqa: ARG002
-        n = self._counts.get(request.name, 0)
-        self._counts[request.name] = n + 1
+    def _timer_key(self, request: SleepRequest, branch: str) -> str:
+        """The sleep of this task that was recorded, else one of a task that isn't there any more (a helper was renamed), else
+        a new one: of two tasks that sleep under one name, neither takes the other's beginning."""  # fmt: skip
+        recorded = {n: self._sleeper(request.name, n) for n in self._sleeps.rivals(request.name)}
+        own = [n for n, sleeper in recorded.items() if sleeper == branch]
+        left = [n for n, sleeper in recorded.items() if not self._branch.has_made(sleeper)]
+        n = next(iter((*own, *left)), None)
+        if n is None:
+            n = self._sleeps.new(request.name)
+        else:
+            self._sleeps.leave_out(request.name, n)
         return rec.timer_key(self.id, request.name, n)
+
+    def _sleeper(self, name: str, n: int) -> str:
+        key = rec.timer_key(self.id, name, n)
+        return unpack(self.engine.store.seal, key, self._timers[key], Timer).branch
 
     def _child_key(self, workflow: str, branch: str, arguments: Callable[[], str]) -> str:  # noqa: ARG002
         identity = digest_of("start", workflow, arguments())

@@ -25,6 +25,7 @@ from durable_nb._cellrun import CellRun
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
+from durable_nb._muting import Muting
 from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
 from durable_nb._request import Changed
 from durable_nb._run import Held, Run, Work
@@ -78,6 +79,8 @@ class Engine:
         """What starts and finds the runs of workflows of this store, and awaits them."""
         self._awaited: dict[str, _Awaited] = {}
         """Runs that other processes execute, and that somebody here waits for."""
+        self.muting: Callable[[], Muting] = Muting
+        """What keeps a repeated workflow from showing again what it showed."""
         self._kept: set[asyncio.Task[Any]] = set()
         self.changed: defaultdict[str, list[Changed]] = defaultdict(list)
         """By scope: steps of unfinished runs that have changed live objects of this kernel, in order."""

@@ -106,6 +106,10 @@ class History:
         """Is there something left to deliver?"""
         return self.activation < len(self._deliveries)
 
+    def is_repeating(self) -> bool:
+        """Has the code done this before? All that it did up to a recorded delivery, and up to the last recorded request."""
+        return self.activation <= self._closed or self.is_replaying()
+
     def peek(self) -> Delivery:
         """What is delivered next."""
         return self._deliveries[self.activation]

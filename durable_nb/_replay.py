@@ -86,12 +86,16 @@ class Occurrences:
         """The number of this request. `branches` tells in which branch each recorded one was asked for."""
         free = self._free.get(identity)
         if not free:
-            number = self._next[identity]
-            self._next[identity] = number + 1
-            return number
+            return self.new(identity)
         own = [n for n in free if branches is not None and branches.get(n) == branch]
         number = own[0] if own else free[0]
         free.remove(number)
+        return number
+
+    def new(self, identity: str) -> int:
+        """A number that no record has."""
+        number = self._next[identity]
+        self._next[identity] = number + 1
         return number
 
     def leave_out(self, identity: str, number: int) -> None:

@@ -92,10 +92,6 @@ class Stage:
     def changed(self) -> None:
         """The run's facts changed. Called often, must be cheap."""
 
-    def muted(self) -> AbstractContextManager[None]:
-        """While entered, what the workflow's own code prints, displays and logs is shown nowhere: it is being repeated."""
-        return nullcontext()
-
 
 @dataclass(slots=True)
 class Held:

@@ -276,12 +276,10 @@ _SCALARS = {int, str, bool, float, bytes, type(None)}
 
 
 def _digest_of(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What tells calls of one function apart: their arguments, those of a partial and the object of a method included. Equal
-    where that can't be told: such calls are told apart by their order."""  # fmt: skip
+    """What tells calls of one function apart: their arguments, those of a partial included. Equal where that can't be told:
+    such calls are told apart by their order."""  # fmt: skip
     while isinstance(fn, functools.partial):
         args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
-    if (bound := getattr(fn, "__self__", None)) is not None and not isinstance(bound, types.ModuleType):
-        args = (bound, *args)
     try:
         if _SCALARS.issuperset(map(type, args)) and not kwargs:
             return hashlib.blake2b(msgspec.msgpack.encode(args), digest_size=8).hexdigest()

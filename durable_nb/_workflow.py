@@ -71,6 +71,9 @@ class Workflow(Generic[_P, _T]):
                 f"on_conflict={on_conflict!r}: write one of {', '.join(map(repr, _ON_CONFLICT))}; nothing was started"
             )
         texts = (labels,) if isinstance(labels, str) else tuple(labels)
+        for label in texts:
+            if not isinstance(label, str):
+                raise TypeError(f"start(..., labels={labels!r}): {label!r} is not text; nothing was started")
         parent = current_run.get()
         if parent is not None and current_body.get() is None:
             request = StartRequest(self.name, args, kwargs, id, texts, on_conflict, lambda: _digest_of(args, kwargs))
@@ -199,6 +202,8 @@ class Run:
     def cancel(self, reason: str = "") -> None:
         """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
         _refuse_in_workflow("run.cancel()")
+        if not isinstance(reason, str):
+            raise TypeError(f"cancel({reason!r}): the reason is a text; nothing was cancelled")
         self._engine.cancel(self.id, reason)
 
     def __repr__(self) -> str:

@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import heapq
 import inspect
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -182,6 +184,7 @@ class WorkflowRun:
         """By identity: exceptions that the code was given, and of which request."""
         self._answers: dict[int, tuple[int, Any]] = {}
         self._closed = -1
+        self._muting = engine.muting()
         self._is_live = self._is_over = self._is_scheduled = self._has_told_idle = False
         self._last_commit_s = time.monotonic()
         self._looked: Counter[str] = Counter()
@@ -293,6 +296,9 @@ class WorkflowRun:
         __tracebackhide__ = True
         if isinstance(self._stopped, LeaseLost):
             raise asyncio.CancelledError
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # a `finally` that it came to asks for no step
+            self._host.call_soon(self.stop, KeyboardInterrupt(f"{self.what} was interrupted"))
+            raise KeyboardInterrupt
         if self._is_over or self._main is None or self._main.done():
             raise NotInRunError(
                 f"step {name!r} was asked for when {self.what} was over; nothing was run. Await the task that asks for it in "
@@ -371,10 +377,11 @@ class WorkflowRun:
             return
         until_s = time.perf_counter() + SLICE_S
         try:
-            while self._go_on(until_s):
-                if time.perf_counter() > until_s:
-                    self._schedule()
-                    return
+            with nullcontext() if self._is_live else self._muting.installed():
+                while self._go_on(until_s):
+                    if time.perf_counter() > until_s:
+                        self._schedule()
+                        return
         except Interrupted:
             self._end(_Over(Status.INTERRUPTED, error=KeyboardInterrupt(f"{self.what} was interrupted")))
         except Mismatch as mismatch:
@@ -383,12 +390,17 @@ class WorkflowRun:
             self._end(_Over(Status.INTERRUPTED, error=error))
         except DurableError as error:
             self._end(_Over(Status.FAILED, error=error))
+        except Exception as error:  # of the engine's own: told to whoever waits, instead of a run that hangs
+            self._end(_Over(Status.INTERRUPTED, error=error))
 
     def _go_on(self, until_s: float) -> bool:
         """Let the code run, or deliver one thing to it; False where there is nothing to do."""
         history = self._history
-        with self._quiet():
+        self._muting.is_on = history.is_repeating()  # what the code says now was said when it happened
+        try:
             all_ran = self._loop.run_ready(until_s)
+        finally:
+            self._muting.is_on = False
         if not all_ran:
             return True
         if self._closed < history.activation or self._fresh:
@@ -414,10 +426,6 @@ class WorkflowRun:
         self._arm()
         self._check_idle()
         return False
-
-    def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        """What the code prints while history is repeated was shown when it happened."""
-        return contextlib.nullcontext() if self._is_live else self.stage.muted()
 
     def _close(self) -> None:
         """The activation is over: its requests are matched; live, they begin."""
@@ -508,9 +516,11 @@ class WorkflowRun:
             self._alarm = self._host.create_task(self._wake(due_s))
 
     async def _wake(self, due_s: float) -> None:
-        while (left := due_s - self._run_s()) > 0:
-            if await self.engine.clock.wait(min(left, RECHECK_S), self._is_at_work):
-                break
+        left = due_s - self._run_s()
+        while left > 0:
+            piece = min(left, RECHECK_S)
+            is_over = await self.engine.clock.wait(piece, self._is_at_work)
+            left = left - piece if is_over else due_s - self._run_s()
         if self._timers and self._timers[0][0] == due_s:
             _, number, _ = heapq.heappop(self._timers)
             self._alarm = None
@@ -668,7 +678,7 @@ class WorkflowRun:
         try:
             places = ask.what.fingerprint().places()
             return _patches.apply(packed, places, value)
-        except (KeyError, Unhashable):
+        except Exception:  # there is something else at these places
             self.stage.notice(
                 f"step {ask.request.name!r} of {self.what} changed its arguments when it ran; restored, it can't: they are "
                 "others now"
@@ -1082,6 +1092,8 @@ class WorkflowRun:
         """The code is done: what it returned or raised."""
         self._history.check_returned()
         error = None if main.cancelled() else main.exception()
+        if isinstance(error, RuntimeError) and "different" in str(error) and "loop" in str(error):
+            error.add_note(f"durable_nb: {self._never_woken()}")
         if self._cancelled is not None:
             self._end(_Over(Status.CANCELLED, error=self._cancelled, ended_by=()))
         elif main.cancelled():

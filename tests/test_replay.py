@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from programs import EDITS, Life, World, edited, generate, unique
 
 import durable_nb as durable
 from durable_nb import _current
+from durable_nb.errors import NonDeterminismError
 from durable_nb.testing import FakeClock, MemoryStore, outcomes, redefine, runtime
 
 PROGRAMS = int(os.environ.get("DURABLE_NB_PROGRAMS", "120"))
@@ -175,3 +177,498 @@ def _each(one: Any, salt: int) -> None:
             raise
         if not n % 50:
             gc.collect()
+
+
+# -- shapes that an order of tasks would replay otherwise -------------------------------------------------------------------
+
+
+class Shop:
+    """Bodies, what they did, and gates that hold them until a test opens them."""
+
+    def __reduce__(self) -> Any:  # the same value always: what it notes is the outer world
+        return Shop, ()
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+        self._gates: dict[Any, asyncio.Event] = {}
+
+    def gate(self, name: Any) -> asyncio.Event:
+        return self._gates.setdefault(name, asyncio.Event())
+
+    async def held(self, name: Any) -> Any:
+        await self.gate(name).wait()
+        self.done.append(name)
+        return name
+
+    async def do(self, name: Any) -> Any:
+        self.done.append(name)
+        return name
+
+    async def refuse(self, name: Any) -> Any:
+        raise KeyError(name)
+
+
+async def until(condition: Any) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail("waited in vain")
+
+
+def names(store: MemoryStore) -> list[str]:
+    return [outcome.name for outcome in outcomes(store)]
+
+
+def _killed_and_resumed(body: Any, when: Any, then: Any, *, clock: FakeClock | None = None) -> Any:
+    """What the run comes to that is killed when `when(store)` has come true (a coroutine function), after `then()`."""
+
+    async def main() -> Any:
+        order, store = redefine(body, name="order"), MemoryStore()
+        async with runtime(store, clock=clock) as process:
+            order.start(id="42")
+            await when(store)
+            process.kill()
+        then()
+        async with runtime(store, clock=clock):
+            return await asyncio.wait_for(_outcome(durable.get_run("42").resume()), 20)
+
+    return asyncio.run(main())
+
+
+def test_of_parallel_quotes_each_is_charged_once_in_the_order_in_which_they_came():
+    shop = Shop()
+
+    async def body():
+        charged = {}
+        for nearest in asyncio.as_completed([durable.run("quote", shop.held, n) for n in range(6)]):
+            n = await nearest
+            charged[n] = await durable.run("charge", shop.do, f"charge {n}")
+        return charged
+
+    async def when(store):
+        for k, n in enumerate((4, 1, 5), 1):
+            shop.gate(n).set()
+            await until(lambda k=k: len(names(store)) == 2 * k)
+
+    result = _killed_and_resumed(body, when, lambda: [shop.gate(n).set() for n in range(6)])
+    assert result == {n: f"charge {n}" for n in range(6)}
+    assert sorted(map(str, shop.done)) == sorted(map(str, [*range(6), *(f"charge {n}" for n in range(6))]))
+
+
+def test_a_supplier_that_answered_first_is_the_first_again():
+    shop = Shop()
+
+    async def body():
+        tasks = [asyncio.create_task(durable.run(f"offer {n}", shop.held, n)) for n in "ab"]
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        bought = await durable.run("buy", shop.do, next(t for t in tasks if t in ended).result())
+        return bought, await durable.run("last", shop.held, "last")
+
+    async def when(store):
+        shop.gate("b").set()
+        await until(lambda: "buy" in names(store))
+        shop.gate("a").set()
+        await until(lambda: "offer a" in names(store))
+
+    assert _killed_and_resumed(body, when, shop.gate("last").set) == ("b", "last")
+    assert shop.done == ["b", "b", "a", "last"]
+
+
+def test_a_durable_time_out_falls_where_it_fell_and_what_it_cut_off_is_not_executed():
+    shop = Shop()
+
+    async def slow(name):
+        await asyncio.sleep(0.15)
+        return await shop.do(name)
+
+    async def body():
+        try:
+            async with asyncio.timeout(0.22):
+                await durable.run("reserve", slow, "reserve")
+                await durable.run("charge", slow, "charge")
+        except TimeoutError:
+            await durable.run("fall back", shop.do, "fall back")
+        return await durable.run("last", shop.held, "last")
+
+    async def when(store):
+        await until(lambda: "fall back" in names(store))
+
+    assert _killed_and_resumed(body, when, shop.gate("last").set) == "last"
+    assert [name for name in shop.done if name != "charge"] == ["reserve", "fall back", "last"]
+    assert shop.done.count("charge") <= 1  # the first life's body may have ended before it died; the second begins none
+
+
+def test_a_sleep_of_asyncios_own_is_durable():
+    """It ends an hour after it began, whatever happened meanwhile, and no row of its own is needed for its beginning."""
+    shop, clock = Shop(), FakeClock()
+    told = []
+
+    async def body():
+        await durable.run("a", shop.do, "a")
+        began = clock.wall_s
+        await asyncio.sleep(3600)
+        told.append(clock.wall_s - began)
+        return await durable.run("b", shop.do, "b")
+
+    async def main():
+        order, store = redefine(body, name="order"), MemoryStore()
+        async with runtime(store, clock=clock, crash="after:step") as process:
+            with suppress(BaseException):
+                await order.start(id="42")
+        assert process.crashed
+        began = clock.wall_s
+        clock.advance("50m")
+        async with runtime(store, clock=clock):
+            assert await durable.get_run("42").resume() == "b"
+        assert clock.wall_s - began == pytest.approx(3600, abs=1)
+
+    asyncio.run(main())
+
+
+def test_a_deleted_parallel_step_beside_one_that_is_recorded_is_told_before_anything_runs():
+    """`report` was still at work when the process died: deleted from the code, `charge` must not be executed again."""
+    shop = Shop()
+
+    async def before():
+        return await asyncio.gather(durable.run("report", shop.held, "report"), durable.run("charge", shop.do, "charge"))
+
+    async def after():
+        return await asyncio.gather(durable.run("charge", shop.do, "charge"))
+
+    async def main():
+        store = MemoryStore()
+        async with runtime(store) as process:
+            redefine(before, name="order").start(id="42")
+            await until(lambda: names(store) == ["charge"])
+            process.kill()
+        shop.gate("report").set()
+        redefine(after, name="order")
+        async with runtime(store):
+            with pytest.raises(NonDeterminismError, match=r"run 'report'.*nothing was executed"):
+                await durable.get_run("42").resume()
+        assert shop.done == ["charge"]
+        redefine(before, name="order")
+        async with runtime(store):
+            assert await durable.get_run("42").resume() == ["report", "charge"]
+        assert shop.done == ["charge", "report"]
+
+    asyncio.run(main())
+
+
+def test_a_deleted_start_of_a_child_is_told_too():
+    shop = Shop()
+
+    async def child(n):
+        return await durable.run("c", shop.do, n)
+
+    async def before():
+        start = durable.workflow(name="child")(_current.workflow_functions["child"]).start
+        start(1)
+        await durable.run("charge", shop.do, "charge")
+        return await durable.run("last", shop.held, "last")
+
+    async def after():
+        await durable.run("charge", shop.do, "charge")
+        return await durable.run("last", shop.held, "last")
+
+    async def main():
+        store = MemoryStore()
+        redefine(child, name="child")
+        async with runtime(store) as process:
+            redefine(before, name="order").start(id="42")
+            await until(lambda: {"charge", "c"} <= set(names(store)))
+            process.kill()
+        shop.gate("last").set()
+        redefine(after, name="order")
+        async with runtime(store):
+            with pytest.raises(NonDeterminismError, match="start 'child'"):
+                await durable.get_run("42").resume()
+        assert sorted(map(str, shop.done)) == ["1", "charge"]
+
+    asyncio.run(main())
+
+
+def test_what_is_called_and_never_awaited_fails_the_run_and_is_named():
+    shop = Shop()
+
+    async def body():
+        durable.run("charge", shop.do, "charge")
+        return await durable.run("receipt", shop.do, "receipt")
+
+    async def main():
+        async with runtime():
+            run = redefine(body, name="order").start()
+            with pytest.raises(durable.DurableError, match=r"called step 'charge' and never awaited it.*write 'await'"):
+                await run
+            assert run.status == "failed"
+        assert shop.done == ["receipt"]
+
+    asyncio.run(main())
+
+
+def test_a_cut_off_step_whose_failure_the_code_caught_is_not_executed_by_a_later_resume():
+    """It was recorded as cut off; the failure that came afterwards is what is tried again."""
+    shop = Shop()
+
+    async def body():
+        try:
+            await durable.run("pay", durable.step(shop.held, at_most_once=True), "pay")
+        except durable.StepInterrupted:
+            await durable.run("call the bank", shop.do, "bank")
+        return await durable.run("receipt", durable.step(flaky, retries=0))
+
+    async def flaky():
+        if not shop.gate("mended").is_set():
+            raise ConnectionError
+        return "sent"
+
+    async def main():
+        store = MemoryStore()
+        order = redefine(body, name="order")
+        async with runtime(store) as process:
+            order.start(id="42")
+            await until(lambda: any(key.startswith("try/") for key in store.journal.rows))
+            process.kill()
+        shop.gate("pay").set()
+        async with runtime(store):
+            with pytest.raises(ConnectionError):
+                await durable.get_run("42").resume()
+            shop.gate("mended").set()
+            assert await durable.get_run("42").resume() == "sent"
+        assert shop.done == ["bank"]
+
+    asyncio.run(main())
+
+
+def test_a_failed_child_is_resumed_with_its_parent():
+    shop = Shop()
+
+    async def flaky():
+        if not shop.gate("mended").is_set():
+            raise ConnectionError("down")
+        return "sent"
+
+    async def child():
+        return await durable.run("send", durable.step(flaky, retries=0))
+
+    async def body():
+        start = durable.workflow(name="child")(_current.workflow_functions["child"]).start
+        await durable.run("a", shop.do, "a")
+        return await start(id="inner")
+
+    async def main():
+        redefine(child, name="child")
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            with pytest.raises(ConnectionError):
+                await run
+            shop.gate("mended").set()
+            assert await run.resume() == "sent"
+        assert shop.done == ["a"]
+
+    asyncio.run(main())
+
+
+def test_compensations_are_forgotten_with_the_failure_that_caused_them_and_told(caplog):
+    shop = Shop()
+
+    async def flaky():
+        if not shop.gate("mended").is_set():
+            raise ConnectionError("down")
+        return await shop.do("paid")
+
+    async def body():
+        await durable.run("lock", shop.do, "lock")
+        try:
+            await durable.run("pay", durable.step(flaky, retries=0))
+        finally:
+            await durable.run("unlock", shop.do, "unlock")
+        return "fine"
+
+    async def main():
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            with pytest.raises(ConnectionError):
+                await run
+            assert shop.done == ["lock", "unlock"]
+            shop.gate("mended").set()
+            assert await run.resume() == "fine"
+        assert shop.done == ["lock", "unlock", "paid", "unlock"]
+        assert any("forgotten: 'unlock'" in message for message in caplog.messages)
+
+    asyncio.run(main())
+
+
+# -- what a workflow's own code can't do -----------------------------------------------------------------------------------
+
+
+async def _in_thread(_: Any) -> None:
+    await asyncio.to_thread(os.getpid)
+
+
+async def _in_executor(_: Any) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, os.getpid)
+
+
+async def _socket(_: Any) -> None:
+    await asyncio.open_connection("127.0.0.1", 9)
+
+
+async def _subprocess(_: Any) -> None:
+    await asyncio.create_subprocess_exec("true")
+
+
+async def _signal(_: Any) -> None:
+    asyncio.get_running_loop().add_signal_handler(2, print)
+
+
+async def _status(shop: Any) -> None:
+    assert shop.run.status
+
+
+async def _result(shop: Any) -> None:
+    shop.run.result()
+
+
+async def _event(shop: Any) -> None:
+    await shop.gate("of the notebook").wait()
+
+
+async def _future(shop: Any) -> None:
+    await shop.future
+
+
+async def _nothing(_: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def _spinning(_: Any) -> None:
+    while True:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+REFUSED = [_in_thread, _in_executor, _socket, _subprocess, _signal, _status, _result, _event, _future, _nothing, _spinning]
+
+
+@pytest.mark.parametrize("code", REFUSED, ids=lambda code: code.__name__.strip("_"))
+def test_what_a_replay_would_not_see_is_told_and_never_hangs(code):
+    shop = Shop()
+
+    async def body():
+        await durable.run("a", shop.do, "a")
+        await code(shop)
+
+    async def main():
+        async with runtime():
+            shop.future = asyncio.get_running_loop().create_future()
+            shop.run = redefine(body, name="order").start(id="42")
+            with pytest.raises((durable.DurableError, RuntimeError)) as raised:
+                await asyncio.wait_for(_outcome(shop.run), 15)
+            told = str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
+            assert "step" in told or "Await the task" in told, told
+            assert shop.run.status == "failed"
+
+    asyncio.run(main())
+
+
+def test_an_event_that_the_notebook_sets_fails_the_run_and_leaves_the_notebook_alone():
+    shop = Shop()
+
+    async def body():
+        await durable.run("a", shop.do, "a")
+        await shop.gate("of the notebook").wait()
+
+    async def main():
+        async with runtime() as process:
+            run = redefine(body, name="order").start(id="42")
+            await until(lambda: shop.done == ["a"] and process.engine.active["42"]._idle is not None)
+            shop.gate("of the notebook").set()
+            with pytest.raises(durable.NotSupportedError, match=r"Do this in a step"):
+                await asyncio.wait_for(_outcome(run), 15)
+
+    asyncio.run(main())
+
+
+def test_an_interrupt_in_the_codes_own_line_ends_the_execution_as_a_kill_would():
+    """Nothing of it is recorded, no `finally` asks for a step; resumed, the run goes on."""
+    shop = Shop()
+
+    async def body():
+        await durable.run("a", shop.do, "a")
+        try:
+            if not shop.gate("again").is_set():
+                raise KeyboardInterrupt
+            return await durable.run("b", shop.do, "b")
+        finally:
+            if not shop.gate("again").is_set():
+                with suppress(BaseException):
+                    await durable.run("tidy up", shop.do, "tidy up")
+
+    async def main():
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            await until(lambda: run.status == "interrupted")
+            assert shop.done == ["a"]
+            shop.gate("again").set()
+            assert await run.resume() == "b"
+        assert shop.done == ["a", "b"]
+
+    asyncio.run(main())
+
+
+def test_recursion_without_end_fails_the_run():
+    async def body():
+        def deeper(n):
+            return deeper(n + 1)
+
+        return deeper(0)
+
+    async def main():
+        async with runtime():
+            with pytest.raises(RecursionError):
+                await redefine(body, name="order").start()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
+def test_what_the_sdks_ask_about_the_platform_is_answered_at_once(sdk):
+    def get_platform():
+        return "Linux"
+
+    get_platform.__module__ = f"{sdk}._base_client"
+
+    async def body():
+        return await asyncio.to_thread(get_platform)
+
+    async def main():
+        async with runtime():
+            assert await redefine(body, name="order").start() == "Linux"
+
+    asyncio.run(main())
+
+
+def test_async_generators_are_held_until_the_run_ends():
+    """Dropped by the code, one is not closed when the collector happens to find it: its `finally` asks for no step."""
+    shop = Shop()
+
+    async def body():
+        async def numbers():
+            try:
+                for n in range(3):
+                    yield await durable.run("n", shop.do, n)
+            finally:
+                await durable.run("closed", shop.do, "closed")
+
+        async for _ in numbers():
+            break
+        gc.collect()
+        return await durable.run("last", shop.do, "last")
+
+    async def main():
+        async with runtime():
+            assert await redefine(body, name="order").start() == "last"
+        assert shop.done == [0, "last"]
+
+    asyncio.run(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
+import logging
 import math
 import pickle
 import re
@@ -33,7 +34,9 @@ import durable_nb as durable
 from durable_nb import _current, testing
 from durable_nb import _records as rec
 from durable_nb._engine import WATCH_S
+from durable_nb._journal import Commit
 from durable_nb.errors import (
+    CorruptStoreError,
     DurableError,
     LeaseLost,
     NonDeterminismError,
@@ -2466,5 +2469,240 @@ def test_a_cancellation_from_outside_is_not_taken_for_a_crash():
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    asyncio.run(main())
+
+
+# -- what replay shows, whose runs are whose, and calls from anywhere -------------------------------------------------------
+
+
+def test_what_the_code_prints_and_logs_is_shown_once(store, capsys, caplog):
+    async def body():
+        print("before a")
+        await durable.run("a", work, "a")
+        print("before b")
+        logging.getLogger("shop").warning("before b")
+        await durable.run("b", held, "b")
+        print("at the end")
+
+    async def main():
+        order = define(body)
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("b begun").wait()
+            await until(lambda: len(outcomes_of(store)) == 1)
+            process.kill()
+        gate("b").set()
+        async with runtime(store):
+            await durable.get_run("42").resume()
+
+    asyncio.run(main())
+    printed = capsys.readouterr().out
+    assert printed.count("before a") == 1
+    assert printed.count("at the end") == 1
+    assert printed.index("before a") < printed.index("before b") < printed.index("at the end")
+
+
+def outcomes_of(store):
+    return testing.outcomes(store) if isinstance(store, MemoryStore) else [None]
+
+
+@pytest.mark.parametrize("what", [{"labels": [2026]}, {"labels": ("shop", None)}])
+def test_labels_and_reasons_that_are_no_texts_are_refused_before_anything_is_written(what):
+    """Written, such a row could not be read: it would hide all other runs."""
+
+    async def main():
+        store = MemoryStore()
+        async with runtime(store):
+            order = define(two_steps())
+            with pytest.raises(TypeError, match=r"is not text; nothing was started"):
+                order.start(id="41", **what)
+            run = order.start(id="42")
+            with pytest.raises(TypeError, match=r"cancel\(5\): the reason is a text"):
+                run.cancel(5)
+            await run
+            assert [run.id for run in durable.runs()] == ["42"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("row", ["run/43", "lease/43", "cancel/43"])
+def test_one_damaged_row_hurts_one_run_only(row):
+    async def main():
+        store = MemoryStore()
+        async with runtime(store):
+            order = define(two_steps())
+            await order.start(id="42")
+            held_one = define(two_steps(held), "held").start(id="44")
+            await gate("a begun").wait()
+            if row in store.journal.rows or row == "cancel/43":
+                store.journal.rows[row] = b"nothing of ours"
+            store.journal.rows["run/43"] = store.journal.rows.get("run/43", b"nothing of ours")
+            assert {"42", "44"} <= {run.id for run in durable.runs()}
+            await asyncio.sleep(WATCH_S * 1.2)  # whoever watches for news of the run looks at all of them
+            gate("a").set()
+            gate("b").set()
+            assert await held_one == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
+def test_a_row_lost_from_the_middle_of_the_log_is_damage(store):
+    """Replayed without it, the step would be executed again."""
+
+    async def main():
+        order = define(two_steps(held))
+        gate("a").set()
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("b begun").wait()
+            await until(lambda: any(key.startswith("step/") for key, _ in process._journal.scan("step/")))
+            (key,) = [key for key, _ in process._journal.scan("step/")]
+            process.kill()
+        async with runtime(store) as process:
+            for other in ("log", "sleep"):
+                assert process._journal.scan(f"{other}/") == []
+            row = process._journal.get(key)
+            later = key[:-8] + "00000002"
+            process._journal.apply([Commit(puts=((later, row),), deletes=(key,))])
+            with pytest.raises(CorruptStoreError):
+                await durable.get_run("42").resume()
+            assert durable.get_run("42").status == "interrupted"
+        assert done == ["a"]
+
+    asyncio.run(main())
+
+
+def test_resume_takes_the_runs_of_this_module_only(store):
+    """Another program's workflow of the same name is left alone; by its id any run can be resumed."""
+
+    async def main():
+        async with runtime(store) as process:
+            define(two_steps(held)).start(id="mine")
+            await gate("a begun").wait()
+            process.kill()
+        gate("a").set()
+        gate("b").set()
+        theirs = two_steps(work)
+        theirs.__module__ = "another_program"
+        define(theirs)
+        async with runtime(store):
+            assert durable.resume() == []
+            assert durable.get_run("mine").status == "interrupted"
+            define(two_steps(held))
+            assert [run.id for run in durable.resume()] == ["mine"]
+            assert await durable.get_run("mine") == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
+def test_a_handle_and_a_child_stay_in_their_own_store(tmp_path):
+    """Another store is opened while the run is executed."""
+
+    async def child(what):
+        return await durable.run("c", work, what)
+
+    async def body():
+        await durable.run("a", held, "a")
+        start = durable.workflow(name="child")(_current.workflow_functions["child"]).start
+        return await start("inner", id="inner")
+
+    async def main():
+        define(child, "child")
+        order = define(body)
+        async with runtime(tmp_path / "one") as first:
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            async with runtime(tmp_path / "two"):
+                assert run.status == "running"
+                assert durable.runs() == []
+                gate("a").set()
+                assert await run == "inner done"
+                assert durable.runs() == []
+            first.use()
+            assert {run.id for run in durable.runs()} == {"42", "inner"}
+
+    asyncio.run(main())
+
+
+def test_control_calls_from_another_thread_reach_an_idle_loop():
+    async def main():
+        async with runtime():
+            order = define(two_steps(held))
+            run = order.start(id="42")
+            await gate("a begun").wait()
+            await asyncio.to_thread(run.cancel, "enough")
+            with pytest.raises(RunCancelled, match="enough"):
+                await asyncio.wait_for(outcome_or_raise(run), 5)
+            gate("a").set()
+            gate("b").set()
+            await asyncio.to_thread(run.resume)
+            assert await asyncio.wait_for(outcome_or_raise(run), 5) == ["a done", "b done"]
+            other = await asyncio.to_thread(order.start, id="43")
+            assert await asyncio.wait_for(outcome_or_raise(other), 5) == ["a done", "b done"]
+            assert other.result("20s") == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
+def test_an_interrupt_inside_start_leaves_no_run_that_others_take_for_running(store, monkeypatch):
+    async def main():
+        order = define(two_steps())
+        async with runtime(store) as first, runtime(store) as second:
+            first.use()
+            spawn = first._workflows._spawn
+
+            def interrupted(*_):
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(first._workflows, "_spawn", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                order.start(id="42")
+            monkeypatch.setattr(first._workflows, "_spawn", spawn)
+            second.use()
+            assert durable.get_run("42").status == "interrupted"
+            assert await durable.get_run("42").resume() == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_refused_returns_its_answer_in_a_workflow_too_and_is_asked_again_by_resume(store):
+    """The answer stands while the run goes on; the run that failed with it asks anew."""
+    asked = []
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        asked.append(len(asked))
+        status = b"404 Not Found" if len(asked) == 1 else b"200 OK"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+        await writer.drain()
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+
+        async def body():
+            answer = await durable.call("page", f"http://127.0.0.1:{port}/x")
+            told.append(answer.status_code)
+            await durable.run("b", held, "b")
+            return answer.raise_for_status().text
+
+        order = define(body)
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("b begun").wait()
+            process.kill()
+        gate("b").set()
+        async with runtime(store):
+            with pytest.raises(StepFailed, match="HTTPStatusError: Client error '404"):  # it can't be pickled
+                await durable.get_run("42").resume()
+            assert told == [404, 404]
+            assert asked == [0]
+            assert await durable.get_run("42").resume() == "hi"
+        assert asked == [0, 1]
+        assert done.count("b") == 1
+        server.close()
+        await server.wait_closed()
 
     asyncio.run(main())

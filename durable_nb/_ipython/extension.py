@@ -199,18 +199,19 @@ class Session:
             sys.stderr.write(f"durable_nb: the store {self.path} was deleted or replaced; it is opened anew\n")
         if self._engine is None:
             from durable_nb._engine import Engine
+            from durable_nb._ipython.host import NotebookMuting
+            from durable_nb._ipython.notebook import path_of
             from durable_nb._store import Store
+            from durable_nb._workflows import Workflows
 
             self._engine = Engine(Store(self.path))
+            self._engine.muting = lambda: NotebookMuting(self.shell)
+            self._found = Workflows(self._engine, main=lambda: path_of(self.shell.user_ns))
         return cast("Engine", self._engine)
 
     def workflows(self) -> Workflows:
         """The engine for workflows, on the same store."""
-        from durable_nb._workflows import Workflows
-
-        engine = self.engine()
-        if self._found is None:
-            self._found = Workflows(engine)
+        self.engine()
         return cast("Workflows", self._found)
 
     def _request(self) -> dict[str, Any]:

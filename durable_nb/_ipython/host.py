@@ -12,6 +12,7 @@ from durable_nb._cellcache.watch import watching_step
 from durable_nb._cellrun import CellRun
 from durable_nb._current import StepRequest
 from durable_nb._ipython import capture
+from durable_nb._muting import Muting
 from durable_nb._run import Stage
 
 if TYPE_CHECKING:
@@ -71,3 +72,26 @@ class NotebookHost(Stage):
     def close(self) -> None:
         if self._view is not None:
             self._view.close()
+
+
+class NotebookMuting(Muting):
+    """Keeps what a repeated workflow displays from the notebook as well."""
+
+    def __init__(self, shell: Any) -> None:
+        super().__init__()
+        self._publisher = shell.display_pub
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        register = getattr(self._publisher, "register_hook", None)  # ipykernel's: it calls the hooks of this thread
+        if register is not None:
+            register(self._passed)
+        try:
+            with super().installed():
+                yield
+        finally:
+            if register is not None:
+                self._publisher.unregister_hook(self._passed)
+
+    def _passed(self, message: Any) -> Any:
+        return None if self.swallows() else message

@@ -34,7 +34,7 @@ def origin_of(code: str, namespace: Mapping[str, Any], folder: Path, store: Path
 
 def file_of(namespace: Mapping[str, Any], folder: Path) -> str:
     """The path of the notebook's file, which need not be there; '' where it is not known."""
-    path = _path(namespace)
+    path = path_of(namespace)
     if not path or os.path.isabs(path):  # noqa: PTH117
         return path
     # Jupyter may tell the path within its server's root folder; the kernel starts in the notebook's own folder.
@@ -69,7 +69,7 @@ def durable_cells(path: str) -> tuple[dict[str, Written], float]:
     return found, saved_at
 
 
-def _path(namespace: Mapping[str, Any]) -> str:
+def path_of(namespace: Mapping[str, Any]) -> str:
     """The notebook's path; '' where it is not known."""
     told = namespace.get("__vsc_ipynb_file__")  # VS Code; what it tells a Jupyter server is a made-up name
     if isinstance(told, str) and told:
