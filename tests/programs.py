@@ -24,17 +24,18 @@ JUNK: list[Any] = []
 
 
 class World:
-    """What was done outside, over all lives of a run."""
+    """The world outside, which all lives of a run have in common."""
 
     def __init__(self, seed: int) -> None:
-        self.done: list[tuple[str, Any, int]] = []
         self.is_mended = False
         self.random = random.Random(seed)
         self._serials = itertools.count()
 
-    def do(self, name: str, arg: Any) -> tuple[str, Any, int]:
-        self.done.append((name, arg, next(self._serials)))
-        return self.done[-1]
+    def do(self, name: str, arg: Any, life: Life) -> tuple[str, Any, int]:
+        """`life`: which one has begun it; a thread may end after its life."""
+        done = name, arg, next(self._serials)
+        life.done.append(done)
+        return done
 
     def pause_s(self) -> float:
         return self.random.choice([0, 0, 0.001, 0.003]) * self.random.random()
@@ -90,6 +91,8 @@ class Life:
         self.world = world
         self.trace: list[Any] = []
         """What the program was told, in order."""
+        self.done: list[tuple[str, Any, int]] = []
+        """What its bodies did."""
         self.wrong: list[Any] = []
         """Answers to somebody else's question."""
 
@@ -101,13 +104,13 @@ class Life:
             time.sleep(world.pause_s())
             if fails:
                 raise RuntimeError(f"{name} is broken")
-            return world.do(name, arg)
+            return world.do(name, arg, self)
 
         async def on_loop() -> Any:
             await asyncio.sleep(world.pause_s())
             if fails:
                 raise RuntimeError(f"{name} is broken")
-            return world.do(name, arg)
+            return world.do(name, arg, self)
 
         body = in_thread if rng.random() < 0.2 else on_loop
 

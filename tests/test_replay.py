@@ -44,7 +44,6 @@ class Trial:
         """One process: how the run ended in it, or 'died'. `nth`: it dies at that write."""
         before = self.acknowledged()
         self.life = Life(self.world)
-        executed = len(self.world.done)
         program, life = self.program, self.life
 
         async def body():
@@ -63,7 +62,7 @@ class Trial:
                 return "stuck", None
             except Exception as error:
                 end = type(error).__name__, error
-        again = {(name, arg) for name, arg, _ in self.world.done[executed:] if not isinstance(arg, list)} & before
+        again = {(name, arg) for name, arg, _ in self.life.done if not isinstance(arg, list)} & before
         self.others = [(asked, got) for *asked, got in self.life.wrong]
         self.again = again
         return ("died", None) if process.crashed else end
@@ -125,7 +124,7 @@ def test_generated_edits_are_told_before_anything_runs_or_give_no_wrong_answer(c
         changed = edited(original, trial.rng, how)
         if changed is None:
             return
-        trial.program, before = changed, len(trial.world.done)
+        trial.program = changed
         end, error = await trial.live()
         if end != "NonDeterminismError":
             assert end in ("returned", "RuntimeError", "ExceptionGroup", "CancelledError"), (how, end, error)
@@ -133,7 +132,7 @@ def test_generated_edits_are_told_before_anything_runs_or_give_no_wrong_answer(c
             assert all(asked[0] == got[0] for asked, got in trial.others), trial.others
             assert not trial.others or any("recorded result stands" in message for message in caplog.messages)
             return
-        assert trial.world.done[before:] == [], (how, "executed before it was told")
+        assert trial.life.done == [], (how, "executed before it was told")
         assert "recorded" in str(error)
         trial.program = original
         end, error = await trial.live(resume=True)
