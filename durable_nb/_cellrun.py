@@ -90,12 +90,14 @@ class CellRun(Run):
         if again is not None:
             return again.key, found
         loose = self._loose.get((request.kind, request.name), ())
-        identities = [*(self._identity(request, found, labels) for labels in reversed(loose)), self._identity(request, found)]
+        forms = *found.earlier(), found  # what an earlier format of fingerprints recorded is not paid for again
+        identities = [self._identity(request, form, labels) for form in forms for labels in (*reversed(loose), ())]
         for identity in identities:
             for n in tuple(self._occurrences.rivals(identity)):
                 if not self._still_holds(self._key(identity, n), request.ttl_s):
                     self._occurrences.leave_out(identity, n)
-        identity = next((known for known in identities if self._occurrences.rivals(known)), identities[0])
+        own = identities[-1 - len(loose)]
+        identity = next((known for known in identities if self._occurrences.rivals(known)), own)
         rivals = self._occurrences.rivals(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in rivals} if len(rivals) > 1 else None
         key = self._key(identity, self._occurrences.take(identity, branches, branch))
@@ -154,7 +156,7 @@ class CellRun(Run):
         if not left_out:
             return digest_of(*parts, found.digest)
         kept = {label: digest for label, digest in found.components.items() if label not in left_out}
-        return digest_of(*parts, _fingerprint.digest_of(kept), *left_out)
+        return digest_of(*parts, _fingerprint.in_format(found.format).digest_of(kept), *left_out)
 
     def _work_on(self, asked: Request) -> Work | None:
         found = super()._work_on(asked)

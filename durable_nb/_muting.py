@@ -23,7 +23,7 @@ class Muting:
         out, err = sys.stdout, sys.stderr
         mine = _Stream(self, out), _Stream(self, err)
         handlers = [*logging.root.handlers, *([logging.lastResort] if logging.lastResort else [])]
-        sys.stdout, sys.stderr = mine  # type: ignore[assignment]
+        sys.stdout, sys.stderr = mine
         for handler in handlers:
             handler.addFilter(self._lets_pass)
         try:

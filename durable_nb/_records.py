@@ -25,6 +25,7 @@ ever renamed or given another meaning.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, get_args
 from urllib.parse import quote, unquote
@@ -34,7 +35,7 @@ import msgspec
 from durable_nb._adoption import Origin
 from durable_nb._clock import Instant
 from durable_nb._codec import Seal
-from durable_nb.errors import CorruptStoreError
+from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
 
@@ -314,6 +315,15 @@ Record = Again | Arguments | Cancel | Event | Loose | Outcome | Attempts | Resul
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
+
+
+class _Formatted(msgspec.Struct):
+    """What every record has."""
+
+    format: int = 0
+
+
+_formats = msgspec.msgpack.Decoder(_Formatted)
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(kind) for kind in get_args(Record)}
 
 
@@ -324,10 +334,26 @@ def pack(seal: Seal, key: str, record: Record) -> bytes:
 
 def unpack(seal: Seal, key: str, row: bytes, kind: type[_R]) -> _R:
     """The record in a row; CorruptStoreError or UntrustedStoreError where it isn't one of ours."""
+    body = seal.open(key, row)
     try:
-        return _decoders[kind].decode(seal.open(key, row))  # type: ignore[no-any-return]  # a decoder of that kind
+        record = _decoders[kind].decode(body)
     except msgspec.MsgspecError as error:
+        _check_format(key, body)
         raise CorruptStoreError(f"the record {key!r} can't be read: {error}") from error
+    if record.format > FORMAT:
+        _check_format(key, body)
+    return record  # type: ignore[no-any-return]  # a decoder of that kind
+
+
+def _check_format(key: str, body: bytes) -> None:
+    """StoreError for a record of a later version."""
+    with contextlib.suppress(msgspec.MsgspecError):
+        form = _formats.decode(body).format
+        if form > FORMAT:
+            raise StoreError(
+                f"the record {key!r} was written by a newer durable_nb (record format {form}, this one reads up to {FORMAT}); "
+                "nothing was run or changed. Upgrade with 'pip install -U durable-nb'"
+            )
 
 
 def scope_of(name: str) -> str:

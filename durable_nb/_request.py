@@ -161,4 +161,4 @@ def provenance_of(found: Fingerprint | None) -> Provenance:
     """What a step's outcome depends on, as its record keeps it."""
     if found is None:
         return Provenance(_fingerprint.FORMAT, {}, {}, _PYTHON)
-    return Provenance(_fingerprint.FORMAT, found.components, found.versions, _PYTHON, found.digest)
+    return Provenance(found.format, found.components, found.versions, _PYTHON, found.digest)

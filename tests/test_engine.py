@@ -2045,3 +2045,80 @@ def test_a_timeout_ends_the_wait_for_a_thread_whose_result_is_recorded_when_it_e
         assert world.done == ["slow begun", "slow"]
 
     asyncio.run(main())
+
+
+def test_two_tasks_that_sleep_under_one_name_keep_their_own_beginnings(path):
+    """The second asked later. Gone on with, whichever asks first takes the other's beginning neither: none wakes early."""
+    clock = FakeClock()
+    order = ["first", "second"]
+    woken = {}
+
+    async def first():
+        await durable.sleep("pause", 100)
+        woken["first"] = clock.wall_s - T0
+
+    async def second():
+        if order[0] == "first":
+            await world.gate("late").wait()
+        await durable.sleep("pause", 100)
+        woken["second"] = clock.wall_s - T0
+
+    async def body():
+        tasks = {"first": first, "second": second}
+        await asyncio.gather(*(tasks[name]() for name in ("first", "second")))
+
+    async def main():
+        clock.holding = True
+        async with kernel(path, clock) as engine:
+            run = await begun(engine)
+            task = asyncio.ensure_future(run.execute(body()))
+            await clock.asleep.wait()
+            clock.advance(60)
+            clock.asleep.clear()
+            world.gate("late").set()
+            await clock.asleep.wait()
+            engine.die()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        clock.holding = False
+        order.reverse()
+        async with kernel(path, clock) as engine:
+            run = await begun(engine)
+            await finished(run, body)
+        assert woken["first"] >= 100
+        assert woken["second"] >= 160
+
+    asyncio.run(main())
+
+
+def test_a_helper_that_was_renamed_goes_on_with_its_sleep(path):
+    clock = FakeClock()
+
+    async def before():
+        await durable.sleep("pause", 100)
+
+    async def after():
+        await durable.sleep("pause", 100)
+
+    async def body(helper):
+        await asyncio.create_task(helper())
+
+    async def main():
+        clock.holding = True
+        async with kernel(path, clock) as engine:
+            run = await begun(engine)
+            task = asyncio.ensure_future(run.execute(body(before)))
+            await clock.asleep.wait()
+            engine.die()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        clock.holding = False
+        clock.advance(90)
+        async with kernel(path, clock) as engine:
+            run = await begun(engine)
+            await finished(run, lambda: body(after))
+        assert clock.wall_s - T0 == 100
+
+    asyncio.run(main())

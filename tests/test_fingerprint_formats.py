@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import shutil
 import sys
@@ -9,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import durable_nb as durable
 from durable_nb import _fingerprint as fp
+from durable_nb import _verbs
+from durable_nb._engine import Asked, Engine
+from durable_nb._facts import Status
+from durable_nb._records import Outcome, unpack
+from durable_nb._store import Store
 
 CODE = Path(fp.__file__).parent
 
@@ -90,3 +97,37 @@ def test_what_an_earlier_format_cannot_read_has_no_identity_in_it(later, monkeyp
 
     monkeypatch.setattr(earlier, "of_value", refuse)
     assert tuple(later.of_value(1).earlier()) == ()
+
+
+def test_a_step_recorded_under_an_earlier_format_is_not_executed_again(later, tmp_path, monkeypatch):
+    """After an upgrade the body does not run; a step that is new is recorded under the new format."""
+    monkeypatch.setenv("DURABLE_NB_KEY_FILE", str(tmp_path / "signing.key"))
+    ledger = str(tmp_path / "ledger")
+
+    def pay(cart):
+        with open(ledger, "a") as file:  # noqa: PTH123  as a user writes it
+            file.write(cart)
+        return f"paid {cart}"
+
+    async def execute(*carts):
+        store = Store(tmp_path / "store")
+        try:
+            run = await Engine(store).begin(Asked("cell", "k"))
+            body = _asking(carts, pay)
+            values = await run.execute(body)
+            await run.finish(Status.COMPLETED)
+            rows = store.journal.scan("step/")
+            return values, sorted(unpack(store.seal, key, row, Outcome).provenance.fingerprint_format for key, row in rows)
+        finally:
+            store.close()
+
+    assert asyncio.run(execute("a", "a")) == (["paid a", "paid a"], [fp.FORMAT] * 2)
+    monkeypatch.setattr(_verbs, "_fingerprint", later)
+    values, formats = asyncio.run(execute("a", "a", "b"))
+    assert values == ["paid a", "paid a", "paid b"]
+    assert formats == [fp.FORMAT, fp.FORMAT, fp.FORMAT + 1]
+    assert Path(ledger).read_text() == "aab"
+
+
+async def _asking(carts, pay):
+    return [await durable.run("pay", pay, cart) for cart in carts]
