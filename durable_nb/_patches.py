@@ -165,11 +165,17 @@ def fits(obj: Any, content: Any) -> bool:
     """Can `content` be put into the live object as it is now?"""
     if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
         lies_well = obj.shape == content.shape or obj.flags.forc
-        return bool(obj.size == content.size and obj.dtype == content.dtype and obj.flags.writeable and lies_well)
+        alike = obj.size == content.size and obj.dtype == content.dtype and lies_well
+        return bool(alike and (obj.flags.writeable or _is_same(obj, content)))
     if _is_frame(obj):
         frame, kept = content
         return all(live.equals(index) for live, index, same in zip(obj.axes, frame.axes, kept, strict=True) if same)
     return True
+
+
+def _is_same(array: Any, content: Any) -> bool:
+    """A read-only array, as of a frame's column, can't have been written to: it is among what changed, and hasn't."""
+    return array.shape == content.shape and not array.dtype.hasobject and array.tobytes() == content.tobytes()
 
 
 def put(obj: Any, content: Any) -> None:
@@ -190,6 +196,8 @@ def put(obj: Any, content: Any) -> None:
     elif _is_index(obj):
         obj.names = content
     elif library == "numpy" and kind.__name__ == "ndarray":
+        if not obj.flags.writeable:
+            return  # it fits, so it is the same
         if obj.shape != content.shape:
             obj.resize(content.shape, refcheck=False)  # of the same size: only the shape is set
         obj[...] = content

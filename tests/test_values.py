@@ -77,6 +77,7 @@ VALUES = {
 }  # fmt: skip
 IRIS = "import numpy as np\nX = np.arange(20.).reshape(10, 2); y = np.arange(10) % 2\n"
 CHANGED = {
+    "results of a frame, which is read-only": (PD + "\nimport statsmodels.api as sm\nd = pd.DataFrame({'a': np.arange(6.)})\nr = sm.OLS(pd.Series([1., 2, 2, 4, 5, 7]), sm.add_constant(d)).fit()", "q = float(r.rsquared)\nt = str(r.summary())[:40]", "l = r.rsquared == q; del r"),
     "a frame's index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index.name = 'k'\ndf.columns.name = 'c'", "l = ix.name, df.index.name, df.index is ix, df.columns.name"),
     "an index replaced by one of another name": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "df.index = df.index.rename('k')", "l = ix.name, df.index.name, df.index is ix"),
     "what a function remembers": ("def memo(f):\n    cache = {}\n    def g(n):\n        if n not in cache: cache[n] = f(n)\n        return cache[n]\n    g.cache = cache\n    return g\n@memo\ndef fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\nc = fib.cache", "x = fib(6)", "l = len(c), fib.cache is c, fib(7), len(c)"),
