@@ -5,7 +5,7 @@
 | `step/SCOPE/GENERATION/IDENTITY/N` | the outcome of the Nth step among equals: written once, never changed |
 | `try/SCOPE/GENERATION/IDENTITY/N` | failed attempts of a step that is not finished, and when the next one is due |
 | `step/SCOPE/GENERATION/SEQ` | the same of a workflow's run, as the SEQth row of its log |
-| `sleep/SCOPE/GENERATION/SEQ` | a row of a run's log with which a sleep began |
+| `timer/SCOPE/GENERATION/SEQ` | a row of a workflow run's log with which a sleep began |
 | `log/SCOPE/GENERATION/SEQ` | any other row of a run's log: requests made, timers fired, children ended, a cancellation |
 | `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
 | `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
@@ -378,7 +378,7 @@ def attempts_prefix(scope: str, generation: int) -> str:
 
 def log_prefixes(scope: str, generation: int) -> tuple[str, str, str]:
     """Keys of a workflow run's log: outcomes of steps, sleeps that began, and the rest. They share one count."""
-    return step_prefix(scope, generation), f"sleep/{scope}/{generation:06}/", f"log/{scope}/{generation:06}/"
+    return step_prefix(scope, generation), f"timer/{scope}/{generation:06}/", f"log/{scope}/{generation:06}/"
 
 
 def arguments_key(run_id: str) -> str:

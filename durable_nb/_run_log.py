@@ -109,6 +109,8 @@ def read_log(journal: Journal, seal: Seal, scope: str, generation: int) -> list[
     found: list[tuple[int, str, Row]] = []
     for prefix, kind in zip(rec.log_prefixes(scope, generation), (Outcome, Event, Event), strict=True):
         for key, packed in journal.scan(prefix):
+            if not key[len(prefix) :].isdecimal():
+                raise CorruptStoreError(f"the record {key!r} was written by an unpublished durable_nb; begin the run anew")
             found.append((int(key[len(prefix) :]), key, unpack(seal, key, packed, kind)))
     found.sort(key=lambda row: row[0])
     for n, (seq, key, _) in enumerate(found, 1):

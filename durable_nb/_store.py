@@ -33,8 +33,7 @@ from durable_nb._journal.writer import Writer
 from durable_nb._locks import LockFile, is_locked, let_go_in_children
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
 
-FORMAT = 2
-"""Of format 1 no version was published: its workflow runs are known by place, not by history."""
+FORMAT = 1
 ID_KEY = "store"
 """The journal's first row: the store's id."""
 _FOLDERS = ("locks", "values", "cells", "journal")
@@ -213,10 +212,5 @@ def _check(path: Path, text: bytes) -> str:
         raise StoreError(
             f"the store {path} was written by a newer durable_nb (store format {form}, this one reads up to {FORMAT}); nothing "
             "was run or changed. Upgrade with 'pip install -U durable-nb', or set DURABLE_NB_DIR to another folder"
-        )
-    if form < FORMAT:
-        raise StoreError(
-            f"the store {path} was written by an unpublished durable_nb (store format {form}, this one reads {FORMAT}); "
-            "nothing was run or changed. Move the folder away, or set DURABLE_NB_DIR to another one"
         )
     return store_id

@@ -36,7 +36,7 @@ from durable_nb._workflow import workflow as define_workflow
 from durable_nb._workflows import Workflows
 from durable_nb.errors import StoreError
 
-_ROWS = {"run": ("run/",), "step": ("step/",), "try": ("try/",), "timer": ("timer/", "sleep/")}
+_ROWS = {"run": ("run/",), "step": ("step/",), "try": ("try/",), "timer": ("timer/",)}
 CRASH_POINTS = tuple(f"{side}:{what}" for what in ("write", *_ROWS, "value") for side in ("before", "after"))
 """Where a process can die: just before something is on disk, or just after, when the process hasn't heard of it yet.
 

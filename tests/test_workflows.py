@@ -2560,7 +2560,7 @@ def test_a_row_lost_from_the_middle_of_the_log_is_damage(store):
             (key,) = [key for key, _ in process._journal.scan("step/")]
             process.kill()
         async with runtime(store) as process:
-            for other in ("log", "sleep"):
+            for other in ("log", "timer"):
                 assert process._journal.scan(f"{other}/") == []
             row = process._journal.get(key)
             later = key[:-8] + "00000002"

@@ -152,10 +152,14 @@ _Guard = tuple[str, bytes | None] | None
 def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     """Keys that nothing will ask for again, with the row that must still be what it was when they go."""
     journal, seal = engine.store.journal, engine.store.seal
+    of_runs = f"timer/{_OF_RUN}"  # rows of a log; else of a cell's run
     by_run = [
-        key for prefix in ("timer/", "lease/", "cancel/", "open/", "arguments/", "result/") for key, _ in journal.sizes(prefix)
+        key
+        for prefix in ("timer/", "lease/", "cancel/", "open/", "arguments/", "result/")
+        for key, _ in journal.sizes(prefix)
+        if not key.startswith(of_runs)
     ]
-    of_steps = [key for prefix in ("step/", "sleep/", "log/", "try/", "loose/", "again/") for key, _ in journal.sizes(prefix)]
+    of_steps = [key for prefix in ("step/", of_runs, "log/", "try/", "loose/", "again/") for key, _ in journal.sizes(prefix)]
     # The runs are read last: what was begun meanwhile has its run's row.
     runs = dict(journal.scan("run/"))
     current: dict[str, tuple[int, _Guard]] = {}
