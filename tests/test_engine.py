@@ -6,6 +6,7 @@ run, or, for the cuts, by a journal that lets nothing through any more from one 
 
 from __future__ import annotations
 
+import array
 import asyncio
 import itertools
 import os
@@ -1607,15 +1608,12 @@ def test_of_parallel_steps_that_change_one_object_nobody_knows_whose_change_is_w
 
 
 def test_what_cannot_be_put_back_is_told(path):
-    class Odd:
-        __slots__ = ("n",)
-
     def spoil(odd):
-        odd.n = world.do("spoil") or 1
+        world.do("spoil")
+        odd.append(1)
 
     async def body():
-        odd = Odd()
-        odd.n = 0
+        odd = array.array("i", [0])  # an object of C code
         await durable.run("spoil", spoil, odd)
 
     async def main():
