@@ -9,7 +9,7 @@ it again, and a difference is found before anything is executed.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -20,6 +20,7 @@ from durable_nb._records import Asked, Event, Outcome
 from durable_nb.errors import StepInterrupted
 
 Row = Outcome | Event
+_NONE: list[Asked] = []
 
 TIMER = "timer"
 """The kind of `asyncio.sleep` and time-outs in a workflow's code: no step, shown nowhere."""
@@ -83,24 +84,37 @@ class History:
     def __init__(self, rows: Iterable[Row]) -> None:
         course = _course_of(rows)
         self._asked, self._deliveries = course.asked, course.deliveries
-        self._by_activation: defaultdict[int, list[Asked]] = defaultdict(list)
+        self._by_activation: dict[int, list[Asked]] = {}
+        self._equals: dict[tuple[str, str, str], int] = {}
+        """By kind, name and digest: how many such requests there have been."""
+        equals, by_activation = self._equals, self._by_activation
+        last = -1
         for asked in course.asked.values():
-            self._by_activation[asked.activation].append(asked)
+            by_activation.setdefault(asked.activation, []).append(asked)
+            what = asked.kind, asked.name, asked.digest
+            equals[what] = max(equals.get(what, 0), asked.n + 1)
+            last = max(last, asked.id)
+        self._recorded = frozenset(equals)
         self._kept: defaultdict[tuple[str, str, str], deque[tuple[Asked, Row]]] = defaultdict(deque)
         for asked, row in course.kept:
             self._kept[asked.what].append((asked, row))
-        self._everywhere = Counter(asked.what for asked in course.asked.values())
-        self._digests = Counter((kind, name) for kind, name, _ in {*self._everywhere, *self._kept})
+        for asked in course.taken:
+            equals[asked.what] = max(equals.get(asked.what, 0), asked.n + 1)
+            last = max(last, asked.id)
         self._closed = max((delivery.closed for delivery in course.deliveries), default=-1)
-        self._next_id = 1 + max((asked.id for asked in (*course.asked.values(), *course.taken)), default=-1)
-        self._equals: Counter[tuple[str, str, str]] = Counter()
-        for asked in (*course.asked.values(), *course.taken):
-            self._equals[asked.what] = max(self._equals[asked.what], asked.n + 1)
+        self._next_id = last + 1
+        self._edited: set[tuple[str, str, str]] = set()
+        """What is recorded, and was taken by a request with other arguments."""
         self._told: list[str] = []
         self._bound: set[int] = set()
         """Requests of this activation that were matched before it closed."""
         self.activation = 0
         """The one that the code is in: how many deliveries there were."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Is nothing recorded?"""
+        return not (self._deliveries or self._asked)
 
     def is_replaying(self) -> bool:
         """Is there something left to deliver?"""
@@ -118,10 +132,6 @@ class History:
         """That request, where it is on record."""
         return self._asked.get(request_id)
 
-    def needs_digest(self, request: Request) -> bool:
-        """Do records differ in their arguments only, so that these must tell which of them the request is?"""
-        return self._digests[request.kind, request.name] > 1
-
     def close(self, requests: Sequence[Request]) -> list[Request]:
         """The activation is over, and asked for these: each gets its id; those that are not on record.
 
@@ -129,7 +139,7 @@ class History:
         of whose requests are on record. Equal requests are matched in order. One whose arguments were edited takes the record
         of the same kind and name, in order, where there are as many of these as of the records left.
         """
-        recorded = self._by_activation.get(self.activation, [])
+        recorded = self._by_activation.get(self.activation, _NONE)
         if self._bound:
             recorded = [asked for asked in recorded if asked.id not in self._bound]
             for request in requests:
@@ -137,14 +147,20 @@ class History:
                     self._check_edited(request)
             self._bound.clear()
         self._told += [request.said for request in requests if request.kind != TIMER]
-        requests = [request for request in requests if request.id < 0]
         if not recorded:
-            new = requests
+            new = [request for request in requests if request.id < 0]
         elif len(recorded) == len(requests) == 1 and self._is_plainly(requests[0], recorded[0]):
             self._take(requests[0], recorded[0])
             new = []
         else:
-            new = self._matched(requests, recorded)
+            new = self._matched([request for request in requests if request.id < 0], recorded)
+        if self._edited and self.activation <= len(self._deliveries):  # nothing has begun
+            for request in new:
+                if (request.kind, request.name, request.digest) in self._edited:
+                    raise Mismatch(
+                        f"asks for {request.said} with the arguments of a recorded one, which another one took: a line was "
+                        f"inserted{self._columns()}"
+                    )
         if new and self.activation <= self._closed:
             raise Mismatch(f"asks for {new[0].said}, which is not recorded here{self._columns()}")
         for request in new:
@@ -163,7 +179,7 @@ class History:
         else:
             what = request.kind, request.name, request.digest
             unbound = sum(other.id < 0 and (other.kind, other.name, other.digest) == what for other in before)
-            request.n = self._equals[what] + unbound
+            request.n = self._equals.get(what, 0) + unbound
 
     def kept(self, request: Request) -> Row | None:
         """An outcome that an equal request earned before the run was resumed; it is given away once."""
@@ -194,7 +210,7 @@ class History:
     def _is_plainly(self, request: Request, asked: Asked) -> bool:
         if (request.kind, request.name) != (asked.kind, asked.name):
             return False
-        return not self.needs_digest(request) or request.digest == asked.digest
+        return asked.kind == TIMER or request.digest == asked.digest
 
     def _matched(self, requests: Sequence[Request], recorded: Sequence[Asked]) -> list[Request]:
         free: defaultdict[tuple[str, str, str], deque[Asked]] = defaultdict(deque)
@@ -224,7 +240,7 @@ class History:
         """Of a request that took the record of another: have its arguments been edited, or is it another one that moved?"""
         if request.kind == TIMER or request.recorded_digest == request.digest:
             return
-        if self._everywhere[request.kind, request.name, request.digest]:
+        if (request.kind, request.name, request.digest) in self._recorded:
             raise Mismatch(
                 f"asks for {request.said} with the arguments of another recorded one: a line was inserted, deleted or "
                 f"moved{self._columns()}"
@@ -232,12 +248,14 @@ class History:
 
     def _take(self, request: Request, asked: Asked) -> None:
         request.id, request.n, request.recorded_digest = asked.id, asked.n, asked.digest
+        if asked.kind != TIMER and asked.digest != request.digest:
+            self._edited.add(asked.what)
 
     def _number(self, request: Request) -> None:
         request.id, self._next_id = self._next_id, self._next_id + 1
         what = request.kind, request.name, request.digest
-        request.n = self._equals[what]
-        self._equals[what] += 1
+        request.n = self._equals.get(what, 0)
+        self._equals[what] = request.n + 1
 
     def _columns(self) -> str:
         """What is recorded and what was asked for, side by side."""

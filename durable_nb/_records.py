@@ -66,6 +66,8 @@ class Provenance:
     python: str = ""
     digest: str = ""
     """Of the whole fingerprint."""
+    code: str = ""
+    """Of a workflow's step: digest of its function's own code, as this Python compiles it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ and made again when that is restored; a global that it changes itself is no part
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import types
 from collections.abc import Mapping
@@ -154,11 +155,25 @@ def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
     return [code for fn in functions if isinstance(code := getattr(fn, "__code__", None), types.CodeType)]
 
 
-_PYTHON = platform.python_version()
+PYTHON = platform.python_version()
 
 
 def provenance_of(found: Fingerprint | None) -> Provenance:
     """What a step's outcome depends on, as its record keeps it."""
     if found is None:
-        return Provenance(_fingerprint.FORMAT, {}, {}, _PYTHON)
-    return Provenance(found.format, found.components, found.versions, _PYTHON, found.digest)
+        return Provenance(_fingerprint.FORMAT, {}, {}, PYTHON)
+    return Provenance(found.format, found.components, found.versions, PYTHON, found.digest)
+
+
+def code_of(body: Any) -> str:
+    """Digest of the code of a step's function itself: neither of what it holds, nor of what it calls."""
+    while isinstance(body, functools.partial):
+        body = body.func
+    code = getattr(body, "__code__", None)
+    return _digest_of_code(code) if isinstance(code, types.CodeType) else ""
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_of_code(code: types.CodeType) -> str:
+    consts = [_digest_of_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return hashlib.blake2b(repr((code.co_code, code.co_names, consts)).encode(), digest_size=8).hexdigest()

@@ -272,6 +272,7 @@ def check_name(verb: str, name: object) -> str:
     return plain(name)
 
 
+_ASYNC_FLAGS = inspect.CO_COROUTINE
 _SCALARS = {int, str, bool, float, bytes, type(None)}
 
 
@@ -289,6 +290,8 @@ def _digest_of(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def _is_async(fn: Any) -> bool:
+    if type(fn) is types.FunctionType:  # nearly always
+        return bool(fn.__code__.co_flags & _ASYNC_FLAGS) or inspect.iscoroutinefunction(fn)
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004

@@ -78,16 +78,21 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
         To be called from a plain callback of the loop that carries this one. Interrupted where a KeyboardInterrupt came.
         """
-        count = 0
-        with self._running():
-            while self._ready:
-                handle = self._ready.popleft()
-                if not handle.cancelled():
-                    self._run(handle)
-                count += 1
-                if not count & 15 and time.perf_counter() > until_s:
-                    break
-        self._spun = self._spun + count if self._ready else 0
+        if self._stepping:  # entered already
+            return self._run_all(until_s)
+        with self.entered():
+            return self._run_all(until_s)
+
+    def _run_all(self, until_s: float) -> bool:
+        count, ready = 0, self._ready
+        while ready:
+            handle = ready.popleft()
+            if not handle._cancelled:
+                self._run(handle)
+            count += 1
+            if not count & 15 and time.perf_counter() > until_s:
+                break
+        self._spun = self._spun + count if ready else 0
         if self._spun > SPINS:
             raise DurableError(
                 "the workflow's code spins: it calls 'await asyncio.sleep(0)' again and again, and nothing that it waits for "
@@ -95,15 +100,22 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             )
         return not self._ready
 
-    @contextmanager
-    def delivering(self, at_s: float) -> Iterator[None]:
-        """The engine makes something ready, at this time of the run's."""
+    def begin_delivery(self, at_s: float) -> None:
+        """The engine makes something ready, at this time of the run's, until `end_delivery`."""
         self.now_s = max(self.now_s, at_s)
         self._delivering = True
+
+    def end_delivery(self) -> None:
+        self._delivering = False
+
+    @contextmanager
+    def delivering(self, at_s: float) -> Iterator[None]:
+        """The same, for a block."""
+        self.begin_delivery(at_s)
         try:
             yield
         finally:
-            self._delivering = False
+            self.end_delivery()
 
     def fire(self, handle: events.TimerHandle) -> None:
         """A timer's time has come."""
@@ -116,7 +128,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         if self._closed:
             return
         self._closed = True
-        with self._running():
+        with self.entered():
             while self.tasks or self._generators:  # `finally` blocks may make more of them
                 while self.tasks:
                     task = self.tasks.pop()
@@ -140,7 +152,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             pass  # asyncio has set it as the task's exception, and raises it here to end the process
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         """This is the thread's running loop meanwhile, and no task of the carrying loop is the current one."""
         carrier, hooks = events._get_running_loop(), sys.get_asyncgen_hooks()
         with _set_aside(carrier):

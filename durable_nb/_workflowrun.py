@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from durable_nb._history import TIMER, History, Mismatch, Request, Row
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Asked, Attempts, Event, Lease, Outcome, Result, RunRecord, Timer, unpack
 from durable_nb._replay import CutOff, Perform, Retry, Wait, decide, decide_sleep
-from durable_nb._request import Inputs, packed_changes, provenance_of, said
+from durable_nb._request import PYTHON, Inputs, code_of, packed_changes, provenance_of, said
 from durable_nb._retry import retry_delay_s
 from durable_nb._run import Held, Stage, cancelled, digest_of, encoded, say
 from durable_nb._run_log import RunLog
@@ -91,7 +91,21 @@ class _Lane:
 class _Ask:
     """A request of the code's, from the call of its verb to its delivery."""
 
-    __slots__ = ("begun", "coro", "fact", "found", "future", "handle", "is_wanted", "lane", "request", "task", "timer", "what")
+    __slots__ = (
+        "begun",
+        "context",
+        "coro",
+        "fact",
+        "found",
+        "future",
+        "handle",
+        "is_wanted",
+        "lane",
+        "request",
+        "task",
+        "timer",
+        "what",
+    )
 
     def __init__(self, request: Request, future: asyncio.Future[Any] | None, lane: tuple[int, ...], what: Any = None) -> None:
         self.request, self.future, self.lane, self.what = request, future, lane, what
@@ -101,6 +115,8 @@ class _Ask:
         self.fact: Step | None = None
         self.found: Fingerprint | None = None
         self.task: asyncio.Task[Any] | None = None
+        self.context: Context | None = None
+        """Of the task that awaits it: its body sees the same context variables."""
         self.is_wanted = self.begun = False
 
     @property
@@ -284,6 +300,7 @@ class WorkflowRun:
     async def _answer(self, ask: _Ask) -> Any:
         __tracebackhide__ = True
         ask.is_wanted = True
+        ask.context = copy_context()
         self._wanted.append(ask)
         if ask.future is None or asyncio.get_running_loop() is not self._loop:
             raise NotSupportedError(
@@ -330,9 +347,8 @@ class WorkflowRun:
     async def drive(self, function: Any) -> Any:
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
         self.engine.active[self.id] = self
-        rows, self._attempts = await self._log.load()
+        self._history, self._attempts = await self._log.load()
         args, kwargs = await self._arguments()
-        self._history = History(rows)
         self._anchor_s, self._anchor = max(self._run_s(), self._log.at_s), self.engine.clock.now()
         context = copy_context()
         context.run(current_run.set, self)
@@ -342,7 +358,7 @@ class WorkflowRun:
         self.engine.changing.discard(self.id)
         if self._stopped is not None:
             self._end(_Over(Status.INTERRUPTED, error=self._stopped))
-        elif self._cancelled is not None and not rows:  # before its first line
+        elif self._cancelled is not None and self._history.is_empty:  # before its first line
             self._end(_Over(Status.CANCELLED, error=self._cancelled))
         else:
             self._schedule()
@@ -378,10 +394,15 @@ class WorkflowRun:
         until_s = time.perf_counter() + SLICE_S
         try:
             with nullcontext() if self._is_live else self._muting.installed():
-                while self._go_on(until_s):
-                    if time.perf_counter() > until_s:
-                        self._schedule()
-                        return
+                goes_on = True
+                if self._history.is_replaying():
+                    with self._loop.entered():  # once for all that is only repeated: nothing of the kernel's loop is needed
+                        while goes_on and self._history.is_replaying() and time.perf_counter() < until_s:
+                            goes_on = self._go_on(until_s)
+                while goes_on and time.perf_counter() < until_s:
+                    goes_on = self._go_on(until_s)
+                if goes_on:
+                    self._schedule()
         except Interrupted:
             self._end(_Over(Status.INTERRUPTED, error=KeyboardInterrupt(f"{self.what} was interrupted")))
         except Mismatch as mismatch:
@@ -541,14 +562,15 @@ class WorkflowRun:
         def look() -> None:
             self._idle = None
             if not self._is_over and self._is_idle():
-                self._end(_Over(Status.FAILED, error=self._never_woken()))
+                never = _Over(Status.FAILED, error=self._never_woken())
+                self._end(never if self._cancelled is None else _Over(Status.CANCELLED, error=self._cancelled))
 
         if self._idle is None and self._is_idle():
             self._idle = self._host.call_later(_IDLE_S, look)
 
     def _is_idle(self) -> bool:
         busy = self._working or self._timers or self._inbox or self._unapplied or self._is_scheduled
-        return not busy and self._is_live and self._cancelled is None
+        return not busy and self._is_live
 
     def _never_woken(self) -> NotSupportedError:
         return NotSupportedError(
@@ -603,41 +625,52 @@ class WorkflowRun:
         self._deliver(row, value, error, restored=True)
 
     def _deliver(self, row: Row, value: Any, error: BaseException | None, *, restored: bool = False) -> None:
-        with self._loop.delivering(row.at):
+        self._loop.begin_delivery(row.at)
+        try:
             if row.request < 0:
-                if self._main is not None:
-                    self._loop.call_soon(self._main.cancel)
-                self._cancel_bodies()
-                if self._cancelled is None:
-                    self._cancelled = cancelled(self.id, row.error)
-                return
-            ask = self._open.pop(row.request)
-            self._tell_end(ask, row, restored=restored)
-            if ask.handle is not None:
-                if not ask.handle.cancelled():
-                    self._loop.fire(ask.handle)
-            elif ask.future is None or ask.future.done():
-                return
-            elif row.what == "dropped":
-                ask.future.cancel()
-            elif row.failed:
-                error = error if error is not None else DurableError(row.error)
-                if isinstance(error, StopIteration):
-                    error = RuntimeError(f"the step's body raised StopIteration({error.value!r})")
-                self._errors[id(error)] = row.request, error
-                ask.future.set_exception(error)
-                if not ask.is_wanted:
-                    ask.future.exception()  # it may be awaited later, or never
+                self._deliver_cancellation(row)
             else:
-                ask.future.set_result(value)
+                self._deliver_end(row, value, error, restored=restored)
+        finally:
+            self._loop.end_delivery()
+
+    def _deliver_cancellation(self, row: Row) -> None:
+        if self._main is not None:
+            self._loop.call_soon(self._main.cancel)
+        self._cancel_bodies()
+        if self._cancelled is None:
+            self._cancelled = cancelled(self.id, row.error)
+
+    def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
+        ask = self._open.pop(row.request)
+        self._tell_end(ask, row, restored=restored)
+        if ask.handle is not None:
+            if not ask.handle.cancelled():
+                self._loop.fire(ask.handle)
+        elif ask.future is None or ask.future.done():
+            return
+        elif row.what == "dropped":
+            ask.future.cancel()
+        elif row.failed:
+            error = error if error is not None else DurableError(row.error)
+            if isinstance(error, StopIteration):
+                error = RuntimeError(f"the step's body raised StopIteration({error.value!r})")
+            self._errors[id(error)] = row.request, error
+            ask.future.set_exception(error)
+            if not ask.is_wanted:
+                ask.future.exception()  # it may be awaited later, or never
+        else:
+            ask.future.set_result(value)
 
     def _tell_end(self, ask: _Ask, row: Row, *, restored: bool) -> None:
         if ask.fact is None:
             return
         if isinstance(row, Outcome):
-            status = Status.FAILED if row.failed else Status.COMPLETED
-            times = {"attempts": row.attempts, "started_at": row.started_at, "ended_at": row.ended_at}
-            self._tell(ask, status=status, restored=restored, error=row.error or None, wake_at=None, **times)
+            of, status = ask.fact, Status.FAILED if row.failed else Status.COMPLETED
+            times = row.attempts, row.started_at, row.ended_at
+            ask.fact = Step(of.name, of.path, of.kind, status, *times, restored, row.error or None)
+            self._facts[of.path] = ask.fact
+            self.stage.changed()
         elif row.what == "dropped":
             self._tell(ask, status=Status.CANCELLED)
         else:
@@ -659,14 +692,9 @@ class WorkflowRun:
         if self._looked[name] >= _LOOKS or not isinstance(ask.what, StepRequest):
             return
         self._looked[name] += 1
-        edited = ask.request.recorded_digest not in (None, ask.request.digest)
-        if not edited:
-            try:
-                found = ask.what.fingerprint()
-            except Unhashable:
-                return
-            edited = _code_of(recorded.provenance.components) != _code_of(found.components)
-        if edited:
+        written = recorded.provenance
+        other_code = written.python == PYTHON and written.code != code_of(ask.what.body)
+        if other_code or ask.request.recorded_digest not in (None, ask.request.digest):
             self._looked[name] = _LOOKS
             self.stage.notice(
                 f"step {name!r} of {self.what} was edited, or has other arguments, since it was recorded; the recorded result "
@@ -872,7 +900,7 @@ class WorkflowRun:
             record = Attempts(request.kind, request.name, self.id, attempt - 1, "", began_at, now, 0.0, begun=True)
             await self._written(Event("asked"), puts=(self._log.attempts_row(ask.request.id, record),))
             self._attempts[ask.request.id] = record
-        context = copy_context()
+        context = ask.context.copy() if ask.context is not None else copy_context()
         context.run(current_body.set, Body(request.name, key))
         body = Attempt(self.id, request, self.engine.workers, context)
         number = ask.request.id
@@ -1010,7 +1038,16 @@ class WorkflowRun:
 
     def _as_outcome(self, ask: _Ask, inputs: Inputs, form: str, data: bytes, attempt: int, began_at: float) -> Outcome:
         of = ask.request.kind, ask.request.name, "", self.id
-        return Outcome(*of, form, data, attempt, began_at, self._now_s(), provenance_of(inputs.found), request=ask.request.id)
+        return Outcome(
+            *of,
+            form,
+            data,
+            attempt,
+            began_at,
+            self._now_s(),
+            replace(provenance_of(inputs.found), code=code_of(inputs.request.body)),
+            request=ask.request.id,
+        )
 
     def _failed_for_good(self, ask: _Ask, inputs: Inputs, error: BaseException, attempt: int, began_at: float) -> None:
         """A failure is an outcome: the code may catch it and go on."""
@@ -1361,11 +1398,6 @@ def _timer_of(request: SleepRequest, now: Instant) -> Timer:
 def _is_forgotten(ask: _Ask) -> bool:
     """Was a verb called, and its coroutine neither awaited nor made a task?"""
     return ask.coro is not None and not ask.is_wanted and inspect.getcoroutinestate(ask.coro) == inspect.CORO_CREATED
-
-
-def _code_of(components: dict[str, str]) -> dict[str, str]:
-    """The code that a step executes, without its arguments and without what it reads."""
-    return {label: digest for label, digest in components.items() if label.startswith(("function ", "class "))}
 
 
 async def _called(function: Any, args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import os
 import random
@@ -671,3 +672,88 @@ def test_async_generators_are_held_until_the_run_ends():
         assert shop.done == [0, "last"]
 
     asyncio.run(main())
+
+
+def test_a_line_inserted_before_the_only_recorded_step_of_its_name_is_told():
+    """Else the new line would get the recorded value, and the old one be executed again."""
+    shop = Shop()
+
+    async def before():
+        return await durable.run("quote", shop.do, 1), await durable.run("last", shop.held, "last")
+
+    async def after():
+        first = await durable.run("quote", shop.do, 0)
+        return first, await durable.run("quote", shop.do, 1), await durable.run("last", shop.held, "last")
+
+    async def main():
+        store = MemoryStore()
+        async with runtime(store, crash="after:step") as process:
+            with suppress(BaseException):
+                await redefine(before, name="order").start(id="42")
+        assert process.crashed
+        shop.gate("last").set()
+        redefine(after, name="order")
+        async with runtime(store):
+            with pytest.raises(NonDeterminismError, match="a line was inserted"):
+                await durable.get_run("42").resume()
+        assert shop.done == [1]
+
+    asyncio.run(main())
+
+
+def test_bodies_see_the_context_variables_of_the_code_that_awaits_them():
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+
+    def in_thread():
+        return tenant.get()
+
+    async def on_loop():
+        return tenant.get()
+
+    async def body():
+        tenant.set("jane")
+        return [await durable.run("a", in_thread), await asyncio.create_task(durable.run("b", on_loop))]
+
+    async def main():
+        async with runtime():
+            assert await redefine(body, name="order").start() == ["jane", "jane"]
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_run_that_waits_in_vain_ends_all_the_same():
+    shop = Shop()
+
+    async def body():
+        try:
+            await durable.run("a", shop.held, "a")
+        finally:
+            await asyncio.Event().wait()
+
+    async def main():
+        async with runtime():
+            run = redefine(body, name="order").start()
+            await until(lambda: run.steps and run.steps[0].status == "running")
+            run.cancel()
+            with pytest.raises(durable.RunCancelled):
+                await asyncio.wait_for(_outcome(run), 15)
+
+    asyncio.run(main())
+
+
+def test_a_closed_over_list_that_grew_is_no_edit(caplog):
+    shop, told = Shop(), []
+
+    async def body():
+        async def note(what):
+            told.append(what)
+            return what
+
+        await durable.run("note", note, "x")
+        return await durable.run("last", shop.held, "last")
+
+    async def when(store):
+        await until(lambda: names(store) == ["note"])
+
+    assert _killed_and_resumed(body, when, shop.gate("last").set) == "last"
+    assert not any("edited" in message for message in caplog.messages)
