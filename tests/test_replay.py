@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -757,3 +763,39 @@ def test_a_closed_over_list_that_grew_is_no_edit(caplog):
 
     assert _killed_and_resumed(body, when, shop.gate("last").set) == "last"
     assert not any("edited" in message for message in caplog.messages)
+
+
+# -- the same with real processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DURABLE_NB_KILLED_PROGRAMS", "6"))))
+def test_generated_programs_killed_for_real_go_the_way_they_went(seed, tmp_path):
+    """SIGKILL at any moment of real processes on a store on disk: nothing recorded runs again, nobody gets another's answer."""
+    store, ledger, rng = tmp_path / "store", tmp_path / "ledger", random.Random(SEED + seed)
+    ledger.touch()
+    only_once = {name for name, _ in unique(generate(random.Random(SEED + seed)))}
+    program = str(generate(random.Random(SEED + seed)))
+    only_once = {name for name in only_once if program.count(f"'step', '{name}'") == 1}
+    command = [sys.executable, str(Path(__file__).with_name("program_worker.py")), str(store), str(SEED + seed), str(ledger)]
+    for life in range(5):
+        done_before = len(ledger.read_text().splitlines())
+        recorded = {outcome.name for outcome in outcomes(store) if not outcome.failed} if store.exists() else set()
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            if life < 4:
+                _wait_for_some_work(process, ledger, done_before + rng.randrange(4), rng)
+                process.kill()
+            _, told = process.communicate(timeout=60)
+        assert process.returncode in (0, -signal.SIGKILL), told
+        again = [json.loads(line)[0] for line in ledger.read_text().splitlines()[done_before:]]
+        assert not recorded & only_once & set(again), "recorded, and executed again"
+        if process.returncode == 0:
+            return
+    pytest.fail("the last life was not killed, and did not end")
+
+
+def _wait_for_some_work(process: subprocess.Popen[str], ledger: Path, lines: int, rng: random.Random) -> None:
+    """Until the process has done so much, or has ended; and then for an instant more, which may fall anywhere."""
+    deadline = time.monotonic() + 30
+    while process.poll() is None and len(ledger.read_text().splitlines()) < lines and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.005)
