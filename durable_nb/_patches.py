@@ -122,7 +122,7 @@ def content_of(obj: Any, standing: Standing | None = None) -> Any:
         return obj.bit_generator.state, getattr(obj.bit_generator.seed_seq, "n_children_spawned", 0)
     if _is_frame(obj):
         kept = standing.kept(obj) if standing is not None else [False] * obj.ndim
-        return obj.copy(deep=False), kept
+        return obj.copy(deep=False), kept, obj.attrs
     if _is_index(obj):
         return list(obj.names)
     if kind is random.Random:
@@ -168,7 +168,7 @@ def fits(obj: Any, content: Any) -> bool:
         alike = obj.size == content.size and obj.dtype == content.dtype and lies_well
         return bool(alike and (obj.flags.writeable or _is_same(obj, content)))
     if _is_frame(obj):
-        frame, kept = content
+        frame, kept, _ = content
         return all(live.equals(index) for live, index, same in zip(obj.axes, frame.axes, kept, strict=True) if same)
     return True
 
@@ -229,13 +229,13 @@ def put(obj: Any, content: Any) -> None:
         _put_attributes(obj, *content)
 
 
-def _put_frame(frame: Any, content: Any, kept: list[bool]) -> None:
+def _put_frame(frame: Any, content: Any, kept: list[bool], attrs: dict[Any, Any]) -> None:
     for axis, (live, index, same) in enumerate(zip(frame.axes, content.axes, kept, strict=True)):
         if same:  # whoever else holds the index sees its new name
             live.names = index.names
             content._mgr.set_axis(frame.ndim - 1 - axis, live)
     frame._update_inplace(content)
-    frame.attrs = content.attrs
+    object.__setattr__(frame, "_attrs", attrs)  # the setter copies them, and others may hold the very dict
     frame.flags.allows_duplicate_labels = content.flags.allows_duplicate_labels
     if frame.ndim == 1:
         frame.name = content.name

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from durable_nb._memory import Frames, Sharing, is_frame, share
-from durable_nb._reducers import reduction_of
+from durable_nb._reducers import reduced_by_itself, reduction_of
 
 Key = Any
 """What a pickle holds instead of an object that is stored as a reference: a string or a tuple."""
@@ -194,7 +194,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if is_frame(obj):
             self._frames.note(obj)
             if kind.__module__.startswith("pandas"):
-                return NotImplemented
+                return _reduce_frame(obj)
         if issubclass(kind, dict) and _is_usual_dict(kind):
             self._unproven.append(obj)
             return _reduce_dict(obj)
@@ -202,7 +202,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             self._plain.add(kind)
             return NotImplemented
         registered = self.dispatch_table.get(kind)
-        reduced = registered(obj) if registered is not None else obj.__reduce_ex__(5)
+        reduced = registered(obj) if registered is not None else reduced_by_itself(obj, 5)
         if not isinstance(reduced, str):
             self._unproven.append(obj)
         elif getattr(obj, "__module__", None) == "__main__":
@@ -483,6 +483,15 @@ class _Owned:
 def _read_only(array: Any) -> Any:
     array.flags.writeable = False
     return array
+
+
+def _reduce_frame(frame: Any) -> Any:
+    """pandas' own, which gives the new frame a copy of its `attrs`: whoever else holds them would not see what is added."""
+    reduced = frame.__reduce_ex__(5)
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+    if isinstance(state, dict) and "attrs" in state:
+        state["_attrs"] = state.pop("attrs")
+    return reduced
 
 
 def _fill_exception(error: BaseException, content: tuple[Any, BaseException | None, bool]) -> None:

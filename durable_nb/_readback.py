@@ -7,7 +7,6 @@ value lies over the memory of the first. Classes and modules must be the very sa
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import struct
 import sys
 import types
@@ -20,7 +19,7 @@ from durable_nb import _pickling
 from durable_nb._fingerprint import hash_value, lasting_parts, without_passing
 from durable_nb._memory import byte_bounds
 from durable_nb._pickling import _REDUCERS, NO_REFERENCES, Key, Pickled, References, Unpickler, class_at, is_installed
-from durable_nb._reducers import reduction_of
+from durable_nb._reducers import reduced_by_itself, reduction_of
 
 
 class DriftError(Exception):
@@ -217,8 +216,7 @@ def _filled(held: Any) -> Any:
 
 
 def _reduced(obj: Any, kind: type) -> list[Any]:
-    registered = copyreg.dispatch_table.get(kind)
-    reduced = registered(obj) if registered is not None else obj.__reduce_ex__(5)
+    reduced = reduced_by_itself(obj, 5)
     if isinstance(reduced, str):
         return [reduced]
     made_by, args, state, items, pairs = (*reduced, None, None, None, None)[:5]

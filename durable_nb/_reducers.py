@@ -7,6 +7,7 @@ import csv
 import functools
 import gc
 import io
+import operator
 import re
 import types
 from collections.abc import Callable
@@ -107,6 +108,38 @@ def attributes_of(obj: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         return None
     slots = {name: getattr(obj, name) for name in copyreg._slotnames(kind) if hasattr(obj, name)}  # type: ignore[attr-defined]
     return dict(getattr(obj, "__dict__", {})), slots
+
+
+def reduced_by_itself(obj: Any, protocol: int) -> Any:
+    """What its class says, or `copyreg`; the object stays as it is, though some take out of the live one what they won't pickle
+    (statsmodels the callback of a fit)."""  # fmt: skip
+    registered = copyreg.dispatch_table.get(type(obj))
+    if registered is not None:
+        return registered(obj)
+    # Of others `__dict__` is not asked for: that of an exception would be made by the asking, and told.
+    own = getattr(obj, "__dict__", None) if any(_is_written(type(obj), way) for way in _WAYS) else None
+    if type(own) is not dict:
+        return obj.__reduce_ex__(protocol)
+    held = [(each, each.copy()) for each in (own, *own.values()) if type(each) in (dict, list, set)]
+    reduced = obj.__reduce_ex__(protocol)
+    for each, before in held:
+        if not _is_the_same(each, before):
+            each.clear()
+            (each.extend if type(each) is list else each.update)(before)
+    return reduced
+
+
+_WAYS = ("__reduce_ex__", "__reduce__", "__getstate__")
+
+
+def _is_written(kind: type, way: str) -> bool:
+    return isinstance(getattr(kind, way, None), types.FunctionType)
+
+
+def _is_the_same(now: Any, before: Any) -> bool:
+    """Do two containers hold the very same objects?"""
+    same = len(now) == len(before) and all(map(operator.is_, now, before))
+    return same and (type(now) is not dict or all(map(operator.is_, now.values(), before.values())))
 
 
 def _new(kind: Any) -> Any:

@@ -108,6 +108,7 @@ IN_PLACE = {
     "array": ("import numpy as np\na = np.zeros(4)\nb = a", "a[1] = 5\na *= 2", "a.tolist(), b is a"),
     "generator": ("import numpy as np\nrng = np.random.default_rng(0)", "x = rng.random()", "float(x), float(rng.random())"),
     "column": ("import pandas as pd\ndf = pd.DataFrame({'a': [1, 2]})\nalias = df", "df['b'] = df.a * 2\ndf.attrs['src'] = 'db'", "df.to_dict('list'), alias is df, df.attrs"),
+    "attributes of a frame": ("import pandas as pd\ndf = pd.DataFrame({'a': [1, 2]})\ndf.attrs['u'] = 1\nheld = df.attrs", "df['b'] = 1\ndf.attrs['v'] = 2\nview = df[['a']]\nown = view.attrs", "df.attrs, held is df.attrs, held, own is view.attrs, own"),
     "cell of a frame": ("import pandas as pd\ndf = pd.DataFrame({'a': [1, 2], 'b': ['x', 'y']})", "df.loc[0, 'a'] = 9\ndf.loc[1, 'b'] = 'z'", "df.to_dict('list')"),
     "rows of a frame": ("import pandas as pd\ndf = pd.DataFrame({'a': [3, 1, 2]})", "df.sort_values('a', inplace=True)\ndf.drop(index=0, inplace=True)", "df.a.tolist(), df.index.tolist()"),
     "series": ("import pandas as pd\ns = pd.Series([1, 2], name='n')\nt = s", "s[0] = 7\ns.name = 'm'", "s.tolist(), t is s, s.name"),
@@ -481,6 +482,9 @@ RESTORED = {
     "an underscore": ("", "for _ in range(3): pass\n'shown'", "l = _"),
     "a list changed in a loop": ("a = [1]", "for _turn in range(2):\n    a += [1]", ""),
     "a helper that rebinds its module's global": ("import library", "library.put(5)", "l = library.value"),
+    "matplotlib's defaults": ("import matplotlib as m\nm.use('agg')\nm.interactive(True)", "m.rcParams.update(m.rcParamsDefault)", "l = m.is_interactive()"),
+    "what has occurred in decimals": ("", "import decimal\ny = decimal.Decimal(1) / 3", "l = sorted(s.__name__ for s, on in decimal.getcontext().flags.items() if on)"),
+    "what a state takes out of the live object": ("", "class A:\n    def __init__(self): self.kept = {'f': len, 'n': 1}\n    def __getstate__(self):\n        self.kept['f'] = None\n        return self.__dict__\na = A()\nkept = a.kept", "l = a.kept, a.kept is kept"),
     "a repr that counts": ("", "class R:\n    n = 0\n    def __repr__(self):\n        R.n += 1\n        return f'R{R.n}'\nR()", "l = R.n"),
     "the first import of matplotlib": ("", "import matplotlib; matplotlib.use('agg')\nimport matplotlib.pyplot as plt\nx = 1", ""),
     "a temporary folder": ("", "import tempfile\nwith tempfile.TemporaryDirectory() as t:\n    open(t + '/x', 'w').write('1')\n    y = open(t + '/x').read()\ndel t", ""),
@@ -586,3 +590,7 @@ def test_a_future_import_holds_for_later_cells_of_a_new_kernel_and_is_part_of_wh
     assert (runs(home, hinted), home.value("f.__annotations__['t'] is int")) == (True, True)
     assert "future · restored" in home.run(imports).told[0]
     assert (runs(home, hinted), home.value("f.__annotations__")) == (True, {"t": "int"})
+    below = "%%durable below\nx = 1\nfrom __future__ import annotations\ndef g(t: NotThere): ..."
+    for ran in (True, False):
+        home.restart()
+        assert (runs(home, below), home.value("x, g.__annotations__")) == (ran, (1, {"t": "NotThere"}))

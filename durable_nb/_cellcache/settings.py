@@ -277,8 +277,13 @@ def _decimal(module: Any) -> dict[str, Any]:
 
 def _context(context: Any) -> dict[str, Any]:
     return {name: getattr(context, name) for name in _CONTEXT} | {
-        "traps": sorted(t.__name__ for t, on in context.traps.items() if on)
+        "traps": sorted(t.__name__ for t, on in context.traps.items() if on),
+        **{f"{_FLAG}{signal.__name__}": bool(on) for signal, on in context.flags.items()},
     }
+
+
+_FLAG = "flag "
+"""Whether a signal has occurred: each by itself, as arithmetic sets them one by one."""
 
 
 def _set_decimal(module: Any, changes: dict[str, Any]) -> None:
@@ -287,6 +292,8 @@ def _set_decimal(module: Any, changes: dict[str, Any]) -> None:
         if name == "traps":
             for signal in context.traps:
                 context.traps[signal] = signal.__name__ in value
+        elif name.startswith(_FLAG):
+            context.flags[getattr(module, name.removeprefix(_FLAG))] = value
         else:
             setattr(context, name, value)
 
@@ -530,7 +537,7 @@ _LOGGING_WORDS = frozenset(
 
 _BACKEND = {
     "backend": frozenset({"use", "switch_backend", "backend"}),
-    "interactive": frozenset({"ion", "ioff", "interactive"}),
+    "interactive": frozenset({"ion", "ioff", "interactive", "rcParamsDefault", "reset_defaults", "reset_orig"}),
 }
 
 KNOWN: tuple[Setting, ...] = (

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from xxhash import xxh3_128_digest
 
-from durable_nb._reducers import attributes_of
+from durable_nb._reducers import attributes_of, reduced_by_itself
 
 from ._objects import CONFIGURED, HOLDS, OPAQUE_TYPES, SAID, added, configuration
 from ._owners import public_module
@@ -896,10 +896,9 @@ def _reduction(obj: Any, kind: type) -> Any:
     held = attributes_of(obj)
     if held is not None:
         return copyreg.__newobj__, (kind,), held  # type: ignore[attr-defined]  # private to the stubs
-    registered = copyreg.dispatch_table.get(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # itertools warns from 3.12 that it will stop reducing
-        return registered(obj) if registered is not None else obj.__reduce_ex__(4)
+        return reduced_by_itself(obj, 4)
 
 
 def _checked(reduction: Any) -> tuple[Any, tuple[Any, ...], Any, Any, Any]:

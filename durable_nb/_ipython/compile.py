@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import IPython
 from IPython.core.displayhook import DisplayHook
@@ -45,8 +45,12 @@ def _features(shell: Any) -> tuple[str, ...]:
 
 
 def _imported_features(tree: ast.Module) -> set[str]:
-    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__")
-    return {alias.name for node in imports for alias in node.names}
+    return {alias.name for node in tree.body if imports_features(node) for alias in node.names}
+
+
+def imports_features(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
+    """Is it `from __future__ import ...`?"""
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def compile_body(shell: Any, body: str) -> Code:
@@ -130,6 +134,9 @@ def _parts(tree: ast.Module, interactivity: str, *, quiet: bool) -> Iterator[tup
                 waiting = []
             yield ast.Expression(node.value), True
         else:
+            if waiting and imports_features(node):  # it may stand below other code in a cell, but not in what is compiled
+                yield ast.Module(waiting, []), False
+                waiting = []
             waiting.append(node)
     if waiting:
         yield ast.Module(waiting, []), False

@@ -11,6 +11,8 @@ import ast
 import re
 from typing import Any
 
+from durable_nb._ipython.compile import imports_features
+
 _MAGIC = re.compile(r"%%durable(?:\s|$)")
 _STACKED = re.compile(r"%%(time|capture)\b")
 
@@ -52,7 +54,10 @@ class DurableTransformer:
 
     def _compiles(self, body: str) -> bool:
         try:
-            compile(self._shell.transform_cell(body), "<durable>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            tree = ast.parse(self._shell.transform_cell(body))
+            # Statements will be compiled one by one, as IPython does it: these may stand below others.
+            tree.body.sort(key=lambda node: not imports_features(node))
+            compile(tree, "<durable>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         except (SyntaxError, ValueError, OverflowError):
             return False
         return True
