@@ -103,7 +103,16 @@ def _is_patchable(obj: Any) -> bool:
 
 
 def content_of(obj: Any, standing: Standing | None = None) -> Any:
-    """The content of a changed object, as a new object of plain kind; UnpatchableError where that isn't all there is."""
+    """The content of a changed object, as new objects of plain kind, for `fits` and `put`; UnpatchableError where that isn't
+    all there is."""  # fmt: skip
+    return _kind(obj), _content_of(obj, standing)
+
+
+def _kind(obj: Any) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+def _content_of(obj: Any, standing: Standing | None) -> Any:
     kind = type(obj)
     if kind in (list, set, collections.deque, bytearray):
         return (bytes if kind is bytearray else list)(obj)
@@ -146,7 +155,7 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
     if isinstance(obj, types.FunctionType):
         if before.get("") is not obj.__code__:
             raise UnpatchableError(obj.__name__)
-        return dict(vars(obj)), obj.__defaults__, obj.__kwdefaults__
+        return _kind(obj), (dict(vars(obj)), obj.__defaults__, obj.__kwdefaults__)
     now = vars(obj)
     changed = [
         name for name in {**before, **now} if before.get(name, obj) is not now.get(name, obj) and name != "__slotnames__"
@@ -154,7 +163,7 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
     others = [name for name in changed if not (_is_data(name, before.get(name)) and _is_data(name, now.get(name)))]
     if not before or others or type(obj) is not type:
         raise UnpatchableError(obj.__name__)
-    return {name: now[name] for name in changed if name in now}, [name for name in changed if name not in now]
+    return _kind(obj), ({name: now[name] for name in changed if name in now}, [name for name in changed if name not in now])
 
 
 def _is_data(name: str, value: Any) -> bool:
@@ -162,7 +171,10 @@ def _is_data(name: str, value: Any) -> bool:
 
 
 def fits(obj: Any, content: Any) -> bool:
-    """Can `content` be put into the live object as it is now?"""
+    """Can `content` be put into the live object as it is now? Where another kind of object is now, it can't."""
+    kind, content = content
+    if kind != _kind(obj):
+        return False
     if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
         lies_well = obj.shape == content.shape or obj.flags.forc
         alike = obj.size == content.size and obj.dtype == content.dtype and lies_well
@@ -180,6 +192,7 @@ def _is_same(array: Any, content: Any) -> bool:
 
 def put(obj: Any, content: Any) -> None:
     """Give the live object its new content."""
+    _, content = content
     kind = type(obj)
     library = kind.__module__.partition(".")[0]
     if kind in (list, bytearray):
@@ -329,7 +342,7 @@ def apply(packed: bytes, places: Mapping[Place, Any], value: Any) -> Any:
         raise KeyError("an array that lies otherwise in memory") from error
     live = [(places[place], content) for place, content in patches]
     if not all(fits(obj, content) for obj, content in live):
-        raise KeyError("an array of another shape")
+        raise KeyError("an object of another kind, or an array of another shape")
     for obj, content in live:
         put(obj, content)
     return returned if linked else value

@@ -1062,6 +1062,11 @@ LIBRARIES = [
     ("import sqlalchemy.orm\nx = sqlalchemy.orm.Session(sqlalchemy.create_engine('sqlite:///a.db'))", "a.db", "b.db"),
     ("from concurrent.futures import ThreadPoolExecutor\nx = ThreadPoolExecutor(3)", "3", "4"),
     ("import sqlite3\nx = sqlite3.connect(':memory:')\nx.execute('create table a (b)')", "(b)", "(c)"),
+    (
+        "import sqlite3\nx = sqlite3.connect(':memory:')\nx.row_factory = lambda c, r: dict(zip('abc', r))\nx.execute('create table a (b)')",
+        "(b)",
+        "(c)",
+    ),
     ("import requests\nx = requests.Session()\nx.headers['X'] = 'a'", "'a'", "'b'"),
 ]
 

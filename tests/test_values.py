@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 
 import pytest
 from twins import twins
+
+from durable_nb import _patches
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +173,16 @@ def test_a_step_that_returns_an_open_file_is_refused(sessions, tmp_path):
     before = "open('f.txt', 'w').close()\ndef f(): return open('f.txt')"
     shown = sessions.run([before, "%%durable cell\nv = await durable.run('f', f)"], tmp_path)["shown"][-1]
     assert "can't be stored (TypeError: cannot pickle an open file" in shown[2]
+
+
+def test_a_change_is_made_again_to_an_object_of_its_kind_only():
+    """Where one of the places holds another kind of object by now, none of them is touched."""
+    stored = {("step", 0): [1, 2], ("step", 1): types.SimpleNamespace(a=1)}
+    packed = _patches.pack([(place, _patches.content_of(obj)) for place, obj in stored.items()], None, stored)
+    live = {("step", 0): [1], ("step", 1): [5]}
+    with pytest.raises(KeyError):
+        _patches.apply(packed, live, None)
+    assert live == {("step", 0): [1], ("step", 1): [5]}
+    live["step", 1] = types.SimpleNamespace()
+    _patches.apply(packed, live, None)
+    assert live == stored

@@ -130,27 +130,49 @@ def _sqlite_closed(con: Any) -> bool:
     return False
 
 
+def _sqlite_rows(con: Any, query: str) -> list[tuple[Any, ...]]:
+    """Tuples, whatever the connection makes of rows."""
+    import sqlite3
+
+    return sqlite3.Cursor(con).execute(query).fetchall()
+
+
 def _sqlite_held(con: Any) -> str:
     if _sqlite_closed(con):
         return ""
     if con.in_transaction:
         return "an open transaction"
-    for _, schema, file in con.execute("PRAGMA database_list").fetchall():
-        tables = con.execute(f'SELECT count(*) FROM "{schema}".sqlite_master').fetchone()[0]
-        if not file and tables:
+    for _, schema, file in _sqlite_rows(con, "PRAGMA database_list"):
+        if not file and _sqlite_rows(con, f'SELECT 1 FROM "{schema}".sqlite_master LIMIT 1'):
             return "tables in memory"
         if schema not in ("main", "temp"):
             return "an attached database"
-    return ""
+    return "a count of many changes" if con.total_changes > _COUNTED else ""
+
+
+_COUNTED = 1_000_000
+"""So many changes a new connection is made to count, in less than a second."""
 
 
 def _sqlite_end(con: Any) -> Any:
-    return () if _sqlite_closed(con) else (con.row_factory, con.text_factory, con.isolation_level)
+    if _sqlite_closed(con):
+        return ()
+    last = _sqlite_rows(con, "SELECT last_insert_rowid()")[0][0]
+    return con.row_factory, con.text_factory, con.isolation_level, con.total_changes, last
 
 
 def _sqlite_brought(new: Any, end: Any) -> None:
     if end:
-        new.row_factory, new.text_factory, new.isolation_level = end
+        *_, changes, last = end
+        if changes:  # rows of tables that are gone again count, and are nowhere on disk
+            more = f"WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < {changes}) SELECT i FROM n"
+            new.executescript(
+                "BEGIN; CREATE TEMP TABLE durable_nb_more (i); CREATE TEMP TABLE durable_nb_last (i);"
+                + (f"INSERT INTO durable_nb_more {more};" if changes > 1 else "")
+                + f"INSERT INTO durable_nb_last (rowid) VALUES ({last});"
+                "DROP TABLE durable_nb_more; DROP TABLE durable_nb_last; COMMIT"
+            )
+        new.row_factory, new.text_factory, new.isolation_level = end[:3]
     else:
         new.close()
 

@@ -121,14 +121,17 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
 
 
 def _database(obj: Any) -> Any:
-    files = [tuple(row)[1:] for row in obj.execute("PRAGMA database_list").fetchall()]
+    import sqlite3
+
+    rows = sqlite3.Cursor(obj)  # tuples, whatever the connection makes of rows
+    files = [row[1:] for row in rows.execute("PRAGMA database_list").fetchall()]
     # one in memory is nowhere else
-    return [(name, file or xxh3_128(_content(obj, name)).hexdigest()) for name, file in files]
+    return [(name, file or xxh3_128(_content(obj, rows, name)).hexdigest()) for name, file in files]
 
 
-def _content(connection: Any, name: str) -> bytes:
+def _content(connection: Any, rows: Any, name: str) -> bytes:
     """A database in memory as a file, whatever SQLite wrote it: without the count of changes and the version in its header."""
-    if not connection.execute(f"PRAGMA {name}.page_count").fetchone()[0]:
+    if not rows.execute(f"PRAGMA {name}.page_count").fetchone()[0]:
         return b""  # older ones can't serialise it
     content = bytearray(connection.serialize(name=name))
     content[24:28], content[92:100] = bytes(4), bytes(8)
