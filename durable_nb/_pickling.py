@@ -371,6 +371,18 @@ def _fill_function(fn: types.FunctionType, state: tuple[dict[str, Any], dict[str
     fn.__dict__.update(own_dict)
 
 
+def _reduce_typevar(variable: typing.TypeVar) -> Any:
+    """cloudpickle's own, which makes one of another module."""
+    make, made_from = cloudpickle.cloudpickle._typevar_reduce(variable)
+    return (make, made_from) if make is getattr else (_typevar, (variable.__module__, make, made_from))
+
+
+def _typevar(module: str, make: Any, made_from: tuple[Any, ...]) -> Any:
+    variable = make(*made_from)
+    variable.__module__ = module
+    return variable
+
+
 def _reduce_cell(cell: types.CellType) -> Any:
     # Empty first and filled as its state, so that it is memoised in between: a function may hold itself, and two
     # functions may share a variable.
@@ -447,6 +459,7 @@ _REDUCERS: dict[type, Callable[[Any], Any]] = {
     type(_empty.items()): _reduce_view,
     memoryview: _reduce_memoryview,
     types.CoroutineType: _reduce_coroutine,
+    typing.TypeVar: _reduce_typevar,
     typing.NewType: lambda obj: (typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)),
 }
 
@@ -550,12 +563,25 @@ def _skeleton(make: Any, constructor: Any, name: str, bases: tuple[type, ...], g
     lineage = [base for direct in bases for base in getattr(direct, "__mro__", ())]  # Generic[T] is no class
     hooked = any("__init_subclass__" in vars(base) and not is_installed(base) for base in lineage)
     if is_installed(constructor) and not hooked:
-        return make(constructor, name, bases, given, *more)  # type: ignore[no-any-return]
+        is_new = more[0] not in cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
+        made: type = make(constructor, name, bases, given, *more)
+        if is_new and constructor in (type, abc.ABCMeta):
+            _without_added(made, given)
+        return made
     native = next(kind for kind in constructor.__mro__ if is_installed(kind))
     cls: Any = native.__new__(constructor, name, (_silent(lineage), *bases) if hooked else bases, dict(given))
     if hooked:
         cls.__bases__ = bases
     return cloudpickle.cloudpickle._lookup_class_or_track(more[0], cls)  # type: ignore[no-any-return]
+
+
+def _without_added(cls: type, given: dict[str, Any]) -> None:
+    """What a library's `__init_subclass__` set (scikit-learn's `set_score_request`) is among the attributes that come yet, and
+    has its place there."""  # fmt: skip
+    native = (types.MemberDescriptorType, types.GetSetDescriptorType)
+    for name, held in tuple(vars(cls).items()):
+        if name not in given and not name.startswith(("__", "_abc_")) and not isinstance(held, native):
+            delattr(cls, name)
 
 
 def _silent(lineage: list[type]) -> type:
