@@ -67,15 +67,41 @@ def _is_beginning(text: str) -> bool:
     return bool(re.fullmatch(r"[A-Z][A-Z0-9]*_[A-Z0-9_]*", text))
 
 
+_NAME = re.compile(r"[A-Za-z]\w{2,}", re.ASCII)
+_IN_TEXT = re.compile(r"\$\{?([A-Za-z_]\w*)|\b([A-Z][A-Z0-9_]+)\b", re.ASCII)
+
+
+def not_met(words: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """The variables of which code with these words and texts speaks, whether they are set or not: whoever has gone through
+    the whole environment has seen that they were not."""  # fmt: skip
+    found = {text + ALL for text in texts if _is_beginning(text)}
+    found |= {text for text in texts if _NAME.fullmatch(text) and text.isupper()}
+    found |= {word.upper() for word in words if _NAME.fullmatch(word)}
+    return {name for name in found if not is_secret(name) and not _OF_THE_SESSION.fullmatch(name)}
+
+
+def given_to_children(texts: Iterable[str]) -> set[str]:
+    """The variables that a child process may look up which has one of these texts as its program: `$NAME`, or a name in
+    capitals."""  # fmt: skip
+    found = set()
+    for text in texts:
+        for said, bare in _IN_TEXT.findall(text):
+            if said or not _OF_THE_SESSION.fullmatch(bare):
+                found.add(said or bare)
+    return {name for name in found if not is_secret(name)}
+
+
 @contextmanager
-def use_noticed(read: Read, written: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile tell of all variables that are looked up in `os.environ`, or set there."""
+def use_noticed(read: Read, written: Callable[[str], None], passed: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile tell of all variables that are looked up in `os.environ`, or set there, and when all of them are gone
+    through."""  # fmt: skip
     environment: Any = os.environ
     encode, decode = environment.encodekey, environment.decodekey
     passing = threading.local()
 
     def decoding(raw: Any) -> Any:
         name = decode(raw)
+        passed()
         vars(passing).setdefault("names", set()).add(name)  # whoever goes through all of them asks for their values then
         return name
 

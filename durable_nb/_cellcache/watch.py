@@ -101,6 +101,8 @@ class Watch:
         self._imported: dict[str, None] = {}
         self._variables: dict[str, tuple[str | None, bool]] = {}
         self._set: set[str] = set()
+        self._is_passed = self._is_inherited = False
+        """Has it gone through the whole environment, or left it to a child process?"""
         self._names = {name: name_digest(around.namespace, name) for name in sorted(looked_up(mentions, around.namespace))}
         self._settings = settings(None if displays else settings_used(self._packages, mentions.words))
         draws = displays or bool(self._packages) or not mentions.words.isdisjoint(_DRAWING)
@@ -127,6 +129,9 @@ class Watch:
 
     def event(self, event: str, args: tuple[Any, ...]) -> None:
         """One audit event. Called inside the call that raises it: must be quick, and must not raise."""
+        if event in _CHILDREN:
+            self._is_inherited |= event not in _GIVING or args[-1] is None or len(args[-1]) >= len(os.environ)
+            return
         path = args[0]
         if event == "import":
             self._imported[str(path)] = None
@@ -186,6 +191,10 @@ class Watch:
         if name not in self._variables or (self._variables[name][1] and not is_passed):
             self._variables[name] = value, is_passed
 
+    def variables_passed(self) -> None:
+        """Somebody goes through all of them."""
+        self._is_passed = True
+
     def variable_set(self, name: str) -> None:
         """What it looks up after that is its own."""
         if name not in self._variables:
@@ -239,6 +248,10 @@ class Watch:
                 found[name] = self._around.digest(name, value)
             elif counts:
                 found[counts] = self._around.variable(counts)
+        others = environment.not_met(self.mentions.words, self.mentions.texts) if self._is_passed else set()
+        others |= environment.given_to_children(self.mentions.texts) if self._is_inherited else set()
+        for name in others - found.keys() - self._variables.keys() - self._set:
+            found[name] = self._around.variable(name)
         return found
 
     def _files(self) -> tuple[list[FileState], list[str]]:
@@ -403,8 +416,12 @@ _watches: list[Watch] = []
 _of_step: ContextVar[Watch | None] = ContextVar("durable_nb_watch", default=None)
 _steps: list[Watch] = []
 _hooked = False
+_GIVING = frozenset({"subprocess.Popen", "os.posix_spawn"})
+"""Children may be given another environment, by the last argument."""
+_CHILDREN = _GIVING | {"os.system", "os.fork", "os.forkpty"}
 _EVENTS = frozenset(
     {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect", "import"}
+    | _CHILDREN
 )
 
 
@@ -436,7 +453,7 @@ def watching(watch: Watch) -> Iterator[None]:
             stack.enter_context(watcher.listening())
             watch.restart()
         if not _watches:
-            stack.enter_context(environment.use_noticed(_variable_read, _variable_set))
+            stack.enter_context(environment.use_noticed(_variable_read, _variable_set, _variables_passed))
             stack.enter_context(_questions_noticed())
         _watches.append(watch)
         try:
@@ -483,6 +500,12 @@ def _variable_read(name: str, value: str | None, is_passed: bool) -> None:
     if not getattr(away, "on", False):
         for watch in _told():
             watch.variable_read(name, value, is_passed)
+
+
+def _variables_passed() -> None:
+    if not getattr(away, "on", False):
+        for watch in _told():
+            watch.variables_passed()
 
 
 def _variable_set(name: str) -> None:
