@@ -1351,6 +1351,13 @@ def test_docstrings_matter_where_code_looks_at_them():
     differ(source.format("one"), source.format("two"))
 
 
+def test_the_source_as_it_is_written_matters_where_code_looks_at_it():
+    """Comments too, of functions and what they are in."""
+    source = "import inspect\ndef g():\n    return 1  # {}\ndef f():\n    return inspect.getsource(g)"
+    differ(source.format("one"), source.format("two"))
+    same(source.format("one").replace("getsource", "isclass"), source.format("two").replace("getsource", "isclass"))
+
+
 @pytest.mark.parametrize(
     ("source", "old", "new"),
     [

@@ -119,6 +119,7 @@ def test_a_file_that_comes_into_a_folder_is_an_input_of_what_lists_it_natively(h
     for name, body in {
         "dataset": "return sorted(pyarrow.dataset.dataset(many, format='parquet').to_table().column('a').to_pylist())",
         "pattern": "return sorted(pl.read_parquet(many + '/*.parquet')['a'].to_list())",
+        "relative pattern": "return sorted(pl.read_parquet('many_relative pattern/*.parquet')['a'].to_list())",
     }.items():
         home.run(f"many = '{{}}/many_{name}'.format(str(Path.cwd()))\nwrite(1, 'one.parquet', many)")
         define(home, "", body)

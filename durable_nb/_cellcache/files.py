@@ -142,9 +142,15 @@ def kind_of(path: str) -> str:
 
 
 def _matches(pattern: str) -> str:
+    """By their names below the first folder that the pattern leaves open: it may be given from anywhere."""
+    where = os.path.abspath(pattern)
+    above = os.path.dirname(_OPEN.split(where)[0])
     with looking_away():
-        found = sorted(glob.glob(pattern, recursive="**" in pattern))
+        found = sorted(os.path.relpath(name, above) for name in glob.glob(where, recursive="**" in where))
     return _digest_of_names(found) if found else ABSENT
+
+
+_OPEN = re.compile(r"[*?\[]")
 
 
 def _code(path: str) -> str:

@@ -351,6 +351,39 @@ def _signals(signal: Any) -> dict[str, Any]:
     return {str(n): signal.getsignal(n) for n in signal.valid_signals() if n != signal.SIGINT}
 
 
+def _made_modules(_sys: Any) -> dict[str, Any]:
+    """Those that no import has found: somebody put them there."""
+    return {name: id(module) for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None) is None}
+
+
+def _reducers(copyreg: Any) -> dict[str, Any]:
+    """Those of the notebook: what libraries register, importing them does again."""
+    return {
+        cls.__qualname__: reduce
+        for cls, reduce in list(copyreg.dispatch_table.items())
+        if "__main__" in (cls.__module__, getattr(reduce, "__module__", ""))
+    }
+
+
+def _umask(_os: Any) -> dict[str, Any]:
+    """It can only be asked for by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return {"mask": mask}
+
+
+def _mime_types(mimetypes: Any) -> dict[str, Any]:
+    if not mimetypes.inited:
+        mimetypes.init()
+    return dict(mimetypes.types_map)
+
+
+def _set_mime_types(mimetypes: Any, changes: dict[str, Any]) -> None:
+    for ending, kind in changes.items():
+        if kind != GONE:
+            mimetypes.add_type(kind, ending)
+
+
 def _builtins(module: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in ("_", "__build_class__")}
 
@@ -561,6 +594,17 @@ KNOWN: tuple[Setting, ...] = (
         said=lambda n: f"it changes sys.{n}",
     ),
     Setting("signals", "signal", _signals, said=lambda number: f"it sets a handler for signal {number}"),
+    Setting("modules", "sys", _made_modules, mentions=frozenset({"modules"}), said=lambda n: f"it puts {n} into sys.modules"),
+    Setting("reducers", "copyreg", _reducers, said=lambda name: f"it registers how {name} is pickled"),
+    Setting(
+        "functions for the end",
+        "atexit",
+        lambda atexit: {"n": atexit._ncallbacks()},
+        mentions=frozenset({"atexit"}),
+        said=lambda _: "it registers a function for the end of the process",
+    ),
+    Setting("the umask", "os", _umask, lambda _, found: os.umask(found["mask"]), mentions=frozenset({"umask"})),
+    Setting("MIME types", "mimetypes", _mime_types, _set_mime_types, mentions=frozenset({"add_type"})),
     Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}"),
     Setting("numpy's options", "numpy", _numpy, _set_numpy, usual=lambda _: _NUMPY),
     Setting("pandas' options", "pandas._config.config", _pandas, _set_pandas, usual=_pandas_usual),

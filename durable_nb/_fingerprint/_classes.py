@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._annotations import annotation_parts, annotations_of, own_annotations, types_in
 from ._owners import is_installed_file
-from ._source import docstring
-from ._values import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, named, text
+from ._source import docstring, written
+from ._values import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, SOURCE, named, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,6 +28,8 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
         walk.out += text(cls.__qualname__)
     if MODULES in walk.graph.looks:
         walk.out += text(cls.__module__)
+    if SOURCE in walk.graph.looks:
+        walk.out += text(written(cls))
     yield cls.__bases__
     yield None if type(cls) is type else type(cls)
     fields = _pydantic_fields(cls)

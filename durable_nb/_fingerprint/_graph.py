@@ -21,7 +21,7 @@ from ._annotations import annotations_of
 from ._classes import class_of
 from ._modules import CODE, attributes_of, imports_of, module_of, reached
 from ._owners import installed_name, is_installed, is_installed_file, version
-from ._source import Paths, Reading, docstring, imported, looks_of, normalise, read
+from ._source import Paths, Reading, docstring, imported, looks_of, normalise, read, written
 from ._values import (
     ANNOTATIONS,
     DIGEST_BYTES,
@@ -32,6 +32,7 @@ from ._values import (
     NAMES,
     PERSON,
     SCALARS,
+    SOURCE,
     Looks,
     Opaque,
     Walk,
@@ -402,6 +403,8 @@ class Fingerprinter:
             walk.out += text(fn.__name__) + text(fn.__qualname__)
         if MODULES in self.looks:
             walk.out += text(str(fn.__module__))
+        if SOURCE in self.looks:
+            walk.out += text(written(fn))
         if DOCSTRINGS in self.looks:
             yield docstring(fn.__doc__)
         if ANNOTATIONS in self.looks:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, MODULES, NAMES, PERSON, Looks, constant, text
+from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, MODULES, NAMES, PERSON, SOURCE, Looks, constant, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,6 +153,14 @@ def _joined(node: ast.JoinedStr) -> list[ast.expr]:
     return parts
 
 
+def written(found: Any) -> str:
+    """The source as it is written, comments too; '' where none is found."""
+    try:
+        return f"{inspect.getcomments(found) or ''}{inspect.getsource(found)}"
+    except (OSError, TypeError, SyntaxError):
+        return ""
+
+
 def docstring(found: Any) -> Any:
     """A docstring without its margin, which Python itself takes away from 3.13 on."""
     return inspect.cleandoc(found) if isinstance(found, str) else found
@@ -255,6 +263,7 @@ _LOOKING = {
     },
     NAMES: {".__name__", ".__qualname__", *_BY_ALL},
     MODULES: {".__module__", "inspect"},
+    SOURCE: {"getsource", "getsourcelines", "findsource", "getcomments"},
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Opaque(NamedTuple):
 
 
 Looks = frozenset[str]
-DOCSTRINGS, ANNOTATIONS, NAMES, MODULES = "docstrings", "annotations", "names", "modules"
+DOCSTRINGS, ANNOTATIONS, NAMES, MODULES, SOURCE = "docstrings", "annotations", "names", "modules", "source"
 
 
 class Graph(Protocol):
