@@ -372,6 +372,10 @@ def _umask(_os: Any) -> dict[str, Any]:
     return {"mask": mask}
 
 
+def _set_umask(_os: Any, changes: dict[str, Any]) -> None:
+    os.umask(changes["mask"])
+
+
 def _mime_types(mimetypes: Any) -> dict[str, Any]:
     if not mimetypes.inited:
         mimetypes.init()
@@ -603,7 +607,7 @@ KNOWN: tuple[Setting, ...] = (
         mentions=frozenset({"atexit"}),
         said=lambda _: "it registers a function for the end of the process",
     ),
-    Setting("the umask", "os", _umask, lambda _, found: os.umask(found["mask"]), mentions=frozenset({"umask"})),
+    Setting("the umask", "os", _umask, _set_umask, mentions=frozenset({"umask"})),
     Setting("MIME types", "mimetypes", _mime_types, _set_mime_types, mentions=frozenset({"add_type"})),
     Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}"),
     Setting("numpy's options", "numpy", _numpy, _set_numpy, usual=lambda _: _NUMPY),
