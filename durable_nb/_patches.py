@@ -86,6 +86,12 @@ def _is_frame(obj: Any) -> bool:
     return pandas is not None and type(obj) in (pandas.DataFrame, pandas.Series)
 
 
+def _held_by_polars(obj: Any) -> str:
+    """The attribute in which a frame or series of polars has its content; '' of anything else."""
+    polars: Any = sys.modules.get("polars")
+    return "" if polars is None else {polars.DataFrame: "_df", polars.Series: "_s"}.get(type(obj), "")
+
+
 def _is_index(obj: Any) -> bool:
     pandas: Any = sys.modules.get("pandas")
     return pandas is not None and isinstance(obj, pandas.Index)
@@ -132,6 +138,8 @@ def _content_of(obj: Any, standing: Standing | None) -> Any:
     if _is_frame(obj):
         kept = standing.kept(obj) if standing is not None else [False] * obj.ndim
         return obj.copy(deep=False), kept, obj.attrs
+    if _held_by_polars(obj):
+        return obj.clone()
     if _is_index(obj):
         return list(obj.names)
     if kind is random.Random:
@@ -206,6 +214,8 @@ def put(obj: Any, content: Any) -> None:
             obj[key] = value
     elif _is_frame(obj):
         _put_frame(obj, *content)
+    elif held := _held_by_polars(obj):
+        setattr(obj, held, getattr(content, held))
     elif _is_index(obj):
         obj.names = content
     elif library == "numpy" and kind.__name__ == "ndarray":
