@@ -5,12 +5,14 @@ Whoever else holds the object sees the change, as after plain execution.
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import random
 import sys
 import types
 import weakref
+from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,6 +47,7 @@ class Standing:
         self._digests: dict[int, str] = {}
         self._digest = digest
         self._members = {id(obj): dict(vars(obj)) if isinstance(obj, type) else {"": obj.__code__} for obj in code}
+        self._registered = {id(obj): _registered(obj) for obj in code}
         self._keep = [*objects, *code]
         for obj in objects:
             if type(obj) in _PLAIN:
@@ -74,6 +77,10 @@ class Standing:
     def members(self, obj: Any) -> dict[str, Any]:
         """A class's attributes as they were; of a function, its code under ''."""
         return self._members.get(id(obj), {})
+
+    def registered(self, cls: Any) -> set[int]:
+        """The virtual subclasses that an abstract class had."""
+        return self._registered.get(id(cls), set())
 
     def kept(self, frame: Any) -> list[bool]:
         """Of each axis: is it the very index that the frame had?"""
@@ -169,9 +176,16 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
         name for name in {**before, **now} if before.get(name, obj) is not now.get(name, obj) and name != "__slotnames__"
     ]
     others = [name for name in changed if not (_is_data(name, before.get(name)) and _is_data(name, now.get(name)))]
-    if not before or others or type(obj) is not type:
+    if not before or others or type(obj) not in _CLASSES or standing.registered(obj) != _registered(obj):
         raise UnpatchableError(obj.__name__)
     return _kind(obj), ({name: now[name] for name in changed if name in now}, [name for name in changed if name not in now])
+
+
+_CLASSES = (type, abc.ABCMeta)
+
+
+def _registered(cls: Any) -> set[int]:
+    return {id(reference()) for reference in _get_dump(cls)[0]} if type(cls) is abc.ABCMeta else set()
 
 
 def _is_data(name: str, value: Any) -> bool:
@@ -242,7 +256,7 @@ def put(obj: Any, content: Any) -> None:
         attributes, obj.__defaults__, obj.__kwdefaults__ = content
         vars(obj).clear()
         vars(obj).update(attributes)
-    elif kind is type:
+    elif kind in _CLASSES:
         attributes, deleted = content
         for name, value in attributes.items():
             setattr(obj, name, value)

@@ -340,7 +340,7 @@ class Description:
         if isinstance(obj, (type, types.FunctionType, types.MethodType)) or not hasattr(obj, "__dict__"):
             return None
         kept = {name: value for name, value in vars(obj).items() if name not in ("_cache", "_data_attr", "data_in_cache")}
-        return self._items(kept.items(), path)
+        return self._items(sorted(kept.items(), key=lambda item: str(item[0])), path)
 
     def _patsy(self, obj, kind, path: str):
         return [masked(repr(obj))[:LONG]] if not isinstance(obj, type) else None

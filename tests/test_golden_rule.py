@@ -485,6 +485,7 @@ RESTORED = {
     "matplotlib's defaults": ("import matplotlib as m\nm.use('agg')\nm.interactive(True)", "m.rcParams.update(m.rcParamsDefault)", "l = m.is_interactive()"),
     "a type variable": ("", "import typing\nT = typing.TypeVar('T')\nclass Box(typing.Generic[T]): pass\nclass Shown(typing.Protocol):\n    def show(self) -> str: ...", "l = T.__module__, Box.__parameters__[0] is T, Shown._is_protocol"),
     "what a library adds to a class": ("from sklearn.base import BaseEstimator, ClassifierMixin", "class C(ClassifierMixin, BaseEstimator):\n    def fit(self, X, y, sample_weight=None): return self\n    def late(self): pass", "l = [n for n in vars(C) if not n.startswith('_')]"),
+    "an abstract class counts": ("import abc\nclass S(abc.ABC):\n    n = 0\n    def __init__(self): S.n += 1\nclass C(S): pass", "made = [C(), C()]", "l = S.n, C.n, isinstance(made[0], S)"),
     "polars in place": ("import polars as pl\nd = pl.DataFrame({'a': [1, 2]})\ns = pl.Series('s', [1])\nalias = d, s", "d.insert_column(0, pl.Series('z', [5, 6]))\nd[0, 'a'] = 9\ns.append(pl.Series([2]))\nn = len(s)", "l = d.to_dict(as_series=False), s.to_list(), alias[0] is d, alias[1] is s"),
     "what has occurred in decimals": ("", "import decimal\ny = decimal.Decimal(1) / 3", "l = sorted(s.__name__ for s, on in decimal.getcontext().flags.items() if on)"),
     "what a state takes out of the live object": ("", "class A:\n    def __init__(self): self.kept = {'f': len, 'n': 1}\n    def __getstate__(self):\n        self.kept['f'] = None\n        return self.__dict__\na = A()\nkept = a.kept", "l = a.kept, a.kept is kept"),
@@ -536,6 +537,7 @@ REFUSED = {
     "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a (A) holds a A, which does not come back whole"),
     "a reduction that lies": ("class A:\n    def __reduce__(self): return int, (5,)", "a = A()", "a (A) holds a A, which does not come back whole"),
     "an error that can't be made again": ("class E(Exception):\n    def __init__(self, a, b): super().__init__(a)", "e = E(1, 2)", "e (E) holds a E, which does not come back whole"),
+    "a class registered with an abstract one": ("import abc\nclass S(abc.ABC):\n    n = 0\nclass C: pass", "S.register(C)\nS.n += 1\ny = isinstance(C(), S)", "it changes class S in place"),
     "a memoryview": ("", "m = memoryview(bytearray(b'abc'))", "m (memoryview) can't be pickled"),
 }  # fmt: skip
 """Before, body, why it is not stored."""
