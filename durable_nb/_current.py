@@ -10,19 +10,19 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from durable_nb._facts import Snapshot, Status
-from durable_nb._retry import RetryPolicy
+from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb.errors import NestedStepError, NotInRunError
 
 if TYPE_CHECKING:
     from durable_nb._fingerprint import Fingerprint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each recalled step, and freezing takes longer than making it
 class StepRequest:
     """One unit of work whose outcome is to be recorded."""
 
@@ -34,7 +34,7 @@ class StepRequest:
     """What the outcome depends on: its digest identifies the step."""
     arguments: Callable[[], str] = str
     """Digest of the arguments alone: which of a workflow's recorded steps of this name it is."""
-    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    policy: RetryPolicy = USUAL
     thread: bool = False
     """Call `body` in a worker thread instead of on the loop."""
     timeout_s: float | None = None

@@ -9,8 +9,10 @@ it again, and a difference is found before anything is executed.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -72,6 +74,19 @@ class _Course:
     """Outcomes that stand, though the requests that earned them are set aside: whoever asks for the same gets them."""
     taken: tuple[Asked, ...] = ()
     """Requests set aside whose place among their equals isn't given away again."""
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """While a long history is made or repeated: all of it lives, and the collector would look through it again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Mismatch(Exception):  # noqa: N818  told on as NonDeterminismError, with the run's name

@@ -52,6 +52,9 @@ class RetryPolicy:
     retry_on: RetryOn | None = None
 
 
+USUAL = RetryPolicy()
+
+
 def http_status(error: BaseException) -> int | None:
     """The HTTP status an exception carries, by the attributes that httpx, requests, aiohttp, urllib, openai use."""
     for holder in (getattr(error, "response", None), error):

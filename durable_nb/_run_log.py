@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from durable_nb import _records as rec
-from durable_nb._history import History, Row
+from durable_nb._history import History, Row, without_collector
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Asked, Attempts, Event, Outcome, RunRecord, unpack
 from durable_nb.errors import CorruptStoreError
@@ -96,6 +96,10 @@ class RunLog:
         return self._store.writer.call(job)
 
     def _read(self) -> tuple[History, dict[int, Attempts]]:
+        with without_collector():
+            return self._made()
+
+    def _made(self) -> tuple[History, dict[int, Attempts]]:
         rows = read_log(self._store.journal, self._seal, self._scope, self._generation)
         if rows:
             self._seq, self._last = rows[-1][0], rows[-1][1]

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -20,7 +20,7 @@ from durable_nb._clock import parse_duration, parse_when
 from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
 from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
-from durable_nb._retry import Backoff, RetryOn, RetryPolicy
+from durable_nb._retry import USUAL, Backoff, RetryOn, RetryPolicy
 
 _READ_ONCE = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType, asyncio.Future)
 
@@ -100,7 +100,7 @@ class Step(Generic[_P, _T]):
 
     fn: Callable[_P, _T]
     name: str | None = None
-    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    policy: RetryPolicy = USUAL
     thread: bool = True
     timeout: timedelta | None = None
     at_most_once: bool = False

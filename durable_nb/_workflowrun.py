@@ -29,7 +29,7 @@ from durable_nb._clock import RECHECK_S, Instant, elapsed_s, remaining_s, say_du
 from durable_nb._current import Body, SleepRequest, StartRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
-from durable_nb._history import TIMER, History, Mismatch, Request, Row
+from durable_nb._history import TIMER, History, Mismatch, Request, Row, without_collector
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Asked, Attempts, Event, Lease, Outcome, Result, RunRecord, Timer, unpack
 from durable_nb._replay import CutOff, Perform, Retry, Wait, decide, decide_sleep
@@ -396,7 +396,10 @@ class WorkflowRun:
             with nullcontext() if self._is_live else self._muting.installed():
                 goes_on = True
                 if self._history.is_replaying():
-                    with self._loop.entered():  # once for all that is only repeated: nothing of the kernel's loop is needed
+                    with (
+                        without_collector(),
+                        self._loop.entered(),
+                    ):  # once for all that is only repeated: nothing of the kernel's loop is needed
                         while goes_on and self._history.is_replaying() and time.perf_counter() < until_s:
                             goes_on = self._go_on(until_s)
                 while goes_on and time.perf_counter() < until_s:
