@@ -143,6 +143,10 @@ class History:
         """What is delivered next."""
         return self._deliveries[self.activation]
 
+    def undelivered(self) -> set[int]:
+        """Requests whose ends are on record and were delivered to nobody: the code was done before."""
+        return {delivery.id for delivery in self._deliveries[self.activation :]}
+
     def recorded(self, request_id: int) -> Asked | None:
         """That request, where it is on record."""
         return self._asked.get(request_id)

@@ -69,6 +69,8 @@ _UNWIND_S = 2.0
 """How long an ended run waits for cancelled bodies to unwind."""
 _SURE_S = 0.1
 """A commit that was applied so short a time ago says as much as looking. A stopped process's time passes too."""
+_AT_ONCE = 32
+"""So many bodies begin in one turn of the kernel's loop."""
 _LOOKS = 100
 """So many recorded steps of one name are compared with what is asked for now. Comparing is most of what a replay costs."""
 
@@ -92,6 +94,7 @@ class _Ask:
     """A request of the code's, from the call of its verb to its delivery."""
 
     __slots__ = (
+        "activation",
         "begun",
         "context",
         "coro",
@@ -118,6 +121,8 @@ class _Ask:
         self.context: Context | None = None
         """Of the task that awaits it: its body sees the same context variables."""
         self.is_wanted = self.begun = False
+        self.activation = -1
+        """The one that it was made in."""
 
     @property
     def is_given_up(self) -> bool:
@@ -186,6 +191,11 @@ class WorkflowRun:
         """Children, by id."""
         self._given: dict[int, Inputs] = {}
         """Inputs of the steps whose bodies are at work."""
+        self._holders: dict[int, set[int]] = {}
+        """By identity: objects among these inputs, and the requests whose bodies have them."""
+        self._forgotten: list[_Ask] = []
+        """Verbs that were called, have ended, and were never awaited."""
+        self._sleeping: dict[int, _Ask] = {}
         self._unapplied = 0
         """Rows handed over that are not on disk yet."""
         self._handed_over: asyncio.Future[Verdict] | None = None
@@ -447,6 +457,12 @@ class WorkflowRun:
             history.activation += 1
             self._deliver(*self._inbox.popleft())
             return True
+        if any(
+            ask.request.id >= 0 for ask in self._wanted[:1]
+        ):  # many were asked for at once: the kernel's loop has a turn between
+            self._begin_wanted()
+            self._schedule()
+            return False
         self._arm()
         self._check_idle()
         return False
@@ -461,6 +477,7 @@ class WorkflowRun:
         fresh = {id(request) for request in new}
         for ask in asked:
             self._open[ask.request.id] = ask
+            ask.activation = history.activation
             if id(ask.request) in fresh:
                 self._unsaid.append(self._as_recorded(ask))
             else:
@@ -486,12 +503,14 @@ class WorkflowRun:
             self._append(Event("cancel", error=str(self._cancelled)))  # what is wanted after that begins
 
     def _begin_wanted(self) -> None:
-        wanted, self._wanted = self._wanted, []
+        wanted, self._wanted = self._wanted[:_AT_ONCE], self._wanted[_AT_ONCE:]
         for ask in wanted:
-            if not ask.begun and ask.request.id >= 0:
+            if ask.request.id < 0:
+                self._wanted.append(ask)  # its activation is not closed
+            elif not ask.begun:
                 self._begin(ask)
-        for ask in list(self._working.values()):
-            if ask.request.kind == "sleep" and ask.is_given_up and ask.task is not None:
+        for ask in list(self._sleeping.values()):
+            if ask.is_given_up and ask.task is not None:
                 ask.task.cancel()
 
     def _begin(self, ask: _Ask) -> None:
@@ -509,6 +528,7 @@ class WorkflowRun:
         match ask.request.kind:
             case "sleep":
                 work = self._sleep
+                self._sleeping[ask.request.id] = ask
             case "start" | "result":
                 work = self._ask_engine
             case _:
@@ -524,6 +544,7 @@ class WorkflowRun:
             self._end(_Over(Status.INTERRUPTED, error=error))
         finally:
             self._working.pop(ask.request.id, None)
+            self._sleeping.pop(ask.request.id, None)
 
     def _arm(self) -> None:
         """Have the earliest timer wake the code."""
@@ -646,6 +667,8 @@ class WorkflowRun:
 
     def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
         ask = self._open.pop(row.request)
+        if _is_forgotten(ask):
+            self._forgotten.append(ask)
         self._tell_end(ask, row, restored=restored)
         if ask.handle is not None:
             if not ask.handle.cancelled():
@@ -1000,11 +1023,22 @@ class WorkflowRun:
         except Unhashable:  # it explains, and identifies nothing: an argument that can't be read is no reason to fail
             found = None
         inputs = Inputs(request, found)
-        for other in self._given.values() if inputs.objects else ():
-            if inputs.shares_objects_with(other):
-                inputs.shared = other.shared = True
         self._given[ask.request.id] = inputs
+        for obj in inputs.objects.values():
+            holders = self._holders.setdefault(id(obj), set())
+            other = next((number for number in holders if number != ask.request.id), None)
+            if other is not None:  # all of them are marked as soon as there are two
+                inputs.shared = self._given[other].shared = True
+            holders.add(ask.request.id)
         return inputs
+
+    def _let_go_of_inputs(self, number: int) -> None:
+        inputs = self._given.pop(number, None)
+        for obj in inputs.objects.values() if inputs is not None else ():
+            holders = self._holders.get(id(obj), set())
+            holders.discard(number)
+            if not holders:
+                self._holders.pop(id(obj), None)
 
     async def _succeeded(self, ask: _Ask, inputs: Inputs, value: Any, attempt: int, began_at: float) -> None:
         try:
@@ -1018,7 +1052,7 @@ class WorkflowRun:
         form, data = encoded(value, f"step {ask.request.name!r} of {self.what} returned")
         data, blob = await self._log.kept(data)
         outcome = self._as_outcome(ask, inputs, form, data, attempt, began_at)
-        self._given.pop(ask.request.id, None)
+        self._let_go_of_inputs(ask.request.id)
         after = self._components_now(inputs)
         given = inputs.given(after)
         patches, patches_blob = b"", ""
@@ -1054,7 +1088,7 @@ class WorkflowRun:
 
     def _failed_for_good(self, ask: _Ask, inputs: Inputs, error: BaseException, attempt: int, began_at: float) -> None:
         """A failure is an outcome: the code may catch it and go on."""
-        self._given.pop(ask.request.id, None)
+        self._let_go_of_inputs(ask.request.id)
         form, data, shown = _codec.encode_error(error)
         outcome = self._as_outcome(ask, inputs, form, data, attempt, began_at)
         self._record(ask, replace(outcome, failed=True, error=say(error)), None, shown)
@@ -1066,7 +1100,7 @@ class WorkflowRun:
 
     def _drop(self, ask: _Ask) -> None:
         """The body was stopped, since the run was cancelled: whoever awaits it is cancelled."""
-        self._given.pop(ask.request.id, None)
+        self._let_go_of_inputs(ask.request.id)
         self._append(Event("dropped", ask.request.id))
 
     def _orphaned(self, ask: _Ask, inputs: Inputs, body: Attempt, began_at: float) -> None:
@@ -1131,6 +1165,11 @@ class WorkflowRun:
     def _returned(self, main: asyncio.Task[Any]) -> None:
         """The code is done: what it returned or raised."""
         self._history.check_returned()
+        self._is_live, ended = True, self._history.undelivered()
+        # Made before the last delivery, these had begun: in a former life, or they wait for a turn of the kernel's loop.
+        for ask in self._wanted:
+            if 0 <= ask.activation < self._history.activation and not ask.begun and ask.request.id not in ended:
+                self._begin(ask)
         error = None if main.cancelled() else main.exception()
         if isinstance(error, RuntimeError) and "different" in str(error) and "loop" in str(error):
             error.add_note(f"durable_nb: {self._never_woken()}")
@@ -1142,7 +1181,8 @@ class WorkflowRun:
         elif error is not None:
             self._end(_Over(Status.FAILED, error=error, ended_by=self._blamed(error)))
         else:
-            forgotten = [ask for ask in (*self._open.values(), *self._fresh) if _is_forgotten(ask)]
+            asked = (*self._forgotten, *self._open.values(), *self._fresh)
+            forgotten = [ask for ask in asked if _is_forgotten(ask)]
             if forgotten:
                 name = forgotten[0].request.name
                 self._end(
@@ -1298,9 +1338,11 @@ class WorkflowRun:
         """Bodies that have begun end, and are recorded; what has not begun never does."""
         unbegun = []
         for ask in list(self._working.values()):
-            if ask.request.id not in self._bodies and ask.task is not None:
+            is_waiting = ask.fact is not None and ask.fact.status in (Status.RETRYING, Status.SLEEPING)
+            is_new = ask.activation == self._history.activation
+            if ask.request.id not in self._bodies and ask.task is not None and (is_new or is_waiting or not _is_step(ask)):
                 ask.task.cancel()
-                if isinstance(ask.what, StepRequest):
+                if _is_step(ask):
                     unbegun.append(ask.request.name)
         if unbegun:
             self.stage.notice(
@@ -1322,7 +1364,7 @@ class WorkflowRun:
             await asyncio.wait(unwinding, timeout=_UNWIND_S)
 
     def _close_loop(self) -> None:
-        for ask in (*self._open.values(), *self._fresh):
+        for ask in (*self._forgotten, *self._open.values(), *self._fresh):
             if ask.coro is not None and inspect.getcoroutinestate(ask.coro) == inspect.CORO_CREATED:
                 ask.coro.close()
         self._loop.close()
@@ -1396,6 +1438,10 @@ def _timer_of(request: SleepRequest, now: Instant) -> Timer:
     if isinstance(request.wake, datetime):
         return Timer(request.name, now, 0.0, request.wake.timestamp())
     return Timer(request.name, now, request.wake.total_seconds())
+
+
+def _is_step(ask: _Ask) -> bool:
+    return isinstance(ask.what, StepRequest)
 
 
 def _is_forgotten(ask: _Ask) -> bool:

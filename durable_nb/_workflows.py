@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Coroutine
@@ -24,7 +25,7 @@ from durable_nb._current import StartRequest, current_body, current_run, use_eng
 from durable_nb._engine import Engine, new_id
 from durable_nb._facts import Snapshot, Status
 from durable_nb._fingerprint import Unhashable, hash_value
-from durable_nb._history import deliveries_of, set_aside
+from durable_nb._history import Row, deliveries_of, set_aside
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Cancel, Event, Lease, Result, RunRecord, unpack
 from durable_nb._run import BLOB_BYTES, Held, cancelled, log
@@ -268,15 +269,20 @@ class Workflows:
                 "run %r of workflow %r is resumed before the failure that ended it; what that had caused is forgotten: %s",
                 *(record.id, record.name, names),
             )
-        asked = {one.id: one for row in rows for one in row.asked}
-        for request in record.ended_by:
-            if request in asked and asked[request].kind == "result":
-                self.resume(asked[request].name, take_over=False)
         key = f"{rec.log_prefixes(record.scope, record.generation)[2]}{len(rows) + 1:08}"
         event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._engine.clock.now().wall_s)
+        await self._resume_children(rows, event)
         attempts = rec.attempts_prefix(record.scope, record.generation)
         cleared = [f"{attempts}{request:08}" for request in record.ended_by]
         return since_s, [self._engine.pack(key, event)], cleared
+
+    async def _resume_children(self, rows: list[Row], resumed: Event) -> None:
+        """The runs that have failed, and whose results are asked for again."""
+        stand = {delivery.id for delivery in deliveries_of([*rows, resumed])}
+        for asked in (one for row in rows for one in row.asked if one.kind == "result" and one.id not in stand):
+            found = await self._engine.store.writer.call(functools.partial(self.catalog.seen, asked.name))
+            if found is not None and self.catalog.status(*found) is Status.FAILED:
+                self.resume(asked.name, take_over=False)
 
     async def _execute(self, record: RunRecord, held: Held, *, resumed: bool) -> None:
         self._engine.watch()

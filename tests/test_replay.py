@@ -799,3 +799,69 @@ def _wait_for_some_work(process: subprocess.Popen[str], ledger: Path, lines: int
     while process.poll() is None and len(ledger.read_text().splitlines()) < lines and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(rng.random() * 0.005)
+
+
+def test_what_was_begun_and_nobody_awaits_is_executed_by_the_life_that_ends_the_run():
+    """Fire and forget: the log step was at work when the process died, after the run's last line."""
+    shop = Shop()
+
+    async def body():
+        shop.task = asyncio.create_task(durable.run("log", shop.held, "log"))
+        return await durable.run("main", shop.do, "main")
+
+    async def when(store):
+        await until(lambda: names(store) == ["main"])
+
+    assert _killed_and_resumed(body, when, shop.gate("log").set) == "main"
+    assert sorted(shop.done) == ["log", "main"]
+
+
+def test_a_thousand_parallel_steps_with_a_list_each_take_turns_with_the_kernels_loop():
+    """Each is compared with none of the others, and they don't begin all in one turn."""
+
+    async def work(items):
+        return items[0]
+
+    async def body():
+        return await asyncio.gather(*(durable.run("s", work, [n]) for n in range(1000)))
+
+    async def main():
+        turns = 0
+        async with runtime():
+            run = redefine(body, name="order").start()
+            waiting = asyncio.ensure_future(_outcome(run))
+            while not waiting.done():
+                await asyncio.sleep(0)
+                turns += 1
+            assert waiting.result() == list(range(1000))
+        assert turns > 1000 / 32
+
+    asyncio.run(main())
+
+
+def test_all_failed_children_are_resumed_at_once():
+    shop = Shop()
+
+    async def flaky(n):
+        if not shop.gate("mended").is_set():
+            raise ConnectionError("down")
+        return n
+
+    async def child(n):
+        return await durable.run("send", durable.step(flaky, retries=0), n)
+
+    async def body():
+        start = durable.workflow(name="child")(_current.workflow_functions["child"]).start
+        return await asyncio.gather(*(start(n) for n in range(3)))
+
+    async def main():
+        redefine(child, name="child")
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            with pytest.raises(ConnectionError):
+                await run
+            await until(lambda: [r.status for r in durable.runs(workflow="child")] == ["failed"] * 3)
+            shop.gate("mended").set()
+            assert await run.resume() == [0, 1, 2]
+
+    asyncio.run(main())
