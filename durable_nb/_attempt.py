@@ -24,6 +24,8 @@ class Attempt:
         self.error: BaseException | None = None
         self.in_thread = request.thread
         """Nothing can stop it: it ends by itself."""
+        self.was_interrupted = False
+        """A KeyboardInterrupt has ended it."""
         self.owner: Callable[[Attempt], object] | None = None
         """Who is told of the end where nobody waits for it any more."""
         self._workers = workers
@@ -80,6 +82,7 @@ class Attempt:
             self.error = asyncio.CancelledError()
             raise
         except KeyboardInterrupt as interrupt:
+            self.was_interrupted = True
             self.error = asyncio.CancelledError()
             raise asyncio.CancelledError from interrupt
         except BaseException as raised:

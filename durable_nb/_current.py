@@ -120,6 +120,11 @@ class Engine(Protocol):
         """Which store it is of: several processes may be."""
         ...
 
+    @property
+    def running_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that executes its runs, where it is running."""
+        ...
+
     def start(
         self,
         workflow: str,

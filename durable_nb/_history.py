@@ -359,15 +359,18 @@ def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
 
 def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
     """Requests made because of the delivery `cut`: by what it woke, and by what that woke; or by the task that failed, or one
-    that it comes from, since its failure is what they went on with."""  # fmt: skip
-    lanes = [course.asked[n].lane for n in ended_by if n in course.asked]
+    that it comes from, since its failure is what they went on with. An answer with a status of 400 or more is a value that the
+    code went on with: what followed it may be paid for, and stands."""  # fmt: skip
+    errors = {delivery.id: delivery.row.error for delivery in course.deliveries}
+    failures = [n for n in ended_by if n in course.asked and not errors.get(n, "").startswith("StatusError")]
+    lanes = [course.asked[n].lane for n in failures]
     caused: dict[int, Asked] = {}
     for asked in sorted(course.asked.values(), key=lambda one: (one.activation, one.id)):
         if asked.activation <= cut:
             continue
         cause = course.deliveries[asked.activation - 1].id
         own = any(asked.lane == lane[: len(asked.lane)] for lane in lanes)
-        if cause < 0 or cause in ended_by or cause in caused or own:
+        if cause < 0 or cause in failures or cause in caused or own:
             caused[asked.id] = asked
     return list(caused.values())
 

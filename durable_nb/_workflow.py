@@ -187,6 +187,9 @@ class Run:
                 asked.cancel()
             raise TimeoutError(f"the run {self.id!r} is {self.status} after {say_duration(limit_s or 0.0)}; it goes on")
 
+        loop = self._engine.running_loop
+        if loop is not None and asyncio._get_running_loop() is None:  # another thread than the loop's
+            return asyncio.run_coroutine_threadsafe(outcome(), loop).result()
         return wait_for(outcome())
 
     def resume(self, *, take_over: bool = False) -> Run:

@@ -14,7 +14,10 @@ import builtins
 import contextvars
 import functools
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 from asyncio import events, tasks
 from collections import deque
@@ -26,6 +29,7 @@ from durable_nb.errors import DurableError, NotInRunError, NotSupportedError
 
 log = logging.getLogger("durable_nb")
 
+_OWN_FOLDER = os.path.dirname(__file__) + os.sep  # noqa: PTH120  compared with file names
 SPINS = 200_000
 """So many callbacks without a pause are a loop of the code's that waits for what can't be delivered meanwhile."""
 
@@ -67,6 +71,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._ready: deque[events.Handle] = deque()
         self._generators: list[Any] = []
         self._prune_at = 64
+        self.in_code = False
+        """Is a line of the workflow's code being executed, or of what it calls?"""
         self._numbers = 0
         self._spun = 0
         self._stepping = self._delivering = self._closed = False
@@ -145,11 +151,39 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def _run(self, handle: events.Handle) -> None:
         try:
+            self.in_code = True
             handle._run()
         except KeyboardInterrupt as interrupt:
             raise Interrupted from interrupt
         except SystemExit:
             pass  # asyncio has set it as the task's exception, and raises it here to end the process
+        finally:
+            self.in_code = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C (Stop) raise a KeyboardInterrupt in the workflow's own code, which no handler of the kernel's reaches.
+
+        In the engine's lines it is held back until the end of the block. Whoever handled it before is told then, too: the cell
+        that awaits the run ends as well.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, pending = signal.getsignal(signal.SIGINT), list[Any]()
+
+        def handle(_: int, frame: Any) -> None:
+            pending.append(frame)
+            if self.in_code and frame is not None and not frame.f_code.co_filename.startswith(_OWN_FOLDER):
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if pending and callable(before):
+                before(signal.SIGINT, pending[0])
 
     @contextmanager
     def entered(self) -> Iterator[None]:

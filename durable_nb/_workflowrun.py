@@ -402,6 +402,10 @@ class WorkflowRun:
         if self._is_over or self._loop.is_running():  # the code itself may run the kernel's loop, and mustn't be re-entered
             return
         until_s = time.perf_counter() + SLICE_S
+        with self._loop.interruptible():
+            self._step_on(until_s)
+
+    def _step_on(self, until_s: float) -> None:
         try:
             with nullcontext() if self._is_live else self._muting.installed():
                 goes_on = True
@@ -888,6 +892,9 @@ class WorkflowRun:
                 error: BaseException | None
                 if await body.ends_within(request.timeout_s):
                     error = body.error
+                    if body.was_interrupted:
+                        self._host.call_soon(self.stop, KeyboardInterrupt(f"{self.what} was interrupted"))
+                        return
                     if isinstance(error, asyncio.CancelledError):
                         self._drop(ask)
                         return

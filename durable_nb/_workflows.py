@@ -65,6 +65,10 @@ class Workflows:
     def store_id(self) -> str:
         return self._engine.store.id
 
+    @property
+    def running_loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._loop if self._loop is not None and self._loop.is_running() else None
+
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def start(

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -865,3 +866,60 @@ def test_all_failed_children_are_resumed_at_once():
             assert await run.resume() == [0, 1, 2]
 
     asyncio.run(main())
+
+
+def test_an_interrupt_in_a_steps_body_interrupts_the_run():
+    shop = Shop()
+
+    async def body():
+        def work():
+            if not shop.gate("again").is_set():
+                raise KeyboardInterrupt
+            return "done"
+
+        return await durable.run("a", work)
+
+    async def main():
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            await until(lambda: run.status == "interrupted")
+            shop.gate("again").set()
+            assert await run.resume() == "done"
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_reaches_code_that_never_yields():
+    """Within a second, and the run can be resumed."""
+    shop = Shop()
+
+    async def body():
+        await durable.run("a", shop.do, "a")
+        began = time.monotonic()
+        busy.set()
+        while not shop.gate("again").is_set() and time.monotonic() - began < 20:
+            pass
+        return "done"
+
+    def interrupt():
+        busy.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def main():
+        signal.signal(signal.SIGINT, lambda *_: told.append("handled"))
+        async with runtime():
+            run = redefine(body, name="order").start(id="42")
+            threading.Thread(target=interrupt, daemon=True).start()
+            began = time.monotonic()
+            await until(lambda: run.status == "interrupted")
+            assert time.monotonic() - began < 10
+            assert told == ["handled"]  # the kernel's own handler hears of it as well
+            shop.gate("again").set()
+            assert await run.resume() == "done"
+
+    busy, told = threading.Event(), list[str]()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGINT, before)

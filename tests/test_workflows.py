@@ -2641,6 +2641,8 @@ def test_control_calls_from_another_thread_reach_an_idle_loop():
             other = await asyncio.to_thread(order.start, id="43")
             assert await asyncio.wait_for(outcome_or_raise(other), 5) == ["a done", "b done"]
             assert other.result("20s") == ["a done", "b done"]
+            assert await asyncio.to_thread(other.result, "20s") == ["a done", "b done"]
+            assert await asyncio.to_thread(order.start(id="44").result, "20s") == ["a done", "b done"]
 
     asyncio.run(main())
 
