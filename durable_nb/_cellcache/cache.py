@@ -36,7 +36,16 @@ from durable_nb._cellcache.patches import (
     resolver,
     submodules_imported_by,
 )
-from durable_nb._cellcache.resources import NotRemadeError, OtherwiseError, Remaker, Resources, Unmade, either
+from durable_nb._cellcache.resources import (
+    NotRemadeError,
+    OtherwiseError,
+    Remaker,
+    Resources,
+    Unmade,
+    either,
+    moved_on,
+    standing_of,
+)
 from durable_nb._cellcache.settings import KNOWN, Setting, UnsettableError, set_again
 from durable_nb._cellcache.watch import Watch, prepare
 from durable_nb._cellcache.world import Around, name_digest, set_generator
@@ -158,6 +167,8 @@ class Before:
     effects: Effects
     """Of the process."""
     standing: Standing
+    resources: dict[str, tuple[Any, Any]]
+    """Those of earlier cells, by name, each with how it stands."""
     notes: explain.Notes
 
 
@@ -274,7 +285,8 @@ class CellCache:
         watch = Watch(self.around(namespace), mentions, places, packages, displays=True)
         effects = Effects(code.tree, key.words, self._settings)
         standing = Standing(key.places.values(), code_of(key).values(), digest_if_told)
-        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, notes)
+        resources = standing_of({name: namespace[name] for name in code.names.read if name in namespace})
+        return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, resources, notes)
 
     def save(self, before: Before, after: After) -> Stored | NotStored:
         """Put away what the cell left behind; on disk when this returns Stored."""
@@ -330,6 +342,7 @@ class _Saving:
         except UnpatchableError as error:
             problems.append(f"it changes {said(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
+        problems += [f"it changes {name} in place" for name in moved_on(self.before.resources)]
         problems += [f"it sets {module}.{name}" for module, name in attributes_set(code.tree, namespace)]
         problems += [*key.sets, *self.after.problems]
         patched = {id(obj) for obj, _ in patches} if not problems else set()

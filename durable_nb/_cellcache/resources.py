@@ -44,6 +44,8 @@ class Kind:
     """Making one costs and touches nothing: it is tried when the cell is stored."""
     factories: frozenset[str] = frozenset()
     """Functions and methods that make one, by name, besides the type itself."""
+    stands: Callable[[Any], Any] = lambda _: None
+    """What its configuration doesn't say, since steps side by side change it. A cell that changes it is not stored."""
 
 
 def _locked(value: Any) -> str:
@@ -213,12 +215,12 @@ def _bar_at(new: Any, end: Any) -> None:
 
 _clients = Kind(_http_client, end=_closed, brought_to=_close)
 _sdks = Kind(_sdk_client, end=_closed, brought_to=_close)
-_locks = Kind(put_in=_locked, cheap=True, factories=frozenset({"allocate_lock", "lock", "RLock", "Lock"}))
+_locks = Kind(put_in=_locked, cheap=True, factories=frozenset({"allocate_lock", "lock", "RLock", "Lock"}), stands=_locked)
 _queues = Kind(
     _attributes("maxsize", "_queue", "queue", "_unfinished_tasks", "unfinished_tasks", "_getters", "_putters"), cheap=True
 )
 _events = Kind(end=lambda event: event.is_set(), brought_to=_set, cheap=True)
-_semaphores = Kind(_attributes("_value", "_bound_value", "_initial_value"), cheap=True)
+_semaphores = Kind(_attributes("_value", "_bound_value", "_initial_value"), cheap=True, stands=_attributes("_value"))
 _barriers = Kind(_attributes("parties", "n_waiting", "broken"), cheap=True)
 _engines = Kind(_engine_told, _engine_held, factories=frozenset({"create_engine", "create_async_engine"}))
 _no_factory: frozenset[str] = frozenset()
@@ -257,7 +259,11 @@ KINDS: dict[str, Kind] = {  # by the qualified name of the type or of one it inh
         _shut_down,
     ),
     "sqlite3.Connection": Kind(
-        put_in=_sqlite_held, end=_sqlite_end, brought_to=_sqlite_brought, factories=frozenset({"connect"})
+        put_in=_sqlite_held,
+        end=_sqlite_end,
+        brought_to=_sqlite_brought,
+        factories=frozenset({"connect"}),
+        stands=_attributes("row_factory", "text_factory", "isolation_level"),
     ),
     "sqlite3.Cursor": Kind(put_in=lambda c: "rows" if c.description else "", factories=frozenset({"cursor"})),
     "sqlalchemy.engine.base.Engine": _engines,
@@ -270,7 +276,12 @@ KINDS: dict[str, Kind] = {  # by the qualified name of the type or of one it inh
     ),
     "sqlalchemy.orm.session.sessionmaker": Kind(),
     "sqlalchemy.orm.session.Session": Kind(put_in=_session_held),
-    "tqdm.std.tqdm": Kind(end=_bar_end, brought_to=_bar_at, factories=frozenset({"trange", "tqdm_notebook", "tnrange"})),
+    "tqdm.std.tqdm": Kind(
+        end=_bar_end,
+        brought_to=_bar_at,
+        factories=frozenset({"trange", "tqdm_notebook", "tnrange"}),
+        stands=_attributes("n", "disable"),
+    ),
 }  # fmt: skip
 
 _ANY_FACTORY = Kind()
@@ -300,6 +311,16 @@ def kind_of(value: Any) -> Kind | None:
             # A subclass of the user's may hold anything, unless the user says so of itself.
             return found if found is _ANY_FACTORY or is_installed(type(value).__module__) else None
     return None
+
+
+def standing_of(names: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By name, the resources among these values, each with how it stands."""
+    return {name: (value, kind.stands(value)) for name, value in names.items() if (kind := kind_of(value)) is not None}
+
+
+def moved_on(before: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Those that stand otherwise than `standing_of` said, by name."""
+    return [name for name, (value, stood) in before.items() if (kind := kind_of(value)) and kind.stands(value) != stood]
 
 
 # -- how a name came to be ---------------------------------------------------------------------------------------------
