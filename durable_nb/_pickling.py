@@ -21,6 +21,7 @@ import io
 import linecache
 import os
 import pickle
+import re
 import sys
 import types
 import typing
@@ -460,6 +461,8 @@ _REDUCERS: dict[type, Callable[[Any], Any]] = {
     memoryview: _reduce_memoryview,
     types.CoroutineType: _reduce_coroutine,
     typing.TypeVar: _reduce_typevar,
+    # with the flags that it was compiled with, so that `re` finds the very one that it remembers
+    re.Pattern: lambda obj: (re.compile, (obj.pattern, obj.flags & ~(re.UNICODE if type(obj.pattern) is str else 0))),
     typing.NewType: lambda obj: (typing.NewType, (obj.__name__, obj.__supertype__), vars(obj)),
 }
 

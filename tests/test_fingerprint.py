@@ -1230,6 +1230,11 @@ def test_opaque_values_are_listed_and_count_by_type_and_configuration(tmp_path):
     one, two, again = (sqlite3.connect(tmp_path / name) for name in ("one.db", "two.db", "one.db"))
     assert hashed(one) == hashed(again) != hashed(two)
     assert fp.of_value(one).opaque == (fp.Opaque("value", "sqlite3.Connection", True),)
+    one.executescript("CREATE TEMP TABLE x (a); DROP TABLE x")
+    assert hashed(one) == hashed(again)  # an empty temporary schema, which SQLite makes when it is first asked for
+    one.execute("CREATE TEMP TABLE x (a)")
+    assert hashed(one) != hashed(again)
+    one.execute("DROP TABLE x")
     for connection in (one, two, again):
         connection.close()
 

@@ -125,6 +125,8 @@ def _database(obj: Any) -> Any:
 
     rows = sqlite3.Cursor(obj)  # tuples, whatever the connection makes of rows
     files = [row[1:] for row in rows.execute("PRAGMA database_list").fetchall()]
+    if not rows.execute("SELECT 1 FROM temp.sqlite_master LIMIT 1").fetchone():  # SQLite makes it when it is first asked for
+        files = [found for found in files if found[0] != "temp"]
     # one in memory is nowhere else
     return [(name, file or xxh3_128(_content(obj, rows, name)).hexdigest()) for name, file in files]
 
