@@ -360,6 +360,22 @@ def test_a_circle_of_links_and_a_link_to_a_folder_are_watched_once(watched, tmp_
     assert found == {"data/linked/a.csv": "read"}
 
 
+def test_a_link_that_leads_to_another_file_is_a_change(watched, tmp_path, around):
+    """Native code opens what it leads to, which stays as it was."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for content in "12":
+        (data / f"v{content}").write_text(content)
+    link = data / "current"
+    link.symlink_to(data / "v1")
+    world, problems = world_of(around, lambda: cat(data / "v1"), ["data", "data/current"])
+    assert ({file.path: file.how for file in world.files}, problems) == ({"data/current": "read", "data/v1": "read"}, [])
+    assert world.changes(around) == []
+    link.unlink()
+    link.symlink_to(data / "v2")
+    assert world.changes(around) == ["data/current changed"]
+
+
 def test_a_folder_that_appears_while_a_cell_runs_is_watched_too(watched, tmp_path, around):
     def made():
         subprocess.run(["/bin/sh", "-c", "mkdir data/new && echo 1 > data/new/x.csv"], check=True)

@@ -284,8 +284,11 @@ class Watch:
             is_kept = where not in self._first and kind_of(where) == kind  # else it has made or removed it itself
             if is_kept and (kind != "folder" or self._counts(os.path.join(where, ""))):
                 add(where, name, READ if closely and kind == "file" else LOOKED_FOR)
-        for where, name, how in self._opened_natively(problems):
+        opened = list(self._opened_natively(problems))
+        for where, name, how in opened:
             add(where, name, how)
+        for where in self._links_to({where for where, _, how in opened if how == READ}):
+            add(where, self._places.said(where, self._folder), READ)
         for where, name, how in self._mentioned():
             if where not in self._first:
                 add(where, name, how)
@@ -325,6 +328,14 @@ class Watch:
                     problems.append(f"{name} changed after it had been read")
                 else:
                     yield where, name, MADE if is_changed else READ
+
+    def _links_to(self, files: set[str]) -> list[str]:
+        """What is mentioned and leads to one of these by a link: it may lead elsewhere the next time."""
+        return [
+            where
+            for where in (self._places.files if files else ())
+            if where not in self._first and where not in files and os.path.realpath(where) in files
+        ]
 
     def _mentioned(self) -> Iterator[tuple[str, str, str]]:
         """What counts as it stands: where nobody sees what is opened, and what is not there."""
