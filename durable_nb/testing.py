@@ -57,6 +57,8 @@ class FakeClock:
         self.wall_s = start_s
         self._boot, self._boot_s, self._passed_s = 1, 500.0, 0.0
         self._sleepers: set[tuple[float, int]] = set()
+        self._polling: dict[int, tuple[float, Callable[[], bool]]] = {}
+        """Time-outs that wait for bodies at work: until when, and whether these still are."""
         self._count = itertools.count()
 
     def now(self) -> Instant:
@@ -69,7 +71,7 @@ class FakeClock:
         self._sleepers.add(mine)
         try:
             await asyncio.sleep(0)
-            while min(self._sleepers) < mine:  # noqa: ASYNC110  theirs ends within a few turns of the loop
+            while min(self._sleepers) < mine or self._is_one_due_before(mine[0]):  # noqa: ASYNC110
                 await asyncio.sleep(0)
             self._pass(max(mine[0] - self._passed_s, 0.0))
         finally:
@@ -81,14 +83,22 @@ class FakeClock:
         While bodies of the run are at work, which take real time, it takes as much of that.
         """
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + seconds
-        while is_busy() and loop.time() < until_s:  # noqa: ASYNC110  nobody tells when a body ends
-            await asyncio.sleep(min(0.002, max(until_s - loop.time(), 0.0)))
+        until_s, due_s, number = loop.time() + seconds, self._passed_s + seconds, next(self._count)
+        self._polling[number] = due_s, is_busy
+        try:
+            while is_busy() and loop.time() < until_s:  # noqa: ASYNC110  nobody tells when a body ends
+                await asyncio.sleep(min(0.002, max(until_s - loop.time(), 0.0)))
+        finally:
+            del self._polling[number]
         if is_busy():
             self._pass(seconds)
-            return True
-        await self.sleep(seconds)
+        else:
+            await self.sleep(max(due_s - self._passed_s, 0.0))
         return True
+
+    def _is_one_due_before(self, due_s: float) -> bool:
+        """Is there a time-out that ends before that, and sleeps as soon as it sees that no body is at work any more?"""
+        return any(theirs_s < due_s and not is_busy() for theirs_s, is_busy in self._polling.values())
 
     def advance(self, duration: float | str | timedelta) -> None:
         """Let time pass, as between a crash and the restart: seconds, a timedelta, or "90s" "2h" "7d"."""

@@ -50,7 +50,7 @@ from durable_nb.errors import (
     StoreError,
     UnserializableError,
 )
-from durable_nb.testing import FakeClock, MemoryStore, runtime
+from durable_nb.testing import FakeClock, MemoryStore, redefine, runtime
 
 done: list[Any] = []
 """What bodies did to the outer world, in order. No record of the journal's."""
@@ -2372,6 +2372,26 @@ def test_of_several_sleeps_the_earliest_ends_first_and_none_takes_time():
 
         await asyncio.gather(*(sleeper(s) for s in (7, 5, 600, 5, 0)))
         assert ends == [(0, 0), (5, 5), (5, 5), (7, 7), (600, 600)]
+
+    asyncio.run(main())
+
+
+def test_a_time_out_that_began_beside_a_body_ends_before_a_longer_sleep():
+    """However often, though the fake clock looks only now and then whether the body has ended."""
+
+    async def body():
+        try:
+            async with asyncio.timeout(50):
+                await durable.run("work", asyncio.sleep, 0)
+                await durable.sleep("long", 100)
+        except TimeoutError:
+            return "timed out"
+        return "slept"
+
+    async def main():
+        order = redefine(body, name="order")
+        async with runtime():
+            assert [await order.start(id=str(n)) for n in range(20)] == ["timed out"] * 20
 
     asyncio.run(main())
 
