@@ -352,7 +352,7 @@ def commits_counted() -> Iterator[list[int]]:
 async def growth(notebook: Notebook, dbos: Dbos | None, remembered: Any) -> None:
     """One after the other, 100,000 commits would take minutes: between the levels, steps are recorded in 1,000 branches."""
     per_step = {}
-    for what in ("content", "place"):
+    for what in ("content", "history"):
         bench.levels, bench.timed = {}, True
         notebook.names["grow"] = grow
         began = time.perf_counter()
@@ -380,12 +380,12 @@ async def growth(notebook: Notebook, dbos: Dbos | None, remembered: Any) -> None
                 else:
                     run.resume()
                     await failed(run)
-        ratio, target = replays.ms / floors.ms, 5 if what == "content" else 2.5
+        ratio, target = replays.ms / floors.ms, 5 if what == "content" else 2
         per_step[what] = replays.ms / count
         print(f"  replay of {count:,}: {replays.ms / 1000:.2f} s, {per_step[what] * 1000:.0f} us a step = {ratio:.1f} x one "
               f"SELECT of all with decoding ({floors.ms / 1000:.2f} s; target {target}), medians of {REPLAYS}")  # fmt: skip
     print(f"\nOne step recalled, among {MANY:,}: {per_step['content'] * 1000:.0f} us by content, "
-          f"{per_step['place'] * 1000:.0f} us by place")  # fmt: skip
+          f"{per_step['history'] * 1000:.0f} us by history")  # fmt: skip
     if dbos:
         ms = await asyncio.to_thread(dbos.replay_ms)
         print(f"  DBOS, among {PEERS_MANY:,}: {ms * 1000:.0f} us")

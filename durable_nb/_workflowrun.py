@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from asyncio import events
 
     from durable_nb._engine import Engine
-    from durable_nb._fingerprint import Fingerprint
 
 SLICE_S = 0.01
 """So long the workflow's code has the kernel's loop at a time."""
@@ -99,7 +98,6 @@ class _Ask:
         "context",
         "coro",
         "fact",
-        "found",
         "future",
         "handle",
         "is_wanted",
@@ -116,7 +114,6 @@ class _Ask:
         self.coro: Coroutine[Any, Any, Any] | None = None
         self.timer: Timer | None = None
         self.fact: Step | None = None
-        self.found: Fingerprint | None = None
         self.task: asyncio.Task[Any] | None = None
         self.context: Context | None = None
         """Of the task that awaits it: its body sees the same context variables."""
@@ -211,7 +208,7 @@ class WorkflowRun:
         self._answers: dict[int, tuple[int, Any]] = {}
         self._closed = -1
         self._muting = engine.muting()
-        self._is_live = self._is_over = self._is_scheduled = self._has_told_idle = False
+        self._is_live = self._is_over = self._is_scheduled = False
         self._last_commit_s = time.monotonic()
         self._looked: Counter[str] = Counter()
 
