@@ -854,6 +854,8 @@ class WorkflowRun:
         late: Attempt | None = self.engine.bodies.get(key)  # a thread that an earlier execution began
         if late is not None:
             late.owner = None
+            self._bodies[number] = late
+            late.when_over(lambda: self._bodies.pop(number, None))
         inputs = self._inputs(ask)
         began_at = self._now_s()
         try:
