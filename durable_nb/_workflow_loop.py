@@ -171,6 +171,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             yield
             return
         before, pending = signal.getsignal(signal.SIGINT), list[Any]()
+        if before is None:  # C code's, which Python could not put back
+            yield
+            return
 
         def handle(_: int, frame: Any) -> None:
             pending.append(frame)

@@ -146,9 +146,8 @@ class WorkflowRun:
 
     is_replayed = True
 
-    def __init__(self, engine: Engine, record: RunRecord, held: Held, *, resumed: bool) -> None:
+    def __init__(self, engine: Engine, record: RunRecord, held: Held) -> None:
         self.engine, self.record, self._held = engine, record, held
-        self.resumed = resumed
         self.id, self.name = record.id, record.name
         self.what = f"run {record.id!r} of workflow {record.name!r}"
         self.stage = Stage()

@@ -119,7 +119,7 @@ class Workflows:
             held = engine.claim_and_wait(record, engine.pack(rec.arguments_key(new), arguments))
             if held is None:
                 return False
-            self._spawn(new, lambda: self._execute(record, held, resumed=False))
+            self._spawn(new, lambda: self._execute(record, held))
         except BaseException:  # a KeyboardInterrupt: what was begun is nobody's, and can be resumed
             engine.disown(new)
             raise
@@ -256,7 +256,7 @@ class Workflows:
         held = await self._engine.claim(record, lease, deletes=tuple(deletes), inserts=tuple(rows))
         if held is None:
             return  # another process was faster: it executes the run, and who waits here hears of it by the journal
-        await self._execute(record, held, resumed=True)
+        await self._execute(record, held)
 
     async def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], list[str]]:
         """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, and rows
@@ -288,9 +288,9 @@ class Workflows:
             if found is not None and self.catalog.status(*found) is Status.FAILED:
                 self.resume(asked.name, take_over=False)
 
-    async def _execute(self, record: RunRecord, held: Held, *, resumed: bool) -> None:
+    async def _execute(self, record: RunRecord, held: Held) -> None:
         self._engine.watch()
-        run = WorkflowRun(self._engine, record, held, resumed=resumed)
+        run = WorkflowRun(self._engine, record, held)
         if run.id in self._cancelling:
             run.stop(self._cancelling[run.id])
         try:

@@ -461,6 +461,27 @@ def test_a_step_tried_at_most_once_is_not_repeated_after_a_kill(tmp_path):
         assert k.value("result") == "paid"
 
 
+def test_stop_reaches_a_workflows_code_that_never_yields(tmp_path):
+    """The cell that awaits it ends, and the run can be resumed."""
+    define = (
+        "import pathlib, time\n@durable.workflow\nasync def busy():\n    await durable.run('a', int)\n"
+        "    pathlib.Path('busy').write_text('x\\n')\n    until = time.monotonic() + 30\n"
+        "    while time.monotonic() < until and not pathlib.Path('again').exists():\n        pass\n    return 'done'"
+    )
+
+    with kernel(tmp_path) as k:
+        k.run(define)
+        sent = k.send("run = busy.start(id='b1')\nawait run")
+        k.wait_until(tmp_path / "busy")
+        began = time.monotonic()
+        k.interrupt()
+        assert k.wait(sent).error
+        assert time.monotonic() - began < 20
+        assert k.value("run.status.value") == "interrupted"
+        (tmp_path / "again").touch()
+        assert k.run("await run.resume()").result == "'done'"
+
+
 def test_workflows_run_between_cells_and_go_on_in_a_new_kernel(tmp_path):
     """start() returns at once; after a kill the same id goes on with what is recorded."""
     define = (
