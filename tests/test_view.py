@@ -16,7 +16,8 @@ import pytest
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._view import RunView, static, widget
 from durable_nb._view.state import LIMIT, difference, size, whole
-from durable_nb._view.window import by_interest, window, word
+from durable_nb._view.window import by_interest, window
+from durable_nb._view.words import word
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -94,22 +95,6 @@ class TestStatic:
         snapshot = run_of(sleeping, done(2, status=Status.RUNNING, ended_at=None))
         assert "until 2023-11-14 22:13:20 UTC" in static.text(snapshot)
         assert static.bundle(snapshot) == static.bundle(snapshot)
-
-    @pytest.mark.parametrize(
-        ("seconds", "said"),
-        [
-            (-1, "0 ms"),
-            (0.0042, "4 ms"),
-            (0.9999, "1.0 s"),
-            (59.94, "59.9 s"),
-            (59.96, "1 m 00 s"),
-            (3599.7, "1 h 00 m"),
-            (7500, "2 h 05 m"),
-            (100_000, "1 d 03 h"),
-        ],
-    )
-    def test_durations_read_as_one_would_say_them(self, seconds: float, said: str) -> None:
-        assert static.duration(seconds) == said
 
 
 class TestState:

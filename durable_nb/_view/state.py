@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from durable_nb._view.window import by_interest, counted, window, word
+from durable_nb._view.window import by_interest, window
+from durable_nb._view.words import clipped, counted, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Snapshot, Step
@@ -71,12 +72,6 @@ def same(old: State, new: State) -> bool:
 def size(state: State) -> int:
     """Return the bytes that this takes on the wire."""
     return len(json.dumps(state, ensure_ascii=False, separators=(", ", ": ")).encode())
-
-
-def clipped(text: str, length: int) -> str:
-    """Return `text` cut to `length`, and free of lone surrogates, which no message can carry."""
-    kept = text if len(text) <= length else text[: length - 1] + "…"
-    return kept.encode(errors="replace").decode()
 
 
 def _row(i: int, step: Step, word: str) -> State:

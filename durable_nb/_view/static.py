@@ -5,52 +5,18 @@ The html needs no style, for GitHub drops it: the inline ones only undo what Jup
 
 from __future__ import annotations
 
-import unicodedata
 from datetime import UTC, datetime
 from html import escape
 
+from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status, Step
-from durable_nb._view.state import clipped
-from durable_nb._view.window import ACTIVE, Gap, by_interest, counted, window, word
+from durable_nb._view.window import Gap, by_interest, window
+from durable_nb._view.words import ACTIVE, COLOURS, ICONS, clipped, columns, counted, plain, word
 
 UNFINISHED = "Saved while the run was going on: run the cell again and it goes on from its last completed step."
 
-_ICONS = {
-    "restored": "↺",
-    "completed": "✓",
-    "running": "▸",
-    "sleeping": "◷",
-    "waiting": "◷",
-    "retrying": "↻",
-    "pending": "·",
-    "failed": "✗",
-    "interrupted": "✗",
-    "cancelled": "⊘",
-}
-_COLOURS = {
-    "completed": "var(--jp-success-color1, #2e7d32)",
-    "failed": "var(--jp-error-color1, #d32f2f)",
-    "interrupted": "var(--jp-warn-color1, #b26a00)",
-    "running": "var(--jp-brand-color1, #1976d2)",
-}
 _NAME = 60
 _ERROR = 1000
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time in the two largest units that say something: `340 ms`, `12.4 s`, `2 h 05 m`."""
-    if seconds < 0.9995:
-        return f"{max(seconds, 0) * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} m {rest:02} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes:02} m"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02} h"
 
 
 def bundle(snapshot: Snapshot, *, now: float | None = None, note: str = "") -> dict[str, str]:
@@ -67,10 +33,10 @@ def text(snapshot: Snapshot, *, now: float | None = None, note: str = "") -> str
         if isinstance(part, Gap):
             below[len(rows) - 1] = "\n".join(filter(None, [below.get(len(rows) - 1), f"  … {_gap(part)}"]))
             continue
-        rows.append([_plain(part.name, _NAME), word(part), _time(part, now), _attempts(part)])
+        rows.append([plain(part.name, _NAME), word(part), _time(part, now), _attempts(part)])
         if part.error:
-            below[len(rows) - 1] = f"    {_plain(part.error, 110)}"
-    head = " · ".join([_plain(snapshot.name, _NAME), *_summary(snapshot, now)])
+            below[len(rows) - 1] = f"    {plain(part.error, 110)}"
+    head = " · ".join([plain(snapshot.name, _NAME), *_summary(snapshot, now)])
     lines = [head, *_aligned(rows, below)] if snapshot.steps else [head]
     return "\n".join([*lines, note] if note else lines)
 
@@ -121,7 +87,7 @@ def _summary(snapshot: Snapshot, now: float) -> list[str]:
     if status is Status.COMPLETED:
         counts.pop("completed", None)
     steps = ", ".join([f"{total:,} step{'' if total == 1 else 's'}", *_told(counts)])
-    return [f"{status.value} {link} {duration((snapshot.ended_at or now) - snapshot.started_at)}", steps]
+    return [f"{status.value} {link} {say_duration((snapshot.ended_at or now) - snapshot.started_at)}", steps]
 
 
 def _gap(gap: Gap) -> str:
@@ -140,7 +106,7 @@ def _time(step: Step, now: float) -> str:
     if step.started_at is None or step.restored:
         return ""
     end = now if step.ended_at is None and step.status in ACTIVE else step.ended_at
-    return "" if end is None else duration(end - step.started_at)
+    return "" if end is None else say_duration(end - step.started_at)
 
 
 def _attempts(step: Step) -> str:
@@ -152,8 +118,8 @@ def _row(step: Step, now: float, columns: int) -> str:
     if step.error:
         name += _error(clipped(step.error, _ERROR))
     said = word(step)
-    colour = f' style="color: {_COLOURS[said]}"' if said in _COLOURS else ""
-    status = f"<span{colour}>{_ICONS[said]}</span> {said}"
+    colour = f' style="color: {COLOURS[said]}"' if said in COLOURS else ""
+    status = f"<span{colour}>{ICONS[said]}</span> {said}"
     cells = [_cell(name), _cell(status), _cell(_time(step, now), right=True), _cell(_attempts(step), right=True)]
     return f"<tr>{''.join(cells[:columns])}</tr>"
 
@@ -162,7 +128,7 @@ def _error(error: str) -> str:
     first, _, rest = error.partition("\n")
     if not rest and len(first) <= 110:
         return f"<br><small><code>{escape(first)}</code></small>"
-    return f"<details><summary><code>{escape(_plain(first, 110))}</code></summary><pre>{escape(error)}</pre></details>"
+    return f"<details><summary><code>{escape(plain(first, 110))}</code></summary><pre>{escape(error)}</pre></details>"
 
 
 def _cell(content: str, *, right: bool = False, tag: str = "td") -> str:
@@ -180,7 +146,7 @@ def _last_known(snapshot: Snapshot) -> float:
 
 def _aligned(rows: list[list[str]], below: dict[int, str]) -> list[str]:
     used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    widths = {i: max(_width(row[i]) for row in rows) for i in used}
+    widths = {i: max(columns(row[i]) for row in rows) for i in used}
     lines = []
     for place, row in enumerate(rows):
         cells = [_padded(row[i], widths[i], right=i > 1) for i in used]
@@ -190,15 +156,5 @@ def _aligned(rows: list[list[str]], below: dict[int, str]) -> list[str]:
 
 
 def _padded(cell: str, width: int, *, right: bool) -> str:
-    space = " " * (width - _width(cell))
+    space = " " * (width - columns(cell))
     return space + cell if right else cell + space
-
-
-def _width(cell: str) -> int:
-    """Return the columns that a terminal gives to `cell`: two for a Chinese character, none for a combining accent."""
-    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in cell)
-
-
-def _plain(words: str, length: int) -> str:
-    """Return one line that can't move the cursor or colour the terminal."""
-    return clipped("".join(char if char.isprintable() else " " for char in " ".join(words.split())), length)

@@ -8,10 +8,10 @@ import contextvars
 import functools
 import threading
 import time
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._view import static
+from durable_nb._view.assets import script, style
 from durable_nb._view.state import State, difference, same, size, whole
 
 if TYPE_CHECKING:
@@ -183,11 +183,9 @@ def _panel_class() -> Any:
     import anywidget
     import traitlets
 
-    files = resources.files(__package__)
-
     class Panel(anywidget.AnyWidget):
-        _esm = files.joinpath("dashboard.js").read_text(encoding="utf-8")
-        _css = files.joinpath("dashboard.css").read_text(encoding="utf-8")
+        _esm = script("run")
+        _css = style("run")
         # Not the trait's value but what was told last, as of now: a page that is loaded again asks for it.
         state = traitlets.Dict().tag(sync=True, to_json=lambda _value, panel: {**panel.now, "now": time.time()})
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from durable_nb._facts import Status, Step
+from durable_nb._view.words import ACTIVE, BROKEN, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-ACTIVE = frozenset({Status.RUNNING, Status.SLEEPING, Status.WAITING, Status.RETRYING})
-BROKEN = frozenset({Status.FAILED, Status.INTERRUPTED})
+    from durable_nb._facts import Step
 
 FIRST = 20
 LAST = 50
@@ -22,8 +20,6 @@ AT_MOST = 100
 PAGE = 50
 WHOLE = 100
 """A run of so few steps is shown without gaps."""
-
-_ORDER = ("restored", *Status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +37,6 @@ class Window:
 
     shown: tuple[int, ...]
     gaps: tuple[Gap, ...]
-
-
-def word(step: Step) -> str:
-    """Return what a reader is told of a step: its status, or `restored` where no body ran to complete it."""
-    return "restored" if step.restored and step.status is Status.COMPLETED else step.status.value
-
-
-def counted(words: Iterable[str]) -> dict[str, int]:
-    """Return how often each word occurs, in the order in which a reader expects them."""
-    found = Counter(words)
-    return {str(name): found[name] for name in _ORDER if name in found}
 
 
 def by_interest(steps: Sequence[Step], pages: Iterable[int] = ()) -> list[int]:

@@ -1,23 +1,8 @@
 /* The live view of one run. What the kernel sends is told in state.py: whole states in the trait `state`, differences as
    messages. All time runs here, from the kernel's own clock. Text of the user's only ever becomes textContent. */
 
-const ACTIVE = new Set(["running", "sleeping", "waiting", "retrying"]);
 const BROKEN = new Set(["failed", "interrupted"]);
 const SILENCE_S = 25; // the kernel speaks every ten seconds, unless it is blocked or gone
-
-const SVG = "http://www.w3.org/2000/svg";
-const ICONS = {
-  restored: "M3.5 8a4.5 4.5 0 1 0 1.6-3.5M3.4 2.6v2.8h2.8",
-  completed: "M3 8.5l3.2 3.2L13 4.8",
-  running: "M5.5 3.5v9l7-4.5z",
-  sleeping: "M8 2.5a5.5 5.5 0 1 0 0 11a5.5 5.5 0 1 0 0-11M8 5v3.2l2 1.5",
-  waiting: "M5.8 3.5v9M10.2 3.5v9",
-  retrying: "M12.5 8a4.5 4.5 0 1 1-1.6-3.5M12.6 2.6v2.8H9.8",
-  pending: "M8 7.2a.8.8 0 1 0 0 1.6a.8.8 0 1 0 0-1.6",
-  failed: "M4 4l8 8M12 4l-8 8",
-  interrupted: "M4 4l8 8M12 4l-8 8",
-  cancelled: "M3.5 8h9",
-};
 
 /* One per model: keeps `state` whole, so that every view of it, also one that is made later, draws the present. */
 function initialize({ model }) {
@@ -304,62 +289,8 @@ function timeOf(row, now) {
   return row.ended === undefined ? "" : length(row.ended - row.started, false);
 }
 
-/* 340 ms, 12.4 s, 2 h 05 m; while it still runs whole seconds, which a reader can follow. */
-function length(seconds, running) {
-  const past = Math.max(seconds, 0);
-  if (running && past < 60) return `${Math.floor(past)} s`;
-  if (past < 0.9995) return `${Math.round(past * 1000)} ms`;
-  if (past < 59.95) return `${past.toFixed(1)} s`;
-  const whole = running ? Math.floor(past) : Math.round(past);
-  const [days, hours, minutes] = [Math.floor(whole / 86400), Math.floor(whole / 3600) % 24, Math.floor(whole / 60) % 60];
-  if (days) return `${days} d ${two(hours)} h`;
-  if (hours) return `${hours} h ${two(minutes)} m`;
-  return `${minutes} m ${two(whole % 60)} s`;
-}
-
-/* 0:42, 1:02:03, 2 d 03:04:05 */
-function clock(seconds) {
-  const [days, hours, minutes] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
-  const tail = `${two(minutes)}:${two(seconds % 60)}`;
-  if (days) return `${days} d ${two(hours)}:${tail}`;
-  return hours ? `${hours}:${tail}` : `${minutes}:${two(seconds % 60)}`;
-}
-
-function two(number) {
-  return String(number).padStart(2, "0");
-}
-
-function count(number) {
-  return number.toLocaleString("en");
-}
-
 function told(words) {
   return words.map(([word, number]) => `${count(number)} ${word}`);
-}
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text) node.textContent = text;
-  return node;
-}
-
-/* Set only what differs: a text that is set again would be selected, announced and laid out again. */
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
-function sign(node, status, words = status) {
-  if (node.dataset.said === words) return;
-  node.dataset.said = words;
-  node.dataset.status = status;
-  const icon = document.createElementNS(SVG, "svg");
-  icon.setAttribute("viewBox", "0 0 16 16");
-  icon.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(SVG, "path");
-  path.setAttribute("d", ICONS[status] ?? ICONS.pending);
-  icon.append(path);
-  node.replaceChildren(icon, make("span", "", words));
 }
 
 export default { initialize, render };
