@@ -29,6 +29,8 @@ from durable_nb._engine import Engine
 from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb._journal.memory import MemoryJournal
 from durable_nb._journal.writer import Writer
+from durable_nb._model_server import Fault as Fault  # noqa: PLC0414  # handed on
+from durable_nb._model_server import ModelServer as ModelServer  # noqa: PLC0414
 from durable_nb._records import Outcome, unpack
 from durable_nb._store import Store
 from durable_nb._workflow import Workflow
