@@ -33,7 +33,7 @@ def later(tmp_path, monkeypatch):
     shutil.copytree(CODE, package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(CODE, package / f"_format{fp.FORMAT}", ignore=shutil.ignore_patterns("__pycache__"))
     for name, old, new in [
-        ("_values.py", f"FORMAT = {fp.FORMAT}\n", f"FORMAT = {fp.FORMAT + 1}\n"),
+        ("_tokens.py", f"FORMAT = {fp.FORMAT}\n", f"FORMAT = {fp.FORMAT + 1}\n"),
         ("_formats.py", "EARLIER: tuple[int, ...] = ()", f"EARLIER: tuple[int, ...] = ({fp.FORMAT},)"),
         ("_values.py", 'b"t%d:" % len(obj)', 'b"another tag%d:" % len(obj)'),
     ]:

@@ -4,8 +4,11 @@ from ._formats import in_format
 from ._graph import Fingerprint, Fingerprinter, digest_of
 from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
 from ._owners import is_installed
+from ._reductions import without_passing
 from ._source import attribute_uses, imported, names_loaded, nested_codes, normalise
-from ._values import FORMAT, Opaque, Unhashable, lasting_parts, without_passing
+from ._tokens import FORMAT
+from ._values import lasting_parts
+from ._walk import Opaque, Unhashable
 
 __all__ = [
     "FORMAT",

@@ -8,12 +8,13 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
-from ._values import MISSING, SCALARS, look_up, text
+from ._tokens import SCALARS, text
+from ._walk import MISSING, look_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ._values import Walk
+    from ._walk import Walk
 
 
 def annotations_of(walk: Walk, owner: Any, namespace: Mapping[str, Any]) -> Iterator[Any]:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from xxhash import xxh3_128, xxh3_128_digest
 
 from ._owners import RENAMED, public_module
-from ._values import _attributes, _reduced, named, raw, text
+from ._reductions import attributes, reduced
+from ._tokens import raw, text
+from ._walk import named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._values import Walk
+    from ._walk import Walk
 
     Handler = Callable[[Walk, Any], Iterator[Any] | None]
 
@@ -106,7 +108,7 @@ def _array(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if isinstance(obj, numpy.ma.MaskedArray):
         # no mask and a mask of nothing are one: pickle makes the second of the first
         return chain(body, (numpy.ma.getmaskarray(obj).view(numpy.ndarray), obj.fill_value, obj.hardmask))
-    return chain(body, named(walk, _attributes(walk, obj, getattr(obj, "__dict__", {}))))
+    return chain(body, named(walk, attributes(walk, obj, getattr(obj, "__dict__", {}))))
 
 
 def _numpy_scalar(walk: Walk, obj: Any) -> Iterator[Any] | None:
@@ -310,11 +312,9 @@ def _extra(obj: Any) -> tuple[Any, ...]:
     return obj.attrs or None, obj.flags.allows_duplicate_labels, own
 
 
-def _frame(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    return None if walk.seen(obj) else _frame_body(walk, obj)
-
-
-def _frame_body(walk: Walk, obj: Any) -> Iterator[Any]:
+def _frame(walk: Walk, obj: Any) -> Iterator[Any]:
+    if walk.seen(obj):
+        return
     _pandas_own(walk, obj, sys.modules["pandas"].DataFrame)
     yield from (len(obj), obj.columns, obj.index, _extra(obj))
     manager = obj._mgr
@@ -322,22 +322,16 @@ def _frame_body(walk: Walk, obj: Any) -> Iterator[Any]:
         yield from _column(walk, manager.iget_values(position))
 
 
-def _series(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    return None if walk.seen(obj) else _series_body(walk, obj)
-
-
-def _series_body(walk: Walk, obj: Any) -> Iterator[Any]:
+def _series(walk: Walk, obj: Any) -> Iterator[Any]:
+    if walk.seen(obj):
+        return
     _pandas_own(walk, obj, sys.modules["pandas"].Series)
     yield from (obj.name, obj.index, _extra(obj))
     yield from _column(walk, obj._values)
 
 
-def _index(walk: Walk, obj: Any) -> Iterator[Any] | None:
+def _index(walk: Walk, obj: Any) -> Iterator[Any]:
     # an index is immutable: sharing one can't be seen, and what its lookup engine has cached doesn't count
-    return _index_body(walk, obj)
-
-
-def _index_body(walk: Walk, obj: Any) -> Iterator[Any]:
     pandas = sys.modules["pandas"]
     walk.out += b"Xix;"
     walk.refer(type(obj))
@@ -359,7 +353,7 @@ def _is_pandas(obj: Any) -> bool:
 
 def _extension_array(walk: Walk, obj: Any) -> Iterator[Any] | None:
     if not _is_pandas(obj):  # _column would yield it back
-        return _reduced(walk, obj)
+        return reduced(walk, obj)
     if walk.seen(obj):
         return None
     walk.out += b"Xea;" + text(type(obj).__qualname__)
@@ -382,7 +376,7 @@ def _arrow_column(walk: Walk, column: Any) -> Iterator[Any]:
         return
     if types.is_boolean(kind):
         walk.out += _buffers([chunk.fill_null(False) if chunk.null_count else chunk for chunk in chunks], _bits)
-    elif _is_binary(pyarrow, kind):
+    elif types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind):
         valid = [chunk.drop_null() if chunk.null_count else chunk for chunk in chunks]
         walk.out += _buffers(valid, _lengths) + _buffers(valid, _characters)
     elif types.is_primitive(kind) or types.is_decimal(kind) or types.is_fixed_size_binary(kind):
@@ -392,7 +386,7 @@ def _arrow_column(walk: Walk, column: Any) -> Iterator[Any]:
         yield from _arrow_column(walk, pyarrow.chunked_array([c.dictionary_decode() for c in chunks], kind.value_type))
     elif types.is_list(kind) or types.is_large_list(kind):
         valid = [chunk.drop_null() if chunk.null_count else chunk for chunk in chunks]
-        walk.out += _buffers(valid, _list_lengths)
+        walk.out += _buffers(valid, _lengths)
         yield from _arrow_column(walk, pyarrow.chunked_array([chunk.flatten() for chunk in valid], kind.value_type))
     elif types.is_struct(kind):
         valid = [chunk.drop_null() if chunk.null_count else chunk for chunk in chunks]
@@ -404,11 +398,6 @@ def _arrow_column(walk: Walk, column: Any) -> Iterator[Any]:
     else:
         for chunk in chunks:
             yield from chunk.to_pylist()
-
-
-def _is_binary(pyarrow: Any, kind: Any) -> bool:
-    types = pyarrow.types
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _buffers(chunks: list[Any], content: Callable[[Any], Any]) -> bytes:
@@ -446,10 +435,6 @@ def _lengths(chunk: Any) -> Any:
     return numpy.diff(_offsets(chunk)).astype("int64", copy=False).view(numpy.uint8) if len(chunk) else None
 
 
-def _list_lengths(chunk: Any) -> Any:
-    return _lengths(chunk)
-
-
 def _characters(chunk: Any) -> Any:
     if not len(chunk):
         return None
@@ -457,22 +442,14 @@ def _characters(chunk: Any) -> Any:
     return raw_slice(chunk.buffers()[2], int(offsets[0]), int(offsets[-1]))
 
 
-def _arrow_array(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    return _arrow_array_body(walk, obj)
-
-
-def _arrow_array_body(walk: Walk, obj: Any) -> Iterator[Any]:
+def _arrow_array(walk: Walk, obj: Any) -> Iterator[Any]:
     pyarrow = sys.modules["pyarrow"]
     walk.out += b"Xpac;" + (b"C" if isinstance(obj, pyarrow.ChunkedArray) else b"A")
     yield obj.type
     yield from _arrow_column(walk, obj)
 
 
-def _arrow_table(walk: Walk, obj: Any) -> Iterator[Any] | None:
-    return _arrow_table_body(walk, obj)
-
-
-def _arrow_table_body(walk: Walk, obj: Any) -> Iterator[Any]:
+def _arrow_table(walk: Walk, obj: Any) -> Iterator[Any]:
     pyarrow = sys.modules["pyarrow"]
     walk.out += b"Xpat;" + (b"T" if isinstance(obj, pyarrow.Table) else b"B")
     yield from (obj.num_rows, obj.schema)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ._annotations import annotation_parts, annotations_of, own_annotations, types_in
 from ._owners import is_installed_file
 from ._source import docstring, written
-from ._values import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, SOURCE, named, text
+from ._tokens import text
+from ._walk import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, SOURCE, named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ._values import Walk
+    from ._walk import Walk
 
 
 def class_of(walk: Walk, cls: type) -> Iterator[Any]:
@@ -32,7 +33,8 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
         walk.out += text(written(cls))
     yield cls.__bases__
     yield None if type(cls) is type else type(cls)
-    fields = _pydantic_fields(cls)
+    fields = members.get("__pydantic_fields__")
+    fields = fields if isinstance(fields, dict) else None
     if DOCSTRINGS in walk.graph.looks or fields is not None:
         yield docstring(members.get("__doc__"))
     if ANNOTATIONS in walk.graph.looks or _makes_fields_of_annotations(cls):
@@ -86,11 +88,6 @@ def _dataclass_fields(walk: Walk, cls: type) -> Iterator[Any]:
             yield from annotation_parts(walk, field.type, _namespace(walk, cls))
         yield from (field.default, field.default_factory, field.metadata)
         yield (field.init, field.repr, field.hash, field.compare, field.kw_only)
-
-
-def _pydantic_fields(cls: type) -> Mapping[str, Any] | None:
-    found = vars(cls).get("__pydantic_fields__")
-    return found if isinstance(found, dict) else None
 
 
 def _schema(walk: Walk, cls: type, fields: Mapping[str, Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._values import FORMAT
+from ._tokens import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,27 +19,24 @@ from typing import TYPE_CHECKING, Any
 from . import _memo
 from ._annotations import annotations_of
 from ._classes import class_of
+from ._methods import bound
 from ._modules import CODE, attributes_of, imports_of, module_of, reached
 from ._owners import installed_name, is_installed, is_installed_file, version
 from ._source import Paths, Reading, docstring, imported, looks_of, normalise, read, written
-from ._values import (
+from ._tokens import DIGEST_BYTES, FORMAT, PERSON, SCALARS, raw, text
+from ._values import enter
+from ._walk import (
     ANNOTATIONS,
-    DIGEST_BYTES,
     DOCSTRINGS,
-    FORMAT,
     MISSING,
     MODULES,
     NAMES,
-    PERSON,
-    SCALARS,
     SOURCE,
     Looks,
     Opaque,
     Walk,
     look_up,
     named,
-    raw,
-    text,
 )
 
 if TYPE_CHECKING:
@@ -188,7 +185,7 @@ class Fingerprinter:
             label, children, fn = self._pending.popleft()
             if fn is not None and self._recalled(label, fn):
                 continue
-            walk = Walk(self, label)
+            walk = Walk(self, label, enter)
             try:
                 digest = walk.digest(_started(children, walk)).hex()
                 self._components[label] = "|".join((digest, *walk.edges))
@@ -282,7 +279,8 @@ class Fingerprinter:
         if token is not None:
             return token
         if not isinstance(obj, types.FunctionType):
-            return b"l:" + text(f"{_module_of(obj)}.{getattr(obj, '__qualname__', '')}")
+            module = getattr(obj, "__module__", None) or getattr(obj, "__name__", "")
+            return b"l:" + text(f"{module}.{getattr(obj, '__qualname__', '')}")
         reading = read(obj.__code__)
         held = [cell.cell_contents for cell in obj.__closure__ or () if _is_filled(cell)]
         held += [*(obj.__defaults__ or ()), *(value for _, value in sorted((obj.__kwdefaults__ or {}).items()))]
@@ -293,8 +291,10 @@ class Fingerprinter:
         """The token of something installed that is reached by its qualified name; None for everything else."""
         known = self._tokens.get(id(obj))
         if known is None:
-            found = installed_name(obj)
-            token, module = (None, "") if found is None else (_token(obj, *found), found[0])
+            found, token = installed_name(obj), None
+            module, qualname = found or ("", "")
+            if found is not None:
+                token = b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
             known = self._tokens[id(obj)] = (token, module, obj)  # kept with the object, whose id could be another's later
         if known[0] is not None:
             self.met(known[1])
@@ -311,6 +311,17 @@ class Fingerprinter:
             walk.out += token
             return None
         return self._installed_function(walk, fn, str(module))
+
+    def enter_method_called(self, walk: Walk, method: types.MethodType) -> Iterator[Any] | None:
+        return bound(walk, method)
+
+    def reads_data(self, fn: Any) -> bool:
+        """Whether the code of a function looks up variables that are neither functions, classes nor modules."""
+        if not isinstance(fn, types.FunctionType):
+            return False
+        held = (look_up(name, fn.__globals__) for name in read(fn.__code__).executed)
+        code = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+        return any(value is not MISSING and not isinstance(value, code) for value in held)
 
     def met(self, module: str) -> None:
         """Something of an installed package counts: which one is recorded, its version doesn't count."""
@@ -540,16 +551,8 @@ def _started(children: Callable[[Walk], Iterator[Any]], walk: Walk) -> Iterator[
     yield from children(walk)
 
 
-def _token(obj: Any, module: str, qualname: str) -> bytes:
-    return b"nM" + text(module) if isinstance(obj, types.ModuleType) else b"n" + text(module) + text(qualname)
-
-
 def _qualified(module: Any, name: str) -> str:
     return name if module in {"__main__", None} else f"{module}.{name}"
-
-
-def _module_of(obj: Any) -> str:
-    return str(getattr(obj, "__module__", None) or getattr(obj, "__name__", ""))
 
 
 def _is_below(paths: frozenset[tuple[str, ...]], path: tuple[str, ...]) -> bool:

@@ -17,7 +17,8 @@ from ._graph import Fingerprint, Fingerprinter, joined
 from ._objects import configure
 from ._owners import version
 from ._source import read
-from ._values import DIGEST_BYTES, PERSON, SCALARS, Unhashable
+from ._tokens import DIGEST_BYTES, PERSON, SCALARS
+from ._walk import Unhashable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

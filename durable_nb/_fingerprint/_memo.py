@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ._modules import CODE
 from ._owners import is_installed, is_installed_file
 from ._source import read
-from ._values import BULK_BYTES, MISSING, SCALARS, look_up
+from ._tokens import BULK_BYTES, SCALARS
+from ._walk import MISSING, look_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ._values import Graph
+    from ._walk import Graph
 
 
 @dataclass(frozen=True, slots=True)

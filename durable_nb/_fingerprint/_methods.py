@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._plain import attributes_of_plain, is_plain
 from ._source import read
-from ._values import MISSING, named
+from ._walk import MISSING, named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ._values import Walk
+    from ._walk import Walk
 
 
 def bound(walk: Walk, method: types.MethodType) -> Iterator[Any] | None:
@@ -23,7 +23,7 @@ def bound(walk: Walk, method: types.MethodType) -> Iterator[Any] | None:
     None where it hands its object on, so that more of the class may be used than its code says.
     """
     owner, kind = method.__self__, type(method.__self__)
-    simple = is_plain(walk, kind) and all(_static(kind, name) is getattr(object, name, MISSING) for name in _ACCESS)
+    simple = is_plain(kind) and all(_static(kind, name) is getattr(object, name, MISSING) for name in _ACCESS)
     members = _members_used(method.__func__, kind) if simple else None
     return None if members is None else _children(walk, method.__func__, owner, members)
 

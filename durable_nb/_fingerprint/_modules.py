@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ._owners import is_installed, source_file
 from ._source import imported, normalise, read
-from ._values import DOCSTRINGS, MISSING, raw, text
+from ._tokens import raw, text
+from ._walk import DOCSTRINGS, MISSING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from ._values import Walk
+    from ._walk import Walk
 
 CODE = (types.FunctionType, type, types.ModuleType, types.BuiltinFunctionType)
 """Kinds that are followed where they are met, while other values are components of their own."""
@@ -87,12 +88,8 @@ def imports_of(walk: Walk, names: Iterable[tuple[int, str]], namespace: Mapping[
                 absolute = importlib.util.resolve_name("." * level + name, package)
             except (ImportError, ValueError):
                 continue
-        if _is_project_module(absolute):
+        if not is_installed(absolute) and source_file(absolute) is not None:
             walk.link(_static(walk, absolute))
-
-
-def _is_project_module(name: str) -> bool:
-    return not is_installed(name) and source_file(name) is not None
 
 
 def _static(walk: Walk, name: str) -> str:

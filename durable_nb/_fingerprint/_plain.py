@@ -11,19 +11,20 @@ import copyreg
 from functools import partial
 from itertools import chain, compress, count
 from marshal import dumps as _marshal
-from math import nan
-from operator import attrgetter, itemgetter, ne
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+from ._reductions import is_known_by_reduction
+from ._tokens import SCALARS, SIMPLE, plain_members, raw, with_one_nan
 
-    from ._values import Walk
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._walk import Walk
 
 WORTH_IT = 16
 """Containers of fewer elements are walked one by one, unless a larger one holds them."""
 
-SIMPLE = frozenset({type(None), bool, int, float, complex, str, bytes})
 _SCALAR, _WRITTEN, _LIST, _TUPLE, _DICT, _SET, _FROZENSET, _INSTANCE, _AGAIN, _ODD = range(10)
 _KINDS: dict[type, int] = {
     **dict.fromkeys(SIMPLE, _SCALAR),
@@ -44,34 +45,8 @@ _MUTABLE = _selecting(_LIST, _DICT, _SET, _INSTANCE)
 _HEAP_TYPE = 1 << 9
 
 
-def plain_members(members: Collection[Any]) -> bytes | None:
-    """The members of a set in an order of their own; None where they aren't all plain scalars."""
-    if not SIMPLE.issuperset(map(type, members)):
-        return None
-    kinds = set(map(type, members))
-    if len(kinds) == 1 and kinds <= {str, bytes, int}:
-        return _marshal(sorted(members), 2)
-    return b"".join(sorted([_marshal(member, 2) for member in _with_one_nan(list(members))]))
-
-
-def _with_one_nan(scalars: list[Any]) -> list[Any]:
-    """Every NaN is the same NaN, whatever its bits."""
-    if not {float, complex} & set(map(type, scalars)) or not any(map(ne, scalars, scalars)):
-        return scalars
-    return [_without_payload(value) if value != value else value for value in scalars]  # noqa: PLR0124
-
-
-def _without_payload(value: complex) -> complex:
-    if isinstance(value, float):
-        return nan
-    return complex(*(nan if part != part else part for part in (value.real, value.imag)))  # noqa: PLR0124
-
-
-def layers(walk: Walk, root: Any, raw: Callable[[bytes], bytes], written: dict[type, Any]) -> Iterator[Any]:
-    """Write what `root`, a container that has been met just now, holds; what isn't plain is yielded at the end.
-
-    `written`: other scalars, and how each is written.
-    """
+def layers(walk: Walk, root: Any) -> Iterator[Any]:
+    """Write what `root`, a container that has been met just now, holds; what isn't plain is yielded at the end."""
     say: Callable[[Any], bytes] = lambda value: raw(_marshal(value, 2))  # noqa: E731
     odd: list[Any] = []
     walk.out += b"W"
@@ -79,17 +54,17 @@ def layers(walk: Walk, root: Any, raw: Callable[[bytes], bytes], written: dict[t
     while layer:
         kinds = set(map(type, layer))
         if kinds <= SIMPLE:
-            walk.out += b"Z" + say(_with_one_nan(layer))
+            walk.out += b"Z" + say(with_one_nan(layer))
             break
-        known = {kind: _KINDS[kind] if kind in _KINDS else _WRITTEN if kind in written else _code(walk, kind) for kind in kinds}
+        known = {kind: _KINDS[kind] if kind in _KINDS else _WRITTEN if kind in SCALARS else _code(walk, kind) for kind in kinds}
         codes = bytes(map(known.__getitem__, map(type, layer)))
         if below:
             codes, again = _met(walk, layer, codes)
             walk.out += say(again)
         below = True
         pick = partial(_pick, layer, codes)
-        walk.out += b"%d:" % len(layer) + raw(codes) + say(_with_one_nan(pick(_SCALAR)))
-        walk.out += b"".join([written[type(value)](value) for value in pick(_WRITTEN)])
+        walk.out += b"%d:" % len(layer) + raw(codes) + say(with_one_nan(pick(_SCALAR)))
+        walk.out += b"".join([SCALARS[type(value)](value) for value in pick(_WRITTEN)])
         inner: list[Any] = []
         for code in (_LIST, _TUPLE):
             sequences = pick(code)
@@ -100,7 +75,7 @@ def layers(walk: Walk, root: Any, raw: Callable[[bytes], bytes], written: dict[t
             walk.out += say(list(map(len, dicts)))
             keys = list(chain.from_iterable(dicts))
             if SIMPLE.issuperset(map(type, keys)):
-                walk.out += b"k" + say(_with_one_nan(keys))
+                walk.out += b"k" + say(with_one_nan(keys))
             else:
                 walk.out += b"K"
                 inner.extend(keys)
@@ -158,11 +133,11 @@ def _code(walk: Walk, kind: type) -> int:
     """How instances of a class are written, which a walk asks once."""
     code = walk.layered.get(kind)
     if code is None:
-        code = walk.layered[kind] = _INSTANCE if is_plain(walk, kind) else _ODD
+        code = walk.layered[kind] = _INSTANCE if is_plain(kind) else _ODD
     return code
 
 
-def is_plain(walk: Walk, kind: type) -> bool:
+def is_plain(kind: type) -> bool:
     """Whether an instance is its class and its attributes and nothing else, for pickle and for us."""
     *bases, last = kind.__mro__
     return (
@@ -171,7 +146,7 @@ def is_plain(walk: Walk, kind: type) -> bool:
         and all(base.__flags__ & _HEAP_TYPE and not _SPECIAL & vars(base).keys() for base in bases)
         and kind not in copyreg.dispatch_table
         and ("__dict__" in dir(kind)) != bool(_slots(kind))
-        and walk.is_known_by_reduction(kind)
+        and is_known_by_reduction(kind)
     )
 
 

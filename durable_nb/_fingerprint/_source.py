@@ -13,7 +13,9 @@ from hashlib import blake2b
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from ._values import ANNOTATIONS, DIGEST_BYTES, DOCSTRINGS, MODULES, NAMES, PERSON, SOURCE, Looks, constant, text
+from ._tokens import DIGEST_BYTES, PERSON, text
+from ._values import constant
+from ._walk import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, SOURCE, Looks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -291,16 +293,16 @@ class Reading:
     def form(self, links: frozenset[tuple[str, ...]] = frozenset(), looks: Looks = frozenset()) -> tuple[bytes, Order]:
         """A digest of the normal form, with `links` by their order only, and that order."""
         known = self._forms.get((links, looks))
-        if known is None:
-            known = self._forms[links, looks] = self._form(links, looks)
-        return known
-
-    def _form(self, links: frozenset[tuple[str, ...]], looks: Looks) -> tuple[bytes, Order]:
+        if known is not None:
+            return known
         if self._body is None:
-            return self._bytecode, ()
-        form = _Form(DOCSTRINGS in looks, ANNOTATIONS in looks, links)
-        written = form.of(self._body)
-        return _short(text(self._scope) + written), tuple(form.order)
+            known = self._bytecode, ()
+        else:
+            form = _Form(DOCSTRINGS in looks, ANNOTATIONS in looks, links)
+            data = text(self._scope) + form.of(self._body)
+            known = blake2b(data, digest_size=DIGEST_BYTES, person=PERSON).digest(), tuple(form.order)
+        self._forms[links, looks] = known
+        return known
 
 
 _READINGS: dict[int, tuple[CodeType, Reading]] = {}
@@ -381,10 +383,6 @@ def _names_said(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.update(re.findall(r"[^\W\d]\w*", node.value))
     return found
-
-
-def _short(data: bytes) -> bytes:
-    return blake2b(data, digest_size=DIGEST_BYTES, person=PERSON).digest()
 
 
 def _mangles(tree: ast.AST) -> bool:
@@ -493,7 +491,8 @@ def _index(source: str, future: int) -> _Index:
     places: dict[tuple[str, int], list[ast.AST]] = {}
     for node in _nodes(tree):
         if isinstance(node, _DEFINITIONS):
-            places.setdefault((getattr(node, "name", "<lambda>"), _first_line(node)), []).append(node)
+            first_line = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+            places.setdefault((getattr(node, "name", "<lambda>"), first_line), []).append(node)
     found: dict[str, list[tuple[CodeType, ast.AST]]] = {}
     for code in nested_codes(whole):
         nodes = places.get((code.co_name, code.co_firstlineno), [])
@@ -501,10 +500,6 @@ def _index(source: str, future: int) -> _Index:
         if definition is not None:
             found.setdefault(code.co_qualname, []).append((code, definition))
     return {name: tuple(pairs) for name, pairs in found.items()}
-
-
-def _first_line(node: Any) -> int:
-    return int(min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))]))
 
 
 def _containing(code: CodeType, nodes: list[Any]) -> ast.AST | None:
