@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from IPython.core.error import UsageError
 
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.cache import After, Before, CellCache, CellCode, Hit, Stored
-from durable_nb._cellcache.entries import Entries, Manifest
+from durable_nb._cellcache.entries import Entries
 from durable_nb._cellcache.keys import CellKey, Terms
-from durable_nb._cellcache.watch import Watch, watching
+from durable_nb._cellcache.report import ExecutionReport
+from durable_nb._cellcache.watch import watching
 from durable_nb._cellrun import CellRun
 from durable_nb._clock import say_duration
 from durable_nb._engine import Asked, Engine
@@ -43,39 +44,25 @@ _BUSY_POLL_S = 0.1
 _NOTHING = object()
 
 
-@dataclass(slots=True)
-class Story:
-    """How a cell's last execution in this kernel went: what `%durable why` and `plan` tell of."""
-
-    options: Options
-    source: str
-    at: float
-    """When it began, unix seconds."""
-    restored: bool = False
-    why: str = ""
-    """Why it ran."""
-    not_stored: str = ""
-    nearest: Manifest | None = None
-    """The entry it was restored from; or the one most like the cell before it ran."""
-    differences: tuple[explain.Difference, ...] = ()
-    """From that one."""
-    kept: Manifest | None = None
-    """The entry that holds how it went: restored from, or stored now."""
-    opaque: tuple[str, ...] = ()
-    key: str = ""
-    components: dict[str, str] = field(default_factory=dict)
-    """Of its key, before it ran."""
-    changed: tuple[str, ...] = ()
-    """Components that it changed in place."""
-
-
 class CellExecution:
-    """What one execution needs to know; `run` is its story."""
+    """One execution: what it needs to know, and how it goes."""
 
     def __init__(
-        self, shell: Any, engine: Engine, options: Options, body: str, *, live: bool, cell_id: str, folder: Path
+        self,
+        shell: Any,
+        engine: Engine,
+        options: Options,
+        body: str,
+        *,
+        rerun: bool = False,
+        live: bool,
+        cell_id: str,
+        folder: Path,
     ) -> None:
-        self.shell, self.engine, self.options, self.live, self.folder = shell, engine, options, live, folder
+        """`rerun`: `%durable rerun` asks for it, whatever the options say."""
+        self.shell, self.engine, self.live, self.folder = shell, engine, live, folder
+        self.options = replace(options, rerun=True, rerun_step="") if rerun else options
+        self._rerun_by_magic = rerun and not options.rerun
         self.compiled = compile_body(shell, body)
         self.code = CellCode(options.name, self.compiled.tree, self.compiled.names)
         own = [str(engine.store.path), *filter(None, [file_of(shell.user_ns, folder)])]
@@ -86,9 +73,8 @@ class CellExecution:
         self.status = StatusLine(self.label, shown=not options.quiet, live=live)
         self.results: list[Any] = []
         self.set_variables: list[tuple[Any, Any]] = []
-        self.watch: Watch | None = None
         self.recorder = Recorder(shell)
-        self.story = Story(options, body, time.time())
+        self.report = ExecutionReport(time.time())
         self.begun = False
         self._notes = explain.Notes()
         self._ruled_out = ""
@@ -116,7 +102,7 @@ class CellExecution:
         key = self.cache.key(self.code, self.shell.user_ns)
         for name in sorted(self.options.ignore - key.ignored):
             self.status.advise(f"--ignore {name}: neither the cell nor a helper of it reads that name")
-        self.story.key, self.story.components = key.key, key.components
+        self.report.key, self.report.components = key.key, key.components
         run, waited, parts = None, False, None
         while run is None:
             options = self.options
@@ -134,8 +120,8 @@ class CellExecution:
                 waited = True
                 await asyncio.sleep(_BUSY_POLL_S)
         self.begun = True
-        self.story.why = self._why(key, run)
-        self.status.show("running", self.story.why)
+        self.report.why = self._why(key, run)
+        self.status.show("running", self.report.why)
         await self._execute(run, key, began, parts or [])
 
     def _asked(self, key: CellKey) -> Asked:
@@ -157,8 +143,8 @@ class CellExecution:
         await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found.manifest
         self.cache.entries.used(found.entry)
-        self.story.restored, self.story.opaque = True, key.opaque
-        self.story.nearest = self.story.kept = manifest
+        self.report.restored, self.report.opaque = True, key.opaque
+        self.report.nearest = self.report.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
         if others:
             text = f"stored with another version: {', '.join(others)}; --rerun runs it anew"
@@ -174,7 +160,7 @@ class CellExecution:
         self.set_variables = [(v, value) for v, value in copy_context().items() if outside.get(v, _NOTHING) is not value]
         if found.patched:
             names = self.shell.user_ns.items()
-            self.story.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
+            self.report.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
         turn_on_features(self.shell, self.code.tree)
         took = time.perf_counter() - began
         self.status.restored(found.variables, manifest.outputs_count, manifest.size, took, manifest.took_s)
@@ -185,14 +171,14 @@ class CellExecution:
     # -- a miss --------------------------------------------------------------------------------------------------------
 
     def _why(self, key: CellKey, run: CellRun) -> str:
-        """Why the cell runs, in a few words; what differs from the nearest entry is noted in the story."""
+        """Why the cell runs, in a few words; what differs from the nearest entry is noted in the report."""
         why = self.cache.why(self.code, self.shell.user_ns, key)
         self._notes = why.notes
-        self.story.opaque, self.story.differences = key.opaque, why.differences
-        self.story.nearest = why.nearest
+        self.report.opaque, self.report.differences = key.opaque, why.differences
+        self.report.nearest = why.nearest
         if run.resumed:
             return f"goes on from {say_past(run.record.started_at)}"
-        if self.options.rerun and not self.story.options.rerun:
+        if self._rerun_by_magic:
             return "asked for by %durable rerun"
         if self.options.rerun or self.options.rerun_step:
             return "asked for by --rerun" + (f"={self.options.rerun_step}" if self.options.rerun_step else "")
@@ -206,13 +192,14 @@ class CellExecution:
         return ", ".join(why.found[:3]) + more or "its entry was lost"
 
     async def _execute(self, run: CellRun, key: CellKey, began: float, parts: list[tuple[types.CodeType, bool]]) -> None:
-        host = NotebookHost(self, run)
+        around = self.cache.around(self.shell.user_ns)
+        host = NotebookHost(run, self.shell, self.recorder, self.status, around, live=self.live, quiet=self.options.quiet)
         run.stage = host
         run.max_wait_s = (
             self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
         )
         before = self.cache.begin(self.code, self.shell.user_ns, key, self._notes)
-        self.watch = before.watch
+        host.watch = before.watch
         ended, error = Status.INTERRUPTED, ""
         body = self._body(parts)
         with interruptible(run):
@@ -222,7 +209,9 @@ class CellExecution:
                         await run.execute(body)
                     finally:
                         body.close()
-                    self._flush_figures()
+                    inline = sys.modules.get("matplotlib_inline.backend_inline")
+                    if inline is not None and inline.flush_figures in self.shell.events.callbacks.get("post_execute", ()):
+                        inline.flush_figures()  # they are shown after the cell, which ends here: they are among its outputs
                     cost = time.perf_counter() - began + run.spent_before_s()
                     outputs = self.recorder.outputs()
                 ended = Status.COMPLETED
@@ -269,16 +258,10 @@ class CellExecution:
         with capture.formatted(self.shell, value, forms):
             self._display(value)
 
-    def _flush_figures(self) -> None:
-        """Inline figures are shown after the cell; the cell ends here, and they are among its outputs."""
-        inline = sys.modules.get("matplotlib_inline.backend_inline")
-        if inline is not None and inline.flush_figures in self.shell.events.callbacks.get("post_execute", ()):
-            inline.flush_figures()
-
     # -- storing -------------------------------------------------------------------------------------------------------
 
     def _not_stored(self, why: str) -> None:
-        self.story.not_stored = why
+        self.report.not_stored = why
         self.status.not_stored(why)
 
     def _store(self, run: CellRun, before: Before, outputs: list[capture.Output], cost_s: float) -> None:
@@ -292,9 +275,9 @@ class CellExecution:
             problems=tuple(self.recorder.problems),
         )
         saved = self.cache.save(before, after)
-        self.story.changed = saved.changed
+        self.report.changed = saved.changed
         if isinstance(saved, Stored):
-            self.story.kept = saved.manifest
+            self.report.kept = saved.manifest
         else:
             self._not_stored(saved.why)
 

@@ -8,26 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache.mentions import looks_up_anything
 from durable_nb._cellcache.steps import Sights, see_again, seen_by, still_holds
-from durable_nb._cellcache.watch import watching_step
+from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._cellrun import CellRun
 from durable_nb._current import StepRequest
 from durable_nb._ipython import capture
+from durable_nb._ipython.capture import Recorder
 from durable_nb._muting import Muting
 from durable_nb._run import Stage
 
 if TYPE_CHECKING:
+    from durable_nb._cellcache.world import Around
     from durable_nb._fingerprint import Fingerprint
-    from durable_nb._ipython.cell import CellExecution
+    from durable_nb._ipython.status import StatusLine
 
 
 class NotebookHost(Stage):
     """One durable cell as the host of its run."""
 
-    def __init__(self, cell: CellExecution, run: CellRun) -> None:
-        self._cell = cell
-        self._run = run
+    watch: Watch | None = None
+    """Of what the cell reads, once it is watched: what a restored step saw counts for the cell, too."""
+
+    def __init__(
+        self, run: CellRun, shell: Any, recorder: Recorder, status: StatusLine, around: Around, *, live: bool, quiet: bool
+    ) -> None:
+        """`around`: what records of the world are compared with; `live`: there is a front end; `quiet`: no view is wanted."""
+        self._run, self._shell, self._recorder, self._status = run, shell, recorder, status
+        self._live, self._quiet = live, quiet
         self._view: Any = None
-        self._sights = Sights(cell.cache.around(cell.shell.user_ns))
+        self._sights = Sights(around)
 
     @contextlib.contextmanager
     def recording(
@@ -39,33 +47,33 @@ class NotebookHost(Stage):
                 f"step {request.name!r} looks names up while it runs, which can't be followed to the end: it runs again where "
                 "variables change that its texts name"
             )
-        with self._cell.recorder.step(path) as shown, watching_step(watch):
+        with self._recorder.step(path) as shown, watching_step(watch):
             yield lambda: (shown(), seen_by(watch))
 
     def show_again(self, shown: bytes, seen: bytes) -> None:
-        capture.show_again(self._cell.shell, shown, lambda _n, _forms: None)
-        if seen and self._cell.watch is not None:
-            see_again(seen, self._cell.watch)
+        capture.show_again(self._shell, shown, lambda _n, _forms: None)
+        if seen and self.watch is not None:
+            see_again(seen, self.watch)
 
     def holds(self, seen: bytes) -> bool:
         return still_holds(seen, self._sights.around)
 
     def notice(self, text: str) -> None:
-        if not self._cell.live:  # with a front end the view shows it
-            self._cell.status.warn(text)
+        if not self._live:  # with a front end the view shows it
+            self._status.warn(text)
 
     def advise(self, text: str) -> None:
-        self._cell.status.advise(text)
+        self._status.advise(text)
 
     def changed(self) -> None:
-        if self._cell.options.quiet:
+        if self._quiet:
             return
         if self._view is None:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
             from durable_nb._view import RunView
 
-            self._view = RunView(self._run.snapshot, live=self._cell.live)
+            self._view = RunView(self._run.snapshot, live=self._live)
             self._view.open()
         self._view.changed()
 

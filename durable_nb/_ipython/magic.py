@@ -10,40 +10,25 @@ from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
 
-from durable_nb._cellcache import explain
-from durable_nb._cellcache.entries import Manifest
-from durable_nb._cellcache.keys import said
-from durable_nb._cellcache.world import Around
-from durable_nb._clock import say_duration
+from durable_nb._cellcache.cache import CellCode
+from durable_nb._cellcache.forecast import Executed, Forecast, Notebook, Planned, order_of, run_all
 from durable_nb._current import workflow_functions
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.forget import forget
 from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, nearest
-from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, say_seconds, steps_table, store_table
-from durable_nb._housekeeping.tables import Table, count, say_when
-from durable_nb._ipython.forecast import (
-    DEPENDS,
-    HIT,
-    NOTHING_STORED,
-    RUN,
-    UNKNOWN,
-    Forecast,
-    differences,
-    known_of,
-    of_machine,
-    run_all,
-)
-from durable_nb._ipython.itinerary import NOT_COMPLETED
-from durable_nb._ipython.notebook import file_of
-from durable_nb._ipython.options import split
-from durable_nb._records import scope_of
+from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, steps_table, store_table
+from durable_nb._housekeeping.planning import plan_table, why_table
+from durable_nb._housekeeping.tables import Table, count
+from durable_nb._ipython.cell import terms_of
+from durable_nb._ipython.compile import source_of
+from durable_nb._ipython.notebook import durable_cells, file_of
+from durable_nb._ipython.options import Options, split
 from durable_nb.errors import DurableError
 
 if TYPE_CHECKING:
     from durable_nb._engine import Engine
-    from durable_nb._ipython.cell import Story
-    from durable_nb._ipython.extension import Session
+    from durable_nb._ipython.session import Session
 
 _RUNS_SHOWN = 30
 
@@ -59,8 +44,9 @@ class _Command:
 class LineMagic:
     """One session's `%durable`."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, usage: str) -> None:
+        """`usage`: what `%durable help` shows."""
+        self._session, self._usage = session, usage
 
     def __call__(self, line: str) -> None:
         """Execute one line. UsageError, in one line, for whatever is wrong with it; then nothing was changed."""
@@ -84,12 +70,8 @@ class LineMagic:
     def _engine(self) -> Engine:
         return self._session.engine()
 
-    @property
-    def _stories(self) -> dict[str, Story]:
-        return self._session.stories
-
     def help(self, _: list[str]) -> Table:
-        return Table("", notes=inspect.cleandoc(type(self._session).line_magic.__doc__ or "").splitlines())
+        return Table("", notes=inspect.cleandoc(self._usage).splitlines())
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -104,53 +86,48 @@ class LineMagic:
         return cells_table(inventory, cells, notes)
 
     def plan(self, _: list[str]) -> Table:
-        found = self._run_all()
-        going_on = {cell.name: cell.wake_at for cell in Inventory(self._engine).cells() if cell.status == Status.INTERRUPTED}
-        for n, forecast in enumerate(found):
-            if forecast.why in (NOT_COMPLETED, NOTHING_STORED) and forecast.name in going_on:
-                wake_at = going_on[forecast.name]
-                wakes = f", next wake {say_when(wake_at)}" if wake_at is not None else ""
-                found[n] = replace(forecast, why=f"goes on from where it stopped{wakes}")
-        rows = [(f.name, f.what, f.why, say_seconds(f.cost_s)) for f in found]
-        return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found)])
-
-    def _run_all(self, of: str = "") -> list[Forecast]:
-        inventory, session = Inventory(self._engine), self._session
-        shell, itinerary = session.shell, session.itinerary()
-        path = file_of(shell.user_ns, session.folder)
-        known = known_of(itinerary.visits, itinerary.elsewhere(), self._stories, path)
-        if not known.written:  # the store is all that is known
-            stored = [cell.name for cell in reversed(inventory.cells()) if cell.name != NAMELESS]
-            known = replace(known, order=tuple(dict.fromkeys((*known.order, *stored))))
-        return run_all(shell, inventory.entries, self._stories, session.rerun_next, known, of)
+        cells = Inventory(self._engine).cells()
+        interrupted = {cell.name: cell.wake_at for cell in cells if cell.status == Status.INTERRUPTED}
+        return plan_table(self._run_all()[0], interrupted)
 
     def why(self, arguments: list[str]) -> Table:
         (name,) = arguments
         self._check_cell(name)
-        entries = Inventory(self._engine).entries
-        story = self._stories.get(name)
-        newest = next(entries.manifests(scope_of(name), limit=1), None)
-        now = next((forecast for forecast in self._run_all(name) if forecast.name == name), None)
-        if story is not None and now is not None:
-            return Table("", notes=[*_told(story, now), *self._differences_now(story, now)])
-        would = [f"executed now, it would {_said(now)}"] if now is not None and now.what != UNKNOWN else []
-        if newest is None:
-            return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel", *would])
-        notes = explain.decode(entries.notes(scope_of(name), newest))
-        changes = of_machine(newest.world).changes(Around({}, entries.seal))
-        return Table("", notes=[*_entry_tree(name, newest, notes, changes), *would])
+        found, executed = self._run_all(name)
+        now = next((forecast for forecast in found if forecast.name == name), None)
+        entries, namespace = Inventory(self._engine).entries, self._session.shell.user_ns
+        return why_table(entries, namespace, name, executed.get(name), now)
 
-    def _differences_now(self, story: Story, now: Forecast) -> list[str]:
-        """Where the cell would run now, what differs from what is stored."""
-        if now.what != RUN:
-            return []
+    def _run_all(self, of: str = "") -> tuple[list[Forecast], dict[str, Executed]]:
+        """What Run All would do, and the cells that this kernel has executed as it would find them."""
+        inventory, session, shell = Inventory(self._engine), self._session, self._session.shell
+        path = file_of(shell.user_ns, session.folder)
+        written, saved_at = durable_cells(path) if path else ({}, 0.0)
+        executed = {}
+        for name, one in session.executed.items():
+            newer = written.get(name) if saved_at > one.report.at else None
+            cell = self._planned(newer.options, newer.body) if newer else self._planned(one.options, one.body)
+            executed[name] = Executed(cell, one.report)
+        last = session.executions().last
+        order = order_of(written or last, executed)
+        if not written:  # the store is all that is known
+            stored = [cell.name for cell in reversed(inventory.cells()) if cell.name != NAMELESS]
+            order = tuple(dict.fromkeys((*order, *stored)))
+        cells = {name: self._planned(one.options, one.body, with_extra=False) for name, one in written.items()}
+        notebook = Notebook(order, {**session.executions().elsewhere(), **last}, cells, saved_at)
+        return run_all(inventory.entries, shell.user_ns, executed, notebook, session.rerun_next, of), executed
+
+    def _planned(self, options: Options, body: str, *, with_extra: bool = True) -> Planned:
+        """A cell as its next execution finds it. `with_extra`: what `--extra` gives counts: the user's code is called."""
+        shell = self._session.shell
         try:
-            nearest, found = differences(self._session.shell, Inventory(self._engine).entries, story)
-        except UsageError:  # --extra can't be evaluated now, as `now` says
-            return []
-        if nearest is None or not found:
-            return []
-        return [f"compared with the entry of {say_when(nearest.created_at)}:", *_branches([(d.what, d.details) for d in found])]
+            tree, names = source_of(shell, body)
+            terms = terms_of(shell, options if with_extra else replace(options, extra=""))
+        except SyntaxError:
+            return Planned(None)
+        except UsageError as error:  # --extra can't be evaluated now
+            return Planned(CellCode(options.name, tree, names), str(error))
+        return Planned(CellCode(options.name, tree, names, terms), rerun=bool(options.rerun or options.rerun_step))
 
     def runs(self, _: list[str]) -> Table:
         runs = Inventory(self._engine).runs()
@@ -178,9 +155,9 @@ class LineMagic:
         (name,) = arguments
         self._check_cell(name)
         gone = forget(self._engine, name)
-        self._stories.pop(name, None)
+        self._session.executed.pop(name, None)
         self._session.rerun_next.discard(name)
-        self._session.itinerary().forget(name)
+        self._session.executions().forget(name)
         what = f"{count(gone.entries, 'entry', 'entries')}, {count(gone.steps, 'step')} and {count(gone.runs, 'run')}"
         return Table(f"{name} · forgot {what}; variables in the kernel stay")
 
@@ -229,7 +206,7 @@ class LineMagic:
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def _check_cell(self, name: str) -> None:
-        known = [*self._stories, *(cell.name for cell in Inventory(self._engine).cells())]
+        known = [*self._session.executed, *(cell.name for cell in Inventory(self._engine).cells())]
         if name == NAMELESS:
             raise DurableError("a cell without a name can't be told from others here: name it; nothing was done")
         if name not in known:
@@ -268,71 +245,3 @@ def show(table: Table, command: str) -> None:
         return
     bundle = {"text/plain": table.text(), "text/html": table.html()}
     display(bundle, raw=True, metadata={"durable_nb": {"command": command}})  # type: ignore[no-untyped-call]
-
-
-# -- trees -------------------------------------------------------------------------------------------------------------
-
-
-def _sum(found: list[Forecast]) -> str:
-    if not found:
-        return "no durable cell was executed in this kernel, and none is stored"
-    by = {what: [f for f in found if f.what == what] for what in (RUN, DEPENDS, HIT, UNKNOWN)}
-    cost = {what: sum(f.cost_s or 0.0 for f in some) for what, some in by.items()}
-    parts = []
-    if by[RUN]:
-        recorded = f", {say_duration(cost[RUN])} as recorded" if any(f.cost_s is not None for f in by[RUN]) else ""
-        parts.append(f"{count(len(by[RUN]), 'cell')} would run{recorded}")
-    if by[DEPENDS]:
-        parts.append(f"{count(len(by[DEPENDS]), 'cell')} may run, up to {say_duration(cost[DEPENDS])}")
-    if by[HIT]:
-        parts.append(f"{count(len(by[HIT]), 'cell')} would be restored, which saves {say_duration(cost[HIT])}")
-    if by[UNKNOWN]:
-        parts.append(f"{count(len(by[UNKNOWN]), 'cell')} not executed here yet: their code is known when they are")
-    return "; ".join(parts)
-
-
-def _said(now: Forecast) -> str:
-    """What a cell would do, after 'it would'."""
-    return {HIT: "be restored", RUN: f"run: {now.why}"}.get(now.what, f"be restored or run, depending {now.why}")
-
-
-def _told(story: Story, now: Forecast) -> list[str]:
-    name, nearest = story.options.name, story.nearest
-    if story.restored and nearest is not None:
-        saved = f"saved {say_duration(nearest.took_s)}"
-        lines = [f"{name} · {say_when(story.at)} restored from the entry of {say_when(nearest.created_at)}, {saved}"]
-    else:
-        lines = [f"{name} · {say_when(story.at)} ran: {story.why}"]
-        if nearest is not None:
-            lines.append(f"compared with the entry of {say_when(nearest.created_at)}:")
-            lines += _branches([(d.what, d.details) for d in story.differences] or [("nothing differs", ())])
-        if story.not_stored:
-            lines.append(f"not stored: {story.not_stored}")
-    lines += _opaque(list(story.opaque))
-    return [*lines, f"executed again now, it would {_said(now)}"]
-
-
-def _entry_tree(name: str, manifest: Manifest, notes: explain.Notes, changes: list[str]) -> list[str]:
-    lines = [f"{name} · not executed in this kernel; its newest entry, of {say_when(manifest.created_at)}, was made of:"]
-    branches: list[tuple[str, tuple[str, ...]]] = []
-    for label in manifest.components:
-        words = notes.values.get(label)
-        branches.append((said(label), (words,) if words else ()))
-    branches += [(f"{file.path} ({file.how})", ()) for file in manifest.world.files]
-    branches += [(f"{package} {version}", ()) for package, version in manifest.versions.items()]
-    lines += _branches(branches)
-    lines += _opaque(notes.opaque)
-    return [*lines, f"since then: {', '.join(changes)}" if changes else "the files it read are as they were"]
-
-
-def _opaque(opaque: list[str]) -> list[str]:
-    return ["inputs that are known in part only:", *_branches([(text, ()) for text in opaque])] if opaque else []
-
-
-def _branches(found: list[tuple[str, tuple[str, ...]]]) -> list[str]:
-    lines = []
-    for n, (what, details) in enumerate(found):
-        last = n == len(found) - 1
-        lines.append(("└─ " if last else "├─ ") + what)
-        lines += [("   " if last else "│  ") + f"  {line}" for line in details]
-    return lines

@@ -8,10 +8,9 @@ import types
 from pathlib import Path
 from typing import Any
 
-import durable_nb
 from durable_nb.errors import RunSuspended
 
-_OWN_FOLDER = str(Path(durable_nb.__file__).parent) + os.sep
+_OWN_FOLDER = str(Path(__file__).parents[1]) + os.sep
 
 
 def users_traceback(error: BaseException) -> None:
@@ -26,7 +25,7 @@ def users_traceback(error: BaseException) -> None:
         frames = []
         trace = exception.__traceback__
         while trace is not None:
-            if not _is_ours(trace.tb_frame.f_code.co_filename):
+            if not trace.tb_frame.f_code.co_filename.startswith(_OWN_FOLDER):
                 frames.append(trace)
             trace = trace.tb_next
         kept: types.TracebackType | None = None
@@ -36,10 +35,6 @@ def users_traceback(error: BaseException) -> None:
         waiting += [exception.__cause__, exception.__context__]
         if isinstance(exception, BaseExceptionGroup):
             waiting += exception.exceptions
-
-
-def _is_ours(filename: str) -> bool:
-    return filename.startswith(_OWN_FOLDER)
 
 
 def show_users_lines(shell: Any, error: BaseException) -> None:

@@ -22,8 +22,8 @@ NOT_COMPLETED = "it was not completed"
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
-    """The last execution of a cell, restored or run."""
+class LastExecution:
+    """How a cell was executed last: restored or run."""
 
     key: str
     code: str
@@ -41,7 +41,7 @@ class Visit:
     """Its line says --rerun."""
 
 
-class Itinerary:
+class LastExecutions:
     """The cells of one notebook, as far as they were executed."""
 
     def __init__(self, store: Path, notebook: str) -> None:
@@ -53,16 +53,16 @@ class Itinerary:
         self._met: set[str] = set()
         self._makers: dict[str, tuple[str, str, int]] = {}
         """In this kernel: by variable, the cell and key that made it, and the object's id."""
-        self.visits = _read(self._path)
+        self.last = _read(self._path)
         """By name, in the order of the notebook as far as executing it has shown it."""
 
-    def elsewhere(self) -> dict[str, Visit]:
+    def elsewhere(self) -> dict[str, LastExecution]:
         """The last executions of cells that this notebook isn't known to have executed: it may have had another name."""
-        found: dict[str, Visit] = {}
+        found: dict[str, LastExecution] = {}
         for path in self._path.parent.glob("[!.]*.json"):
-            for name, visit in _read(path).items():
-                if name not in self.visits and (name not in found or found[name].at < visit.at):
-                    found[name] = visit
+            for name, last in _read(path).items():
+                if name not in self.last and (name not in found or found[name].at < last.at):
+                    found[name] = last
         return found
 
     def sources(self, read: Iterable[str], namespace: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -79,31 +79,23 @@ class Itinerary:
         if self._put_in_order(name):
             self._write()
 
-    def note(self, name: str, visit: Visit, namespace: MutableMapping[str, Any]) -> None:
+    def note(self, name: str, last: LastExecution, namespace: MutableMapping[str, Any]) -> None:
         """A cell was executed. Where that tells anything new, it is written down."""
-        for made in visit.made:
+        for made in last.made:
             if made in namespace:
-                self._makers[made] = name, visit.key, id(namespace[made])
-        known = self.visits.get(name)
-        if (
-            known is not None
-            and known.code == visit.code
-            and self._later_than(name).intersection(m for m, _ in visit.sources.values())
-        ):
-            visit = known  # it was executed once more, with what it or a later cell has made: no Run All does that
-        if known is None or replace(known, at=visit.at) != visit:
-            self.visits[name] = visit
+                self._makers[made] = name, last.key, id(namespace[made])
+        known, names = self.last.get(name), list(self.last)
+        from_here = {*names[names.index(name) :]} if name in names else {name}
+        if known is not None and known.code == last.code and from_here.intersection(m for m, _ in last.sources.values()):
+            last = known  # it was executed once more, with what it or a later cell has made: no Run All does that
+        if known is None or replace(known, at=last.at) != last:
+            self.last[name] = last
             self._write()
 
     def forget(self, name: str) -> None:
         """The cell is not to be known any more."""
-        if self.visits.pop(name, None) is not None:
+        if self.last.pop(name, None) is not None:
             self._write()
-
-    def _later_than(self, name: str) -> set[str]:
-        """The cell itself and those after it."""
-        names = list(self.visits)
-        return set(names[names.index(name) :]) if name in names else {name}
 
     def _put_in_order(self, name: str) -> bool:
         """Executed for the first time in this kernel, a cell stands after the one that was so before it; was that news?"""
@@ -111,26 +103,26 @@ class Itinerary:
             return False
         before, self._before = self._before, name
         self._met.add(name)
-        names = list(self.visits)
+        names = list(self.last)
         known = name in names
         if known and (before is None or before not in names or names.index(name) > names.index(before)):
             return False
         if known:
             names.remove(name)
         names.insert(names.index(before) + 1 if before in names else len(names), name)
-        not_yet = Visit("", "", 0.0, unstored=NOT_COMPLETED)
-        self.visits = {name: self.visits.get(name, not_yet) for name in names}
+        not_yet = LastExecution("", "", 0.0, unstored=NOT_COMPLETED)
+        self.last = {name: self.last.get(name, not_yet) for name in names}
         return True
 
     def _write(self) -> None:
         draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         with contextlib.suppress(OSError):  # a store that is only read
             self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            draft.write_bytes(msgspec.json.encode(self.visits))
+            draft.write_bytes(msgspec.json.encode(self.last))
             draft.replace(self._path)
 
 
-def _read(path: Path) -> dict[str, Visit]:
+def _read(path: Path) -> dict[str, LastExecution]:
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Visit])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, LastExecution])
     return {}
