@@ -71,7 +71,8 @@ class Attempt:
             value: Any
             if self.in_thread:
                 began = self._begin if self.request.timeout_s is not None else None
-                value = await self._workers.submit(self.request.body, copy_context(), began)  # one that is entered only there
+                context = copy_context()  # one that is entered only there
+                value = await self._workers.submit(self.request.body, context, began, most=self.request.threads)
                 self.in_thread = False
             with children_end_here():
                 if not self.request.thread:

@@ -14,12 +14,29 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
+from durable_nb._clock import Clock
 from durable_nb._facts import Snapshot, Status
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb.errors import NestedStepError, NotInRunError
 
 if TYPE_CHECKING:
     from durable_nb._fingerprint import Fingerprint
+
+
+class Limit(Protocol):
+    """Says when an attempt may begin: of many at once, so many at a time."""
+
+    async def enter(self, clock: Clock) -> None:
+        """Return when it may. A retry's pause is over then, and the attempt's time-out has not begun."""
+        ...
+
+    def heed(self, error: BaseException) -> None:
+        """An attempt has failed so: it may ask for a pause."""
+        ...
+
+    def leave(self) -> None:
+        """An attempt is over, and what it came to is on disk."""
+        ...
 
 
 @dataclass(slots=True)  # not frozen: one is made for each recalled step, and freezing takes longer than making it
@@ -43,6 +60,11 @@ class StepRequest:
     """An attempt that was cut off is not made again."""
     ttl_s: float | None = None
     """In a cell, an outcome that is older than this doesn't count."""
+    limit: Limit | None = None
+    threads: int = 0
+    """So many worker threads may be at work for it and its like; 0: as many as usual."""
+    path: str = ""
+    """Of an item: what `Run.expect` has called it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +103,10 @@ class Run(Protocol):
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
         """The recorded outcome, or that of doing the work now and recording it."""
+        ...
+
+    def expect(self, name: str, count: int) -> list[str]:
+        """So many steps of that name will be asked for, one for each item; their paths. Views count them from now on."""
         ...
 
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:

@@ -57,13 +57,14 @@ class Snapshot:
 
 
 class Paths:
-    """Names for the steps of a run: where each was asked for, with a number from the second of a name on."""
+    """Names for the steps of a run: where each was asked for, numbered from the second of a name on; `map[3]` is an item."""
 
     def __init__(self) -> None:
         self._used: dict[str, int] = {}
 
-    def take(self, branch: str, name: str) -> str:
+    def take(self, branch: str, name: str, item: int = -1) -> str:
         """The path of the next step of that name in that task."""
+        name = name if item < 0 else f"{name}[{item}]"
         place = f"{branch}/{name}" if branch else name
         count = self._used[place] = self._used.get(place, 0) + 1
         return place if count == 1 else f"{place}#{count}"

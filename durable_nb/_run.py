@@ -446,9 +446,16 @@ class Run:
         self._check_open(request.name)
         branch = branch_name()
         key, found = self._place(request, branch)
-        asked = Request(key, request, found, branch, self._paths.take(branch, request.name))
+        asked = Request(key, request, found, branch, request.path or self._paths.take(branch, request.name))
         self._tell(asked.fact)
         return self._step(asked)
+
+    def expect(self, name: str, count: int) -> list[str]:
+        branch = branch_name()
+        paths = [self._paths.take(branch, name, item) for item in range(count)]
+        self._facts.update((path, Step(name, path, "run", Status.PENDING)) for path in paths)
+        self.stage.changed()
+        return paths
 
     async def _step(self, asked: Request) -> Any:
         engine = self.engine
@@ -474,6 +481,8 @@ class Run:
                         await self._pause(asked, later)
                         continue
                     case Perform(attempt):
+                        if not await self._is_admitted(asked):
+                            continue
                         work = self._begin(asked, attempt, failures)
             performed = True
             ended = await self._follow(work, patience_s)
@@ -489,6 +498,18 @@ class Run:
                 if work.asked is not asked and _has_patches(ended.outcome):  # it was given objects of an earlier execution
                     return await self._patch(asked, ended.outcome, ended.value)
                 return ended.value
+
+    async def _is_admitted(self, asked: Request) -> bool:
+        """Wait until the request's limit lets its next attempt begin. False: another has been made meanwhile."""
+        limit = asked.request.limit
+        if limit is None:
+            return True
+        await limit.enter(self.engine.clock)
+        if self._stopped is None and not self._ended and self._work_on(asked) is None and self._outcome(asked) is None:
+            return True
+        limit.leave()
+        self._check_open(asked.request.name)
+        return False
 
     def _begin(self, asked: Request, attempt: int, failures: Attempts | None) -> Work:
         """Start an attempt in a task of its own, which records how it ends."""
@@ -538,6 +559,8 @@ class Run:
         if self.engine.works.get(key) is work:
             del self.engine.works[key]
         self._works.discard(work)
+        if work.asked.request.limit is not None:
+            work.asked.request.limit.leave()
         work.tell_of_task()
         if not work.task.cancelled():
             work.task.exception()  # seen: who waits for the step gets it; where nobody does, the next execution tries again
@@ -604,7 +627,7 @@ class Run:
 
     async def _call_body(self, asked: Request) -> Any:
         if asked.request.thread:
-            value = await self.engine.workers.submit(asked.request.body, copy_context())
+            value = await self.engine.workers.submit(asked.request.body, copy_context(), most=asked.request.threads)
             self.engine.works[asked.key.outcome].in_thread = False
         else:
             with children_end_here():
@@ -702,6 +725,8 @@ class Run:
     async def _failed(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:
         """Note a failed attempt and when the next is due, or give up."""
         request = asked.request
+        if request.limit is not None:
+            request.limit.heed(error)
         try:
             delay = retry_delay_s(request.policy, attempt, error, self.engine.jitter())
         except Exception as policy_error:  # of the user's own functions; the step's error is what they want to see

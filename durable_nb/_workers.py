@@ -22,7 +22,7 @@ _Job = tuple[Callable[[], Any], Context, asyncio.AbstractEventLoop, "asyncio.Fut
 
 
 class Workers:
-    """Up to 64 threads, started as they are needed."""
+    """Up to 64 threads, or as many as somebody asks for, started as they are needed."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -30,19 +30,29 @@ class Workers:
         self._threads = self._busy = 0
 
     def submit(
-        self, job: Callable[[], Any], context: Context, began: Callable[[], object] | None = None
+        self, job: Callable[[], Any], context: Context, began: Callable[[], object] | None = None, most: int = 0
     ) -> asyncio.Future[Any]:
         """Run `job` in a thread, in `context`; the future belongs to the running loop, which calls `began` when a thread has
-        taken the job up."""  # fmt: skip
+        taken the job up. `most`: there may be so many threads, where that is more than usual."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
             self._busy += 1
-            if self._busy > self._threads and self._threads < MOST:
-                self._threads += 1
-                threading.Thread(target=self._work, name=f"durable_nb step {self._threads}", daemon=True).start()
+            if self._busy > self._threads and self._threads < max(MOST, most):
+                self._start_thread()
         self._jobs.put((job, context, loop, future, began))
         return future
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"durable_nb step {self._threads + 1}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system allows no more
+            if not self._threads:
+                self._busy -= 1
+                raise
+        else:
+            self._threads += 1
 
     def _work(self) -> None:
         while True:

@@ -26,7 +26,7 @@ from durable_nb import _codec, _patches
 from durable_nb import _records as rec
 from durable_nb._attempt import Attempt
 from durable_nb._clock import RECHECK_S, Instant, elapsed_s, remaining_s, say_duration
-from durable_nb._current import Body, SleepRequest, StartRequest, StepRequest, current_body, current_run
+from durable_nb._current import Body, Limit, SleepRequest, StartRequest, StepRequest, current_body, current_run
 from durable_nb._facts import Paths, Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
 from durable_nb._history import TIMER, History, Mismatch, Request, Row, without_collector
@@ -205,6 +205,8 @@ class WorkflowRun:
         self._errors: dict[int, tuple[int, BaseException]] = {}
         """By identity: exceptions that the code was given, and of which request."""
         self._answers: dict[int, tuple[int, Any]] = {}
+        self._admitted: dict[int, Limit] = {}
+        """Requests with an attempt that their limit counts."""
         self._closed = -1
         self._muting = engine.muting()
         self._is_live = self._is_over = self._is_scheduled = False
@@ -255,6 +257,9 @@ class WorkflowRun:
         __tracebackhide__ = True
         return self._ask(Request(request.kind, request.name, request.arguments), request.kind, request)
 
+    def expect(self, name: str, count: int) -> list[str]:
+        return [self._paths.take("", name, item) for item in range(count)]
+
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
         __tracebackhide__ = True
         return self._ask(Request("sleep", request.name, str(request.wake)), "sleep", request)
@@ -295,7 +300,8 @@ class WorkflowRun:
         lane = _lane.get()
         ask = _Ask(request, self._loop.create_future(), lane.path if lane else (), what)
         if kind:
-            ask.fact = Step(request.name, self._paths.take("", request.name), kind, Status.PENDING)
+            path = what.path if isinstance(what, StepRequest) else ""
+            ask.fact = Step(request.name, path or self._paths.take("", request.name), kind, Status.PENDING)
             self._facts[ask.fact.path] = ask.fact
             self.stage.changed()
         if isinstance(what, SleepRequest):
@@ -545,6 +551,14 @@ class WorkflowRun:
         finally:
             self._working.pop(ask.request.id, None)
             self._sleeping.pop(ask.request.id, None)
+            if ask.request.id in self._admitted and self._handed_over is not None:
+                self._handed_over.add_done_callback(lambda _: self._leave(ask.request.id))
+
+    def _leave(self, number: int) -> None:
+        """What an attempt came to is on disk: of those that share its limit, the next may begin."""
+        limit = self._admitted.pop(number, None)
+        if limit is not None:
+            limit.leave()
 
     def _arm(self) -> None:
         """Have the earliest timer wake the code."""
@@ -882,6 +896,10 @@ class WorkflowRun:
                         pass
                     case _:
                         attempt = (failures.failed if failures else 0) + 1
+                if request.limit is not None and late is None:
+                    await request.limit.enter(self.engine.clock)
+                    self._admitted[number] = request.limit
+                    began_at = self._now_s()
                 if failures is not None:
                     began_at = failures.started_at
                 self._tell(ask, status=Status.RUNNING, attempts=attempt, started_at=began_at, error=None, wake_at=None)
@@ -902,6 +920,8 @@ class WorkflowRun:
                 else:
                     error = self._late(ask, request.timeout_s or 0.0)
                     late = body if body.in_thread else None
+                if request.limit is not None:
+                    request.limit.heed(error)
                 delay = self._delay(ask, attempt, error)
                 if delay is None:
                     self._failed_for_good(ask, inputs, error, attempt, began_at)
@@ -912,6 +932,10 @@ class WorkflowRun:
                         )
                     return
                 await self._note_failure(ask, attempt, error, began_at, delay)
+                if late is None:
+                    self._leave(number)
+                else:
+                    late.when_over(lambda: self._leave(number))
         except asyncio.CancelledError:
             running = self._bodies.get(number)
             if running is not None:
