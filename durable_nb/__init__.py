@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.resources import remake as remake
+    from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "call": "durable_nb.http",
     "identify": "durable_nb._fingerprint",
+    "map": "durable_nb._fanout",
     "open": "durable_nb._workflows",
     "remake": "durable_nb._cellcache.resources",
     **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),

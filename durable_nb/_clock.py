@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -17,6 +18,7 @@ RECHECK_S = 30.0
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)(?![a-z])")
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*/\s*(\d*(?:\.\d+)?\s*[a-z]+)")
 _BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # macOS: its monotonic clock counts while asleep
 
 
@@ -111,6 +113,18 @@ def parse_duration(value: object) -> timedelta:
         return timedelta(seconds=seconds)
     except OverflowError:
         raise ValueError(f"{value!r} is no duration: it is longer than {timedelta.max.days} days") from None
+
+
+def parse_rate(value: object) -> float:
+    """Seconds from one to the next of "60/min", "5/s", "1000/h", "10/15min". ValueError for anything else."""
+    __tracebackhide__ = True
+    if isinstance(value, str) and (found := _RATE.fullmatch(value.strip())) is not None:
+        count, each = float(found[1]), found[2].strip()
+        with contextlib.suppress(ValueError):
+            each_s = parse_duration(each if each[0].isdigit() else f"1{each}").total_seconds()
+            if count > 0 and each_s > 0:
+                return each_s / count
+    raise ValueError(f"{value!r} is no rate: write how many in what time, such as '60/min', '5/s' or '1000/h'")
 
 
 def parse_when(value: object) -> datetime:

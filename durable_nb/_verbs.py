@@ -22,7 +22,7 @@ from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
 from durable_nb._retry import USUAL, Backoff, RetryOn, RetryPolicy
 
-_READ_ONCE = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType, asyncio.Future)
+READ_ONCE = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType, asyncio.Future)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -48,10 +48,8 @@ def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coro
     if not callable(fn):
         raise TypeError(f"durable.run({name!r}, {fn!r}): give the function itself and its arguments, as in "
                         "durable.run('charge', charge, cart), not the result of calling it")  # fmt: skip
-    if isinstance(fn, functools.partial) and isinstance(fn.func, Step):  # a method that is a step, of an object
-        args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
-    step_fn = fn if isinstance(fn, Step) else Step(fn)
-    return step_fn._ask("run", name, args, kwargs)
+    step_fn, before, options = as_step(fn)
+    return step_fn.ask("run", name, (*before, *args), {**options, **kwargs})
 
 
 @explained
@@ -110,7 +108,12 @@ class Step(Generic[_P, _T]):
         if current_run.get() is None:
             return self._plain(args, kwargs)
         name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
-        return self._ask("step", name, args, kwargs)
+        return self.ask("step", name, args, kwargs)
+
+    @property
+    def in_thread(self) -> bool:
+        """Is the function called in a worker thread?"""
+        return self.thread and not _is_async(self.fn)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -119,14 +122,15 @@ class Step(Generic[_P, _T]):
         value = self.fn(*args, **kwargs)
         return await value if inspect.isawaitable(value) else value
 
-    def _ask(self, verb: str, name: str, args: Any, kwargs: Any) -> Coroutine[Any, Any, Any]:
+    def ask(self, verb: str, name: str, args: Any, kwargs: Any, **more: Any) -> Coroutine[Any, Any, Any]:
+        """Ask the current run for it as the step `name`. `more`: what else the verb has to say of the request."""
         __tracebackhide__ = True
         name = check_name(verb, name)
         current = run_for(verb)
         if kwargs:
             _check_options(verb, name, self.fn, kwargs)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, _READ_ONCE):
+            if isinstance(value, READ_ONCE):
                 raise TypeError(
                     f"step {name!r} was given a {type(value).__name__}, which can be read only once and can't be compared with "
                     "what it was given before; nothing was run. Pass what it gives: list(...) of a generator, the awaited "
@@ -140,12 +144,20 @@ class Step(Generic[_P, _T]):
                 fingerprint=lambda: _fingerprint.of_call(self.fn, args, kwargs),
                 arguments=lambda: _digest_of(self.fn, args, kwargs),
                 policy=self.policy,
-                thread=self.thread and not _is_async(self.fn),
+                thread=self.in_thread,
                 timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
                 at_most_once=self.at_most_once,
                 ttl_s=None if self.ttl is None else self.ttl.total_seconds(),
+                **more,
             )
         )
+
+
+def as_step(fn: Any) -> tuple[Step[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A function with its options, and what it is given already: the object, where it is a method that is a step."""
+    if isinstance(fn, functools.partial) and isinstance(fn.func, Step):
+        return fn.func, fn.args, fn.keywords
+    return (fn if isinstance(fn, Step) else Step(fn)), (), {}
 
 
 @overload

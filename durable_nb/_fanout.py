@@ -1,0 +1,249 @@
+"""Fan-out: one function over many items, a step for each, so many at a time.
+
+In a cell an item is asked for when there is room for it, so that 10,000 of them take no more memory than their results. In a
+workflow, whose history tells what was asked for between two deliveries, all are asked for at once and begin when there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextvars import copy_context
+from typing import Any
+
+from durable_nb._clock import Clock, parse_rate
+from durable_nb._current import Run, run_for
+from durable_nb._misuse import explained, missing_name
+from durable_nb._retry import asked_delay_s
+from durable_nb._verbs import READ_ONCE, as_step, check_name
+from durable_nb.errors import LeaseLost, NestedStepError, NonDeterminismError, NotInRunError, NotSupportedError, StoreError
+
+_AHEAD = 256
+"""So many items may wait, for their turn or for another attempt, beside those at work: a server that is down must not have
+the whole list wait for it."""
+_LOOK_S = 1.0
+"""So soon whoever waits for its time sees that nobody wants it any more."""
+_MOST_THREADS = 1000
+
+_NO_ITEMS = (StoreError, LeaseLost, NonDeterminismError, NotInRunError, NestedStepError, NotSupportedError)
+"""Not an item's own failure: not collected."""
+
+
+@explained
+def map(  # noqa: A001  the word users say
+    name: str,
+    fn: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    concurrency: int = 8,
+    rate: str | None = None,
+    on_error: str = "raise",
+) -> Coroutine[Any, Any, list[Any]]:
+    """Run `fn(item)` as a step `name[0]`, `name[1]`, ... for each of the items; their results in order.
+
+    In a cell a step is identified by `name`, the code of `fn` and the item, not by its place: executed again, new items run and
+    the others are restored, in whatever order they come. `durable.step(fn, retries=5, timeout="30s")` in place of `fn` says how
+    each of them is run.
+
+    concurrency  so many bodies are at work at once; an item that waits for its next attempt is not counted. Plain functions run
+                 in worker threads, of which there may be 1,000
+    rate         at most so many attempts in a time, evenly spaced: "60/min", "5/s", "1000/h". A server that asks for a pause
+                 (Retry-After, or RetryAfter raised by `fn`) gets it from all items
+    on_error     "raise": after the first item that fails for good none begins, those at work are finished and recorded, and its
+                 exception is raised. "collect": all are tried, and the exception stands in the item's place
+    """
+    __tracebackhide__ = True
+    if callable(name) and not isinstance(name, str):
+        raise TypeError(missing_name("map", (name, fn)))
+    name = check_name("map", name)
+    if not callable(fn):
+        raise TypeError(f"durable.map({name!r}, {fn!r}, ...): the second argument is the function, the third its items")
+    rows = _rows(name, items)
+    _check_concurrency(name, concurrency)
+    interval_s = 0.0 if rate is None else _interval_s(name, rate)
+    if on_error not in ("raise", "collect"):
+        raise ValueError(f"durable.map({name!r}, ..., on_error={on_error!r}): write 'raise' or 'collect'; nothing was run")
+    run = run_for("map")
+    step, before, options = as_step(fn)
+    if concurrency > _MOST_THREADS and step.in_thread:
+        raise ValueError(
+            f"durable.map({name!r}, ..., concurrency={concurrency}): a plain function runs in threads, of which there may be "
+            f"{_MOST_THREADS:,}; nothing was run. Make it an async function, or write concurrency={_MOST_THREADS}"
+        )
+    throttle = Throttle(concurrency, interval_s)
+    paths = run.expect(name, len(rows))
+    asked: Iterator[Coroutine[Any, Any, Any]] = (
+        step.ask("map", name, (*before, row), options, limit=throttle, threads=concurrency, path=path)
+        for row, path in zip(rows, paths, strict=True)
+    )
+    if run.is_replayed:
+        asked = iter(list(asked))
+    return _results(run, asked, len(rows), throttle, room=math.inf if run.is_replayed else concurrency + _AHEAD,
+                    collecting=on_error == "collect")  # fmt: skip
+
+
+async def _results(
+    run: Run,
+    asked: Iterator[Coroutine[Any, Any, Any]],
+    count: int,
+    throttle: Throttle,
+    *,
+    room: float,
+    collecting: bool,
+) -> list[Any]:
+    """What the items come to. Raises the first failure, or what stops the wait; then no body begins any more."""
+    loop = asyncio.get_running_loop()
+    values: list[Any] = [None] * count
+    tasks: set[asyncio.Task[None]] = set()
+    failed: list[BaseException] = []
+    changed = asyncio.Event()
+
+    async def one(place: int, step: Coroutine[Any, Any, Any]) -> None:
+        try:
+            values[place] = await step
+        except Exception as error:
+            if not collecting or isinstance(error, _NO_ITEMS):
+                raise
+            run.stands_for(error, error)
+            values[place] = error
+
+    def ended(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failed.append(error)
+        elif task.cancelled():
+            failed.append(asyncio.CancelledError())
+        changed.set()
+
+    try:
+        for place, step in enumerate(asked):
+            while len(tasks) >= room and not failed:
+                changed.clear()
+                await changed.wait()
+            if failed:
+                step.close()
+                break
+            # With a context of its own, an item belongs to the task that has called `map`, whichever others there are.
+            task = loop.create_task(one(place, step), context=copy_context())
+            tasks.add(task)
+            task.add_done_callback(ended)
+        while tasks and not failed:
+            changed.clear()
+            await changed.wait()
+        if failed:
+            raise failed[0]
+        return values
+    finally:
+        throttle.close()
+        for task in tasks:
+            task.cancel()
+        for step in asked:
+            step.close()
+
+
+class Throttle:
+    """Lets so many bodies be at work at once, begins them evenly spaced, and holds all of them back where a server asks for it.
+
+    Who comes first is let in first. A limit of attempts, as `_current.Limit` has it.
+    """
+
+    def __init__(self, concurrency: int, interval_s: float) -> None:
+        self._free, self._interval_s = concurrency, interval_s
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._clock: Clock | None = None
+        self._next_s = -math.inf
+        """When the next may begin, by the clock of this boot."""
+        self._closed = False
+
+    async def enter(self, clock: Clock) -> None:
+        self._clock = clock
+        await self._take_place()
+        try:
+            while (left_s := self._next_s - clock.now().boot_s) > 0:
+                await clock.sleep(min(left_s, _LOOK_S))
+                self._check_open()
+        except BaseException:
+            self.leave()
+            raise
+        self._next_s = clock.now().boot_s + self._interval_s
+
+    def heed(self, error: BaseException) -> None:
+        if self._clock is not None and (pause_s := asked_delay_s(error)) is not None:
+            self._next_s = max(self._next_s, self._clock.now().boot_s + pause_s)
+
+    def leave(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._free += 1
+
+    def close(self) -> None:
+        """Nothing begins any more."""
+        self._closed = True
+        for waiter in self._waiting:
+            waiter.cancel()
+        self._waiting.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise asyncio.CancelledError
+
+    async def _take_place(self) -> None:
+        self._check_open()
+        if self._free > 0:
+            self._free -= 1
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():  # the place was given already
+                self.leave()
+            raise
+
+
+def _rows(name: str, items: Any) -> list[Any]:
+    __tracebackhide__ = True
+    what = f"durable.map({name!r}, ...)"
+    if isinstance(items, (str, bytes)):
+        raise TypeError(
+            f"{what}: the items are a {type(items).__name__}, whose items are letters; give a list, [{items!r:.40}]"
+        )
+    if hasattr(items, "__dataframe__") or type(items).__name__ == "DataFrame":
+        raise TypeError(
+            f"{what}: a frame's items are its columns; nothing was run. Give its rows, frame.to_dict('records'), or one column "
+            "of it, frame['text']"
+        )
+    if not isinstance(items, Iterable):
+        hint = "; read it first: [item async for item in ...]" if hasattr(items, "__aiter__") else ""
+        raise TypeError(f"{what}: the third argument is the items, a list for instance, not a {type(items).__name__}{hint}")
+    rows = list(items)
+    for place, row in enumerate(rows):
+        if isinstance(row, READ_ONCE):
+            raise TypeError(
+                f"{what}: item {place} is a {type(row).__name__}, which can be read only once; nothing was run. Give what it "
+                "yields or returns"
+            )
+    return rows
+
+
+def _check_concurrency(name: str, concurrency: object) -> None:
+    __tracebackhide__ = True
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+        raise ValueError(
+            f"durable.map({name!r}, ..., concurrency={concurrency!r}): write how many may be at work at once, 1 or more; "
+            "nothing was run"
+        )
+
+
+def _interval_s(name: str, rate: object) -> float:
+    __tracebackhide__ = True
+    try:
+        return parse_rate(rate)
+    except ValueError as error:
+        raise ValueError(f"durable.map({name!r}, ..., rate=...): {error}; nothing was run") from None
