@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from durable_nb._cellcache.resources import remake as remake
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
+    from durable_nb._housekeeping.dashboard import dashboard as dashboard
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "call": "durable_nb.http",
+    "dashboard": "durable_nb._housekeeping.dashboard",
     "identify": "durable_nb._fingerprint",
     "map": "durable_nb._fanout",
     "open": "durable_nb._workflows",

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from durable_nb._engine import Engine
+from durable_nb._facts import Status
 from durable_nb._files import default_store
 from durable_nb._housekeeping import doctor, gc
 from durable_nb._housekeeping.inventory import Inventory
-from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, steps_table
+from durable_nb._housekeeping.listings import gc_table, steps_table
 from durable_nb._housekeeping.tables import Table, count
 from durable_nb._store import Store
+from durable_nb._view import terminal
+from durable_nb._view.listing import Query
+from durable_nb._view.printed import blocks
 from durable_nb.errors import StoreError
 
 
@@ -29,16 +33,22 @@ def add_to(commands: Any) -> None:
 
 def _ls(commands: Any) -> None:
     parser = _listing(commands, "ls", "the durable cells and the runs of a store")
+    parser.add_argument(
+        "--status", choices=[str(status) for status in Status], default="", help="cells and runs of that status"
+    )
+    parser.add_argument("--workflow", metavar="NAME", default="", help="runs of that workflow")
+    parser.add_argument("--label", default="", help="runs with that label")
+    parser.add_argument("--limit", type=_limit, default=100, help="how many of each to print, the newest; default 100")
 
     def run(arguments: argparse.Namespace) -> int:
+        kind = "workflow" if arguments.workflow else ""
+        query = Query(arguments.status, kind, arguments.workflow, arguments.label)
         with _opened(arguments.store) as engine:
-            inventory = Inventory(engine)
-            cells, runs = inventory.cells(), inventory.runs()
+            page = Inventory(engine).page(query, sys.maxsize if arguments.json else arguments.limit)
             if arguments.json:
-                _tell({"store": str(engine.store.path), "cells": list(map(asdict, cells)), "runs": list(map(asdict, runs))})
+                _tell({"store": page.path, "cells": list(map(asdict, page.cells)), "runs": list(map(asdict, page.runs))})
             else:
-                _say(cells_table(inventory, cells, [] if cells else ["  none"]))
-                _say(runs_table("runs", runs))
+                terminal.show(blocks(page))
         return 0
 
     parser.set_defaults(run=run)
@@ -176,12 +186,22 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _limit(text: str) -> int:
+    try:
+        found = int(text)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines; write --limit 100")
+    return found
+
+
 def _tell(facts: object) -> None:
     sys.stdout.write(json.dumps(facts, indent=2, default=str) + "\n")
 
 
 def _say(table: Table) -> None:
-    sys.stdout.write(table.text() + "\n")
+    table.show()
 
 
 def _warn(text: str) -> None:

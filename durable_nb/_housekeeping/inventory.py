@@ -4,63 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
 from durable_nb._facts import Snapshot, Status
-from durable_nb._records import Lease, RunRecord, unpack
+from durable_nb._records import Lease, RunRecord
+from durable_nb._view.listing import PAGE, CellFacts, Page, Query, RunFacts, page_of
 from durable_nb._workflows import Workflows
 from durable_nb.errors import RunNotFoundError, StoreError
 
 _ASLEEP = (Status.SLEEPING, Status.RETRYING)
+_ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+_OF_RUN = rec.scope_of("~run ")
 NAMELESS = "(without a name)"
 """All cells without a name, as one."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """One run: a cell's attempt or a workflow's. Times are unix seconds."""
-
-    id: str
-    kind: str
-    """`cell` or `workflow`."""
-    name: str
-    status: str
-    started_at: float
-    ended_at: float | None
-    steps: int | None
-    """Outcomes on record; None for a cell, whose runs share theirs."""
-    error: str
-    labels: tuple[str, ...]
-    wake_at: float | None
-    """When its next sleep or retry is due, of a run that is not finished: if a process executes it then."""
-
-
-@dataclass(frozen=True, slots=True)
-class CellFacts:
-    """One durable cell."""
-
-    name: str
-    status: str
-    """Of its last run; `stored` where only its entries are left."""
-    last_run_at: float | None
-    steps: int
-    """Outcomes that its next execution could take."""
-    variables: int
-    """That its newest entry restores."""
-    entries: int
-    size: int
-    """Bytes of all its entries."""
-    took_s: float | None
-    """How long its last run took."""
-    saves_s: float | None
-    """What the cell takes in full, and a hit on its newest entry saves."""
-    wake_at: float | None
-    """Of its last run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,56 +55,72 @@ class Inventory:
 
     def runs(self) -> list[RunFacts]:
         """All runs, the newest first; what can't be read is left out."""
-        steps = self._steps()
-        found = [self._facts(record, lease, steps) for record, lease in self._records()]
-        return sorted(found, key=lambda run: run.started_at, reverse=True)
+        return list(map(self._whole, self._brief()))
 
     def cells(self) -> list[CellFacts]:
         """All durable cells, those that ran last first."""
-        steps, kept, runs = self._steps(), defaultdict[str, list[Kept]](list), defaultdict[str, list[RunFacts]](list)
-        outcomes: Counter[str] = Counter()
-        for entry in self.entries.all():
+        return self._cells(self._brief(), list(self.entries.all()))
+
+    def page(self, query: Query, most: int = PAGE) -> Page:
+        """What a reader who asks this sees: one answer for the dashboard, `%durable`, `%durable runs` and `durable-nb ls`."""
+        runs, entries = self._brief(), list(self.entries.all())
+        unread = sum(1 for _ in self._journal.sizes(rec.run_key(""))) - len(runs)
+        unread = max(unread, 0) + sum(entry.manifest is None for entry in entries)
+        cells = self._cells(runs, entries)
+        return page_of(str(self.path), time.time(), runs, cells, query, unread=unread, whole=self._whole, most=most)
+
+    def _cells(self, runs: list[RunFacts], entries: list[Kept]) -> list[CellFacts]:
+        kept, last = defaultdict[str, list[Kept]](list), dict[str, RunFacts]()
+        scopes = defaultdict[str, set[str]](set)
+        for entry in entries:
             if entry.manifest is not None:
                 kept[entry.manifest.name or NAMELESS].append(entry)
-        for record, lease in self._records():
-            if record.kind == "cell":
-                runs[_cell_of(record.scope, record.name)].append(self._facts(record, lease, steps))
-        for scope, n in steps.items():
-            if not scope.startswith("~run"):
-                outcomes[_cell_of(scope, "")] += n
-        cells = [self._cell(name, runs[name], kept[name], outcomes) for name in sorted({*kept, *runs})]
+                scopes[entry.manifest.name or NAMELESS].add(entry.scope)
+        for run in runs:
+            if run.kind == "cell":
+                last.setdefault(run.name, run)
+        if NAMELESS in {*kept, *last}:
+            recorded = (key.split("/", 2)[1] for key, _ in self._journal.sizes("step/~"))
+            scopes[NAMELESS] |= {scope for scope in recorded if not scope.startswith(_OF_RUN)}
+        cells = [self._cell(name, last.get(name), kept[name], scopes[name]) for name in {**last, **kept}]
         return sorted(cells, key=lambda cell: cell.last_run_at or 0.0, reverse=True)
 
-    @staticmethod
-    def _cell(name: str, runs: list[RunFacts], kept: list[Kept], outcomes: Counter[str]) -> CellFacts:
-        last = max(runs, key=lambda run: run.started_at, default=None)
+    def _cell(self, name: str, last: RunFacts | None, kept: list[Kept], scopes: set[str]) -> CellFacts:
         newest = max(kept, key=lambda entry: entry.stored_at, default=None)
         manifest = newest.manifest if newest else None
+        if name != NAMELESS:
+            scopes = {rec.scope_of(name)}
         return CellFacts(
             name,
             last.status if last else "stored",
             last.started_at if last else manifest.created_at if manifest else None,
-            outcomes[rec.scope_of(name)] if name != NAMELESS else outcomes[NAMELESS],
+            sum(map(self._outcomes, scopes)),
             len(manifest.bound) if manifest else 0,
             len(kept),
             sum(entry.size for entry in kept),
             last.ended_at - last.started_at if last and last.ended_at else None,
             manifest.took_s if manifest else None,
-            last.wake_at if last else None,
+            self._wake_at(last) if last else None,
         )
 
     def unread(self) -> int:
         """Runs and entries that are damaged, or signed with another key: no listing shows them."""
-        runs = sum(1 for _ in self._journal.sizes("run/")) - sum(1 for _ in self._records())
-        return runs + sum(entry.manifest is None for entry in self.entries.all())
+        return self.page(Query()).unread
 
     def find_run(self, said: str) -> RunFacts:
         """The run of that id, else the last one of the cell or workflow of that name; RunNotFoundError with the nearest."""
-        runs = self.runs()
+        runs = self._brief()
         for run in (*(r for r in runs if r.id == said), *(r for r in runs if r.name == said)):
-            return run
+            return self._whole(run)
         known = nearest(said, (run.name for run in runs), (run.id for run in runs))
         raise RunNotFoundError(f"no run or cell {said!r} in the store {self._engine.store.path}{known}")
+
+    def run(self, run_id: str) -> RunFacts:
+        """The run of exactly that id; RunNotFoundError."""
+        record, lease = self._workflows.catalog.find(run_id)
+        if record.id != run_id:  # a cell's name
+            raise RunNotFoundError(f"no run {run_id!r} in the store {self.path}")
+        return self._whole(self._facts(record, lease))
 
     def steps_of(self, run: RunFacts) -> Snapshot:
         """The run with its steps."""
@@ -166,43 +144,34 @@ class Inventory:
 
     # -- records -------------------------------------------------------------------------------------------------------
 
-    def _records(self) -> Iterable[tuple[RunRecord, Lease | None]]:
-        for key, row in self._journal.scan("run/"):
+    def _brief(self) -> list[RunFacts]:
+        """All runs, the newest first, without what takes a look at the records of each."""
+        found = []
+        for record, lease in self._workflows.catalog.all():
             with contextlib.suppress(StoreError):  # `doctor` tells of it
-                found = self._workflows.catalog.seen(unpack(self._seal, key, row, RunRecord).id)
-                if found is not None:
-                    yield found
+                found.append(self._facts(record, lease))
+        return sorted(found, key=lambda run: run.started_at, reverse=True)
 
-    def _steps(self) -> dict[str, int]:
-        """Outcomes of each scope's newest generation."""
-        found: Counter[tuple[str, int]] = Counter()
-        for key, _ in self._journal.sizes("step/"):
-            scope, generation = key.split("/")[1:3]
-            found[scope, int(generation)] += 1
-        newest: dict[str, int] = {}
-        for (scope, _), n in sorted(found.items()):
-            newest[scope] = n
-        return newest
+    def _facts(self, record: RunRecord, lease: Lease | None) -> RunFacts:
+        name = _cell_of(record.scope, record.name) if record.kind == "cell" else record.name
+        status = self._workflows.catalog.status(record, lease).value
+        of = record.id, record.kind, name, status, record.started_at, record.ended_at
+        return RunFacts(*of, None, record.error, record.labels, None)
 
-    def _facts(self, record: RunRecord, lease: Lease | None, steps: dict[str, int]) -> RunFacts:
-        return RunFacts(
-            record.id,
-            record.kind,
-            _cell_of(record.scope, record.name) if record.kind == "cell" else record.name,
-            self._workflows.catalog.status(record, lease).value,
-            record.started_at,
-            record.ended_at,
-            None if record.kind == "cell" else steps.get(record.scope, 0),
-            record.error,
-            record.labels,
-            self._wake_at(record),
-        )
+    def _whole(self, run: RunFacts) -> RunFacts:
+        steps = self._outcomes(_OF_RUN + rec.scope_of(run.id)) if run.kind == "workflow" else None
+        return replace(run, steps=steps, wake_at=self._wake_at(run))
 
-    def _wake_at(self, record: RunRecord) -> float | None:
-        if record.status != Status.RUNNING:  # over
+    def _outcomes(self, scope: str) -> int:
+        """Outcomes of a scope's newest generation."""
+        generations = Counter(key.split("/", 3)[2] for key, _ in self._journal.sizes(f"step/{scope}/"))
+        return generations[max(generations)] if generations else 0
+
+    def _wake_at(self, run: RunFacts) -> float | None:
+        if run.status in _ENDED:
             return None
         try:
-            steps = self._workflows.snapshot(record.id).steps
+            steps = self._workflows.snapshot(run.id).steps
         except StoreError:  # `show` tells of it
             return None
         return min((step.wake_at for step in steps if step.wake_at and step.status in _ASLEEP), default=None)

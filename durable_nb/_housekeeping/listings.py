@@ -5,50 +5,9 @@ from __future__ import annotations
 from durable_nb._clock import say_duration
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
-from durable_nb._housekeeping.inventory import CellFacts, Inventory, RunFacts
+from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._housekeeping.tables import Table, count, say_size, say_when
-
-
-def cells_table(inventory: Inventory, cells: list[CellFacts], notes: list[str]) -> Table:
-    """One row for each cell."""
-    title = f"durable cells in {inventory.path}"
-    if unread := inventory.unread():
-        notes = [*notes, f"{count(unread, 'run or entry', 'runs and entries')} can't be read: see 'durable-nb doctor'"]
-    columns = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
-    rows = [
-        (
-            cell.name,
-            cell.status,
-            say_when(cell.last_run_at),
-            str(cell.steps),
-            str(cell.variables),
-            say_size(cell.size) if cell.entries else "",
-            say_seconds(cell.took_s),
-            say_seconds(cell.saves_s),
-            _say_wake(cell.wake_at, cell.status),
-        )
-        for cell in cells
-    ]
-    return Table(title, columns, rows, notes)
-
-
-def runs_table(title: str, runs: list[RunFacts]) -> Table:
-    """One row for each run."""
-    columns = ("run", "of", "status", "began", "took", "steps", "next wake", "error")
-    rows = [
-        (
-            run.id,
-            run.name if run.kind != "cell" else f"cell {run.name}",
-            run.status,
-            say_when(run.started_at),
-            say_seconds(run.ended_at - run.started_at if run.ended_at else None),
-            "" if run.steps is None else str(run.steps),
-            _say_wake(run.wake_at, run.status),
-            run.error,
-        )
-        for run in runs
-    ]
-    return Table(title, columns, rows)
+from durable_nb._view.listing import RunFacts
 
 
 def steps_table(run: RunFacts, inventory: Inventory) -> Table:

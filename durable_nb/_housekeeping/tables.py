@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from durable_nb._clock import say_duration
+from durable_nb._view import terminal
 
 _NUMERIC = frozenset("0123456789")
-_LONGEST_CELL = 80
 _AS_TEXT = "white-space:pre-wrap;font-family:var(--jp-code-font-family,monospace)"
 
 
@@ -24,17 +24,15 @@ class Table:
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """For a terminal."""
-        lines = [self.title] if self.title else []
-        if self.rows:
-            filled = self._filled()
-            rows = [[_cut(row[n]) for n in filled] for row in (self.columns, *self.rows)]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            right = [self._is_numeric(n) for n in filled]
-            for row in rows:
-                cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-                lines.append(("  " + "  ".join(cells)).rstrip())
-        return "\n".join([*lines, *self.notes])
+        """As plain text."""
+        return terminal.text([self._block()])
+
+    def show(self) -> None:
+        """Write it to standard output, as a terminal shows it best."""
+        terminal.show([self._block()])
+
+    def _block(self) -> terminal.Block:
+        return terminal.Block(self.title, self.columns, self.rows, self.notes)
 
     def html(self) -> str:
         """For a notebook; all texts are escaped."""
@@ -59,11 +57,6 @@ class Table:
 
 def _cell(tag: str, text: str, align: str) -> str:
     return f'<{tag} style="text-align:{align}">{html.escape(text)}</{tag}>'
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
 
 
 def say_size(size: float) -> str:

@@ -89,7 +89,7 @@ class Extension:
     def line_magic(self, line: str) -> None:
         """Look at what durable cells have kept, and say what is to become of it.
 
-        %durable                   the cells and runs of this store
+        %durable                   the cells and runs of this store: durable.dashboard()
         %durable plan              what Run All would run, and what that is known to take
         %durable why NAME          why the cell ran, or would run: what changed since it was stored
         %durable rerun NAME        run the cell and all its steps anew at its next execution

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,27 +14,28 @@ from durable_nb._cellcache.forecast import Executed, Forecast, Notebook, Planned
 from durable_nb._current import workflow_functions
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
+from durable_nb._housekeeping.dashboard import dashboard_of
 from durable_nb._housekeeping.forget import forget
-from durable_nb._housekeeping.inventory import NAMELESS, Inventory, RunFacts, nearest
-from durable_nb._housekeeping.listings import cells_table, gc_table, runs_table, steps_table, store_table
+from durable_nb._housekeeping.inventory import NAMELESS, Inventory, nearest
+from durable_nb._housekeeping.listings import gc_table, steps_table, store_table
 from durable_nb._housekeeping.planning import plan_table, why_table
 from durable_nb._housekeeping.tables import Table, count
 from durable_nb._ipython.cell import terms_of
 from durable_nb._ipython.compile import source_of
 from durable_nb._ipython.notebook import durable_cells, file_of
 from durable_nb._ipython.options import Options, split
+from durable_nb._view.dashboard import Dashboard
+from durable_nb._view.listing import Query, RunFacts
 from durable_nb.errors import DurableError
 
 if TYPE_CHECKING:
     from durable_nb._engine import Engine
     from durable_nb._ipython.session import Session
 
-_RUNS_SHOWN = 30
-
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    run: Callable[[LineMagic, list[str]], Table]
+    run: Callable[[LineMagic, list[str]], Table | Dashboard]
     usage: str
     least: int = 0
     most: int = 0
@@ -62,7 +62,7 @@ class LineMagic:
         if not command.least <= len(arguments) <= command.most:
             raise UsageError(f"%durable {name}: write '%durable {command.usage}'; nothing was done")
         try:
-            show(command.run(self, arguments), name or "table")
+            show(command.run(self, arguments), name)
         except DurableError as error:
             raise UsageError(f"%durable {name}: {error}") from None
 
@@ -75,15 +75,14 @@ class LineMagic:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    def table(self, _: list[str]) -> Table:
-        inventory = Inventory(self._engine)
-        cells, runs = inventory.cells(), [run for run in inventory.runs() if run.kind != "cell"]
-        notes = []
-        if runs:
-            notes = ["", runs_table("runs of workflows", runs[:10]).text()]
-        if not cells:
-            notes = ["  none" if runs or inventory.unread() else "nothing yet: put '%%durable NAME' above a cell", *notes]
-        return cells_table(inventory, cells, notes)
+    def table(self, _: list[str]) -> Dashboard:
+        return self._dashboard(Query())
+
+    def runs(self, _: list[str]) -> Dashboard:
+        return self._dashboard(Query(with_cells=False))
+
+    def _dashboard(self, query: Query) -> Dashboard:
+        return dashboard_of(self._session.workflows, query)
 
     def plan(self, _: list[str]) -> Table:
         cells = Inventory(self._engine).cells()
@@ -128,12 +127,6 @@ class LineMagic:
         except UsageError as error:  # --extra can't be evaluated now
             return Planned(CellCode(options.name, tree, names), str(error))
         return Planned(CellCode(options.name, tree, names, terms), rerun=bool(options.rerun or options.rerun_step))
-
-    def runs(self, _: list[str]) -> Table:
-        runs = Inventory(self._engine).runs()
-        table = runs_table(f"runs in {self._engine.store.path}", runs[:_RUNS_SHOWN])
-        more = len(runs) - _RUNS_SHOWN
-        return Table(table.title, table.columns, table.rows, [f"and {count(more, 'older one')}"] if more > 0 else [])
 
     def show(self, arguments: list[str]) -> Table:
         inventory = Inventory(self._engine)
@@ -235,13 +228,15 @@ _COMMANDS = {
 }
 
 
-def show(table: Table, command: str) -> None:
+def show(found: Table | Dashboard, command: str) -> None:
     """Display it: html where there is a front end for it, text everywhere."""
     from IPython.core.getipython import get_ipython
     from IPython.display import display
 
     if getattr(get_ipython(), "kernel", None) is None:
-        sys.stdout.write(table.text() + "\n")
-        return
-    bundle = {"text/plain": table.text(), "text/html": table.html()}
-    display(bundle, raw=True, metadata={"durable_nb": {"command": command}})  # type: ignore[no-untyped-call]
+        found.show()
+    elif isinstance(found, Dashboard):
+        display(found)  # type: ignore[no-untyped-call]
+    else:
+        bundle = {"text/plain": found.text(), "text/html": found.html()}
+        display(bundle, raw=True, metadata={"durable_nb": {"command": command}})  # type: ignore[no-untyped-call]

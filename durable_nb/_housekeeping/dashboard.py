@@ -1,0 +1,88 @@
+"""`durable.dashboard()`: the open store as the source of a dashboard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from durable_nb._current import engine, workflow_functions
+from durable_nb._facts import Status
+from durable_nb._housekeeping.inventory import Inventory
+from durable_nb._view.dashboard import Action, Dashboard
+from durable_nb._workflows import Workflows
+from durable_nb.errors import DurableError, NotSupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from durable_nb._view.listing import Page, Query, RunFacts
+
+_ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+_BY = "by the dashboard"
+
+
+def dashboard() -> Dashboard:
+    """The cells and runs of the store in use, with filters and buttons: shown live in a notebook, as a table elsewhere.
+
+    Display it, as a cell's last expression does, or print it. It shows what other kernels and programs execute, too.
+    """
+    return dashboard_of(engine)
+
+
+def dashboard_of(engine: Callable[[], Any], query: Query | None = None) -> Dashboard:
+    """The same for the store that `engine` gives when it is asked; NotSupportedError where that is no store of files."""
+    if not isinstance(engine(), Workflows):
+        raise NotSupportedError("durable.dashboard() shows a store; the engine in use keeps its runs elsewhere")
+    return Dashboard(_Store(engine), query, live=_has_front_end)
+
+
+class _Store:
+    """The source of a dashboard."""
+
+    def __init__(self, engine: Callable[[], Any]) -> None:
+        self._engine = engine
+
+    def page(self, query: Query) -> Page:
+        return self._inventory().page(query)
+
+    def actions(self, run: RunFacts) -> list[Action]:
+        return actions_of(run)
+
+    def send(self, action: str, run_id: str) -> str:
+        workflows: Workflows = self._engine()
+        run = self._inventory().run(run_id)
+        offered = {known.name: known for known in actions_of(run)}
+        if action not in offered:
+            raise DurableError(f"there is no such action for it as it stands ({run.status}); nothing was done")
+        if offered[action].refusal:
+            raise DurableError(f"{offered[action].refusal}; nothing was done")
+        if action == "cancel":
+            workflows.cancel(run.id, _BY)
+            return f"{run.id} is being cancelled; its completed steps are kept"
+        workflows.resume(run.id, take_over=False)
+        return f"{run.id} goes on from its last completed step"
+
+    def _inventory(self) -> Inventory:
+        return Inventory(self._engine()._engine)
+
+
+def actions_of(run: RunFacts) -> list[Action]:
+    """What may be asked of a run as it stands."""
+    if run.kind == "cell":  # who executes it is the cell: the kernel's interrupt stops it, executing the cell resumes it
+        return []
+    found = []
+    if run.status in (Status.FAILED, Status.CANCELLED, Status.INTERRUPTED):
+        missing = "" if run.name in workflow_functions else f"its workflow {run.name!r} is not defined in this kernel"
+        found.append(Action("resume", "Retry" if run.status == Status.FAILED else "Resume", missing))
+    if run.status not in _ENDED:
+        found.append(Action("cancel", "Cancel"))
+    return found
+
+
+def _has_front_end() -> bool:
+    """Does somebody look on who could press a button? A ZMQ shell whose request allows standard input."""
+    from IPython.core.getipython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is None:
+        return False
+    return bool((kernel.get_parent("shell") or {}).get("content", {}).get("allow_stdin"))

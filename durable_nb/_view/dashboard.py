@@ -1,0 +1,335 @@
+"""The dashboard: the cells and runs of a store, live in a notebook, as html where it is saved, as text in a terminal.
+
+The display is the html form alone, so that a saved notebook never shows a widget that is gone. Where a kernel lives, a
+model without a view finds that html in the page and draws the live form in its place (`dashboard.js`). Its state:
+
+    {"version": 3, "now": 1700000000.0, "store": ".durable_nb",
+     "query": {"status": "", "kind": "", "workflow": "", "label": "", "page": 0, "cells_page": 0},
+     "cells": {"total": 1, "pages": 1, "rows": [{"name": "load", "status": "completed", "at": 1699999990.0, ...}]},
+     "runs": {"total": 9, "matched": 2, "pages": 1, "most": 25, "rows": [{"id": "order-42", "actions": [...], ...}]},
+     "counts": {"running": 2}, "names": [["workflow", "order", 9]], "labels": [["shop", 4]],
+     "unread": 0, "trouble": "", "notice": {"n": 1, "text": "...", "bad": false}}
+
+Times are unix seconds; what is unknown is left out. It hears `{"ask": "look", "query": {...}}`, which it also takes for a sign
+that somebody looks on, and `{"do": ACTION, "run": ID}`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+from durable_nb._facts import Status
+from durable_nb._view import terminal
+from durable_nb._view.assets import script, style
+from durable_nb._view.listing import KINDS, Page, Query, RunFacts
+from durable_nb._view.printed import blocks, html, shown_path, text
+from durable_nb._view.words import clipped, plain
+from durable_nb.errors import DurableError
+
+log = logging.getLogger("durable_nb")
+
+LIMIT = 40 * 1024
+"""Bytes of a state. The message that opens the model holds the JavaScript too, and 64 KiB have to suffice for both."""
+_NAME, _ERROR, _LABELS = 160, 300, 8
+_EVERY_S = 1.0
+"""Between two looks at the store."""
+_SHARE = 20
+"""A look that took long is followed by a pause this many times as long."""
+_GAP_S = 0.2
+"""Between two looks that the page asks for."""
+_BEAT_S = 10.0
+"""With nothing new the state is told again this often: a page that hears nothing for long says so."""
+_ATTENDED_S = 40.0
+"""A page that looks on says so every 12 s; without one the store is left alone."""
+_AT_MOST = 8
+"""Dashboards of a session that stay live, the newest: each execution of a cell makes one."""
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What can be asked of a run, or why it can't be."""
+
+    name: str
+    """As it is sent."""
+    label: str
+    refusal: str = ""
+
+
+class Source(Protocol):
+    """Where a dashboard looks, and whom its buttons tell. Called from any thread."""
+
+    def page(self, query: Query) -> Page:
+        """What there is now; StoreError."""
+        ...
+
+    def actions(self, run: RunFacts) -> Sequence[Action]:
+        """What may be asked of a run."""
+        ...
+
+    def send(self, action: str, run_id: str) -> str:
+        """Ask it of the run; what to tell who asked. DurableError where it is refused, and nothing was sent."""
+        ...
+
+
+class Dashboard:
+    """A store's cells and runs. Display it: as a cell's last expression, with `display`, or printed."""
+
+    def __init__(self, source: Source, query: Query | None = None, *, live: Callable[[], bool] = lambda: False) -> None:
+        """`live`: is there a front end that could show a live form?"""
+        self._source, self._query, self._live = source, query or Query(), live
+
+    def page(self) -> Page:
+        """What there is now."""
+        return _seen(self._source, self._query)
+
+    def __repr__(self) -> str:
+        return text(self.page())
+
+    def show(self) -> None:
+        """Write it to standard output, as a terminal shows it best."""
+        terminal.show(blocks(self.page()))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:  # noqa: ARG002  IPython's protocol
+        page = self.page()
+        anchor = f"dnb-at-{uuid.uuid4().hex}"
+        data = {"text/html": f'<div class="durable-nb-still {anchor}">\n{html(page)}\n</div>', "text/plain": text(page)}
+        if self._live():
+            _Live(self._source, page, anchor)
+        return data, {"durable_nb": {"command": "dashboard"}}
+
+
+class _Live:
+    """The model of one display. A thread looks at the store as long as a page looks on, whatever the user's code does."""
+
+    _all: ClassVar[OrderedDict[str, _Live]] = OrderedDict()
+
+    def __init__(self, source: Source, page: Page, anchor: str) -> None:
+        self._source, self._query = source, page.query
+        self._lock = threading.Lock()
+        self._wanted = threading.Event()
+        self._notice: State = {}
+        self._attended_until = time.monotonic() + _ATTENDED_S
+        self._told_at = time.monotonic()
+        self._closed = False
+        self._panel = _panel_class()(anchor, self._state(page, 0))
+        self._panel.on_msg(self._heard)
+        self._thread: threading.Thread | None = None
+        _cells()
+        self._all[anchor] = self
+        while len(self._all) > _AT_MOST:
+            self._all.popitem(last=False)[1].close()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wanted.set()
+        self._panel.close()
+
+    def _heard(self, _widget: object, content: object, _buffers: object) -> None:
+        match content:
+            case {"ask": "look", "query": dict(asked)}:
+                try:
+                    self._query = _query_of(asked)
+                except ValueError as error:
+                    self._refuse(f"a question that it doesn't understand ({error})")
+            case {"do": str(action), "run": str(run_id)}:
+                self._do(action, run_id)
+            case _:
+                self._refuse(f"a message that it doesn't know: {plain(repr(content), 200)}")
+        self._attend()
+
+    def _do(self, action: str, run_id: str) -> None:
+        try:
+            told = self._source.send(action, run_id)
+        except (DurableError, RuntimeError) as error:  # a RuntimeError where no loop could execute the run
+            self._refuse(f"{action!r} of the run {run_id!r}: {error}")
+        else:
+            self._notice = {"n": self._notice.get("n", 0) + 1, "text": clipped(told, 2 * _ERROR), "bad": False}
+
+    def _refuse(self, what: str) -> None:
+        log.warning("the dashboard refused %s", clipped(what, 4 * _ERROR))
+        self._notice = {"n": self._notice.get("n", 0) + 1, "text": clipped(f"refused: {what}", 2 * _ERROR), "bad": True}
+
+    def _attend(self) -> None:
+        with self._lock:
+            self._attended_until = time.monotonic() + _ATTENDED_S
+            self._wanted.set()
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._look_on, name="durable_nb dashboard", daemon=True)
+                self._thread.start()
+
+    def _look_on(self) -> None:
+        while True:
+            self._wanted.clear()
+            began = time.monotonic()
+            self._look()
+            took = time.monotonic() - began
+            time.sleep(_GAP_S)
+            self._wanted.wait(max(_EVERY_S, took * _SHARE) - _GAP_S)
+            # Messages wait while the user's code is executed: then nobody can say that they look on.
+            busy = _cells().is_busy
+            with self._lock:
+                if self._closed or (time.monotonic() > self._attended_until and not busy):
+                    self._thread = None
+                    return
+
+    def _look(self) -> None:
+        try:
+            page = _seen(self._source, self._query)
+        except RuntimeError:  # a run that is executed here changed while its steps were gone through
+            self._wanted.set()
+            return
+        old = self._panel.now
+        new = self._state(page, old["version"] + 1)
+        passing = {"version": 0, "now": 0}
+        if {**old, **passing} == {**new, **passing} and time.monotonic() < self._told_at + _BEAT_S:
+            return
+        self._told_at = time.monotonic()
+        self._panel.now = new
+        self._panel.send_state("state")
+
+    def _state(self, page: Page, version: int) -> State:
+        return state_of(page, self._source.actions, version=version, notice=self._notice)
+
+
+class _Cells:
+    """Whether this notebook's kernel is executing a cell."""
+
+    def __init__(self) -> None:
+        from IPython.core.getipython import get_ipython
+
+        self.is_busy = True  # the one that makes the first dashboard
+        events = get_ipython().events  # type: ignore[union-attr]  # there is a front end
+        events.register("pre_execute", self._begin)
+        events.register("post_execute", self._end)
+
+    def _begin(self) -> None:
+        self.is_busy = True
+
+    def _end(self) -> None:
+        self.is_busy = False
+
+
+_cells = functools.cache(_Cells)
+
+
+def _seen(source: Source, query: Query) -> Page:
+    """The page, or what keeps it from being told."""
+    try:
+        return source.page(query)
+    except (DurableError, OSError) as error:
+        return Page("", time.time(), query, trouble=str(error))
+
+
+def _query_of(asked: dict[Any, Any]) -> Query:
+    """The query of a message; ValueError."""
+    usual = asdict(Query())
+    for name, value in asked.items():
+        if name not in usual or type(value) is not type(usual[name]):
+            raise ValueError(plain(f"{name!r}: {value!r}", 200))
+    query = Query(**asked)
+    if query.status not in ("", "stored", *Status) or query.kind not in ("", *KINDS):
+        raise ValueError(plain(f"{query.status!r}, {query.kind!r}", 200))
+    return query
+
+
+def state_of(
+    page: Page, actions: Callable[[RunFacts], Sequence[Action]], *, version: int, notice: State | None = None
+) -> State:
+    """Return what the JavaScript is told, with as much of long texts and of the names to choose from as fits into `LIMIT`."""
+    length, named = _ERROR, 60
+    while True:
+        state = _state(page, actions, length, named)
+        state |= {"version": version, "now": round(page.at, 3), "notice": notice or {}}
+        if len(json.dumps(state).encode()) <= LIMIT or length < 20:
+            return state
+        length, named = length * 2 // 3, named // 2
+
+
+def _state(page: Page, actions: Callable[[RunFacts], Sequence[Action]], length: int, named: int) -> State:
+    name = min(_NAME, length)
+    return {
+        "store": clipped(shown_path(page.path), name),
+        "query": asdict(page.query),
+        "cells": {
+            "total": page.cells_total,
+            "pages": page.cells_pages,
+            "most": page.most,
+            "rows": [
+                _known(
+                    name=clipped(cell.name, name),
+                    status=cell.status,
+                    at=cell.last_run_at,
+                    steps=cell.steps,
+                    variables=cell.variables,
+                    size=cell.size,
+                    took=cell.took_s,
+                    saves=cell.saves_s,
+                    wake=cell.wake_at,
+                )
+                for cell in page.cells
+            ],
+        },
+        "runs": {
+            "total": page.total,
+            "matched": page.matched,
+            "pages": page.pages,
+            "most": page.most,
+            "rows": [
+                _known(
+                    id=run.id,  # whole: it is what the buttons send
+                    kind=run.kind,
+                    name=clipped(run.name, name),
+                    status=run.status,
+                    started=run.started_at,
+                    ended=run.ended_at,
+                    steps=run.steps,
+                    wake=run.wake_at,
+                    error=clipped(run.error, length) if run.error else None,
+                    labels=[clipped(label, 60) for label in run.labels[:_LABELS]] or None,
+                    actions=[_known(name=a.name, label=a.label, refusal=a.refusal or None) for a in actions(run)],
+                )
+                for run in page.runs
+            ],
+        },
+        "counts": page.counts,
+        # a name that is cut would choose nothing
+        "names": [[kind, known, n] for kind, known, n in page.names if len(known) <= _NAME][:named],
+        "labels": [[label, n] for label, n in page.labels if len(label) <= _NAME][:named],
+        "unread": page.unread,
+        "trouble": clipped(page.trouble, 4 * _ERROR),
+    }
+
+
+def _known(**facts: Any) -> State:
+    return {name: round(fact, 3) if isinstance(fact, float) else fact for name, fact in facts.items() if fact is not None}
+
+
+@functools.cache
+def _panel_class() -> Any:
+    """Make the model's class on first use: anywidget and ipywidgets take a quarter of a second to import."""
+    import anywidget
+    import traitlets
+
+    class Panel(anywidget.AnyWidget):
+        _esm = script("dashboard")
+        _css = style("dashboard")
+        anchor = traitlets.Unicode().tag(sync=True)
+        # Not the trait's value but what was told last, as of now: a page that is loaded again asks for it.
+        state = traitlets.Dict().tag(sync=True, to_json=lambda _value, panel: {**panel.now, "now": time.time()})
+
+        def __init__(self, anchor: str, state: State) -> None:
+            self.now = state
+            super().__init__(anchor=anchor)
+
+    return Panel

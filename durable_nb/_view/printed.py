@@ -1,0 +1,192 @@
+"""The cells and runs of a store as text and as static html: for terminals, for saved notebooks, for sites without scripts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+from durable_nb._clock import say_duration
+from durable_nb._facts import Status
+from durable_nb._view import terminal
+from durable_nb._view.listing import CellFacts, Page, RunFacts
+from durable_nb._view.words import COLOURS, ICONS, clipped, plain
+
+EMPTY = "nothing yet: put '%%durable NAME' above a cell"
+_PATH = 160
+_FOLDED = 1200
+
+CELLS = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
+RUNS = ("run", "of", "status", "began", "took", "steps", "next wake", "labels", "error")
+
+
+def text(page: Page, *, dated: bool = False) -> str:
+    """Return the page as plain text."""
+    return terminal.text(blocks(page, dated=dated))
+
+
+def blocks(page: Page, *, dated: bool = False) -> list[terminal.Block]:
+    """Return the page as tables of texts; with `dated` times say their day, for what is kept."""
+    if page.trouble:
+        return [terminal.Block(f"the store {shown_path(page.path)} can't be read", notes=[f"  {page.trouble}"])]
+    notes = _notes(page)
+    if not page.total and not page.cells_total:
+        lines = [f"  {EMPTY}"] if not page.unread else []
+        return [terminal.Block(f"durable cells in {shown_path(page.path)}", notes=[*lines, *notes])]
+    cells = [_cell_texts(cell, page.at, dated=dated) for cell in page.cells]
+    runs = [_run_texts(run, page.at, dated=dated) for run in page.runs]
+    none = ["  none that match"] if page.query.chooses else ["  none"]
+    found = []
+    below = [f"  {_where(page.query.cells_page, page.most, page.cells_total, 'cells')}"] if page.cells_pages > 1 else []
+    if page.query.with_cells:
+        found.append(
+            terminal.Block(f"durable cells in {shown_path(page.path)}", CELLS, cells, below if cells else none, _TERMINAL)
+        )
+    below = [f"  {_where(page.query.page, page.most, page.matched, 'runs')}"] if page.pages > 1 else []
+    found.append(
+        terminal.Block(f"runs in {shown_path(page.path)}", RUNS, runs, [*(below if runs else none), *notes], _TERMINAL)
+    )
+    return found
+
+
+def html(page: Page) -> str:
+    """Return the page as html that needs no script and no style sheet; whatever a user named or raised is escaped."""
+    if page.trouble:
+        return f"<p><strong>the store {escape(shown_path(page.path))} can't be read</strong><br>{escape(page.trouble)}</p>"
+    store = escape(plain(shown_path(page.path), _PATH))
+    statuses = ", ".join(f"{count:,} {status}" for status, count in page.counts.items())
+    lines = [
+        f"<p><strong>Durable cells and runs</strong> · <code>{store}</code> · as of {_moment(page.at, page.at, dated=True)}</p>"
+    ]
+    if not page.total and not page.cells_total:
+        lines.append(f"<p>{escape(EMPTY)}</p>" if not page.unread else "")
+    if page.cells_total:
+        rows = [_cell_texts(cell, page.at, dated=True) for cell in page.cells]
+        more = _where(page.query.cells_page, page.most, page.cells_total, "cells") if page.cells_pages > 1 else ""
+        lines.append(_section("Cells", f"{page.cells_total:,}", CELLS, rows, more))
+    if page.total:
+        rows = [_run_texts(run, page.at, dated=True) for run in page.runs]
+        more = _where(page.query.page, page.most, page.matched, "runs") if page.pages > 1 else ""
+        about = f"{page.matched:,}: {statuses}" if page.matched else "none that match"
+        lines.append(_section("Runs", about, RUNS, rows, more))
+    lines += [f"<p><em>{escape(note.strip())}</em></p>" for note in _notes(page)]
+    return "\n".join(lines)
+
+
+def shown_path(path: str) -> str:
+    """Return the folder as its user knows it: from the working directory, where it lies below that."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
+
+
+_TERMINAL = {
+    "completed": "green",
+    "stored": "green",
+    "running": "blue",
+    "sleeping": "yellow",
+    "waiting": "yellow",
+    "retrying": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "cancelled": "dim",
+}
+
+
+def _cell_texts(cell: CellFacts, now: float, *, dated: bool) -> tuple[str, ...]:
+    return (
+        cell.name,
+        cell.status,
+        _moment(cell.last_run_at, now, dated=dated),
+        str(cell.steps),
+        str(cell.variables),
+        _size(cell.size) if cell.entries else "",
+        _seconds(cell.took_s),
+        _seconds(cell.saves_s),
+        _wake(cell.wake_at, cell.status, now, dated=dated),
+    )
+
+
+def _run_texts(run: RunFacts, now: float, *, dated: bool) -> tuple[str, ...]:
+    return (
+        run.id,
+        run.name if run.kind != "cell" else f"cell {run.name}",
+        run.status,
+        _moment(run.started_at, now, dated=dated),
+        _seconds(run.ended_at - run.started_at if run.ended_at else None),
+        "" if run.steps is None else str(run.steps),
+        _wake(run.wake_at, run.status, now, dated=dated),
+        ", ".join(run.labels),
+        run.error,
+    )
+
+
+def _notes(page: Page) -> list[str]:
+    if not page.unread:
+        return []
+    what = "1 run or entry" if page.unread == 1 else f"{page.unread:,} runs and entries"
+    return [f"  {what} can't be read: see 'durable-nb doctor'"]
+
+
+def _where(page: int, most: int, total: int, what: str) -> str:
+    return f"{page * most + 1:,} to {min((page + 1) * most, total):,} of {total:,} {what}, the newest first"
+
+
+def _moment(at: float | None, now: float, *, dated: bool) -> str:
+    if at is None:
+        return ""
+    then, today = datetime.fromtimestamp(at).astimezone(), datetime.fromtimestamp(now).astimezone()
+    return f"{then:%Y-%m-%d %H:%M}" if dated or then.date() != today.date() else f"{then:%H:%M:%S}"
+
+
+def _wake(at: float | None, status: str, now: float, *, dated: bool) -> str:
+    """When a sleep or a retry is due; nothing wakes without a process."""
+    nobody = ", no process is running this" if at is not None and status == Status.INTERRUPTED else ""
+    return _moment(at, now, dated=dated) + nobody
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else say_duration(seconds)
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _section(title: str, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]], more: str) -> str:
+    """A table that folds."""
+    filled = [n for n in range(len(columns)) if any(row[n] for row in rows)]
+    head = "".join(f'<th scope="col" style="{_LEFT}">{escape(columns[n])}</th>' for n in filled)
+    lines = [f"<details open><summary><strong>{title}</strong> · {escape(about)}</summary>"]
+    if rows:
+        lines += ['<div style="overflow-x: auto">', f"<table><thead><tr>{head}</tr></thead>", "<tbody>"]
+        for row in rows:
+            cells = (_badge(row[n]) if columns[n] == "status" else _prose(row[n]) for n in filled)
+            lines.append("<tr>" + "".join(f'<td style="{_LEFT}">{cell}</td>' for cell in cells) + "</tr>")
+        lines += ["</tbody></table>", "</div>"]
+    if more:
+        lines.append(f"<p><em>{escape(more)}</em></p>")
+    return "\n".join([*lines, "</details>"])
+
+
+_LEFT = "text-align: left; vertical-align: top"
+
+
+def _badge(status: str) -> str:
+    colour = f' style="color: {COLOURS[status]}"' if status in COLOURS else ""
+    return f"<span{colour}>{ICONS.get(status, ICONS['completed'])}</span>&nbsp;{escape(status)}"
+
+
+def _prose(words: str) -> str:
+    """A cell of a table: a long text folds."""
+    if len(words) <= terminal.LONGEST:
+        return escape(clipped(words, terminal.LONGEST))
+    whole = escape(clipped(words, _FOLDED))
+    pre = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
+    return f"<details><summary>{escape(plain(words, terminal.LONGEST))}</summary>{pre}{whole}</pre></details>"

@@ -1,0 +1,79 @@
+"""Tables as text, by rich: in colour where a terminal shows them, plain where they are kept."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from durable_nb._view.words import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LONGEST = 80
+"""Characters of one cell."""
+_WIDE = 2000
+"""Columns where no terminal limits them."""
+_NUMERIC = frozenset("0123456789")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A title, rows of texts under columns, and lines that follow. A column in which no row has anything is not shown.
+
+    `styles` are rich's, by the text of a cell: `{"failed": "red"}`.
+    """
+
+    title: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    styles: dict[str, str] | None = None
+
+
+def text(blocks: Iterable[Block]) -> str:
+    """Return them as plain text, however wide."""
+    from rich.console import Console
+
+    written = io.StringIO()
+    _write(blocks, Console(file=written, width=_WIDE, color_system=None, **_LITERAL))
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+
+def show(blocks: Iterable[Block]) -> None:
+    """Write them to standard output: for a terminal in colour and as wide as it is."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        _write(blocks, Console(**_LITERAL))
+    else:
+        sys.stdout.write(text(blocks) + "\n")
+
+
+_LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
+"""No text of a user's means anything to rich, and what is kept is not displayed at once."""
+
+
+def _write(blocks: Iterable[Block], console: Console) -> None:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    for block in blocks:
+        if block.title:
+            console.print(Text(plain(block.title, _WIDE), "bold"), overflow="fold")
+        filled = [n for n in range(len(block.columns)) if any(row[n] for row in block.rows)]
+        if filled:
+            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+            for n in filled:
+                right = all(row[n][0] in _NUMERIC and not {"-", ","} & set(row[n]) for row in block.rows if row[n])
+                table.add_column(block.columns[n], justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+            for row in block.rows:
+                cells = (plain(row[n], LONGEST) for n in filled)
+                table.add_row(*(Text(cell, (block.styles or {}).get(cell, "")) for cell in cells))
+            console.print(Padding(table, (0, 0, 0, 2)))
+        for note in block.notes:
+            console.print(Text(note), overflow="fold")
