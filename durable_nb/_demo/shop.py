@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,7 @@ class Shop:
         self._tallies = {path: Tally() for path in PATHS}
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         self._charged = 0.0
-        self._held = _Hold("")
+        self._held = Hold("")
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.shop = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -68,9 +69,9 @@ class Shop:
         self._server.server_close()
         self._thread.join()
 
-    def hold(self, path: str) -> _Hold:
+    def hold(self, path: str) -> Hold:
         """Answer no request for `path` until the hold is dropped: whoever asks is then in the middle of a step."""
-        self._held = _Hold(path)
+        self._held = Hold(path)
         return self._held
 
     def counts(self) -> dict[str, dict[str, Any]]:
@@ -108,7 +109,7 @@ class Shop:
         return answer
 
 
-class _Hold:
+class Hold:
     """A path whose requests are kept waiting."""
 
     def __init__(self, path: str) -> None:
@@ -135,25 +136,20 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if self.path == "/counts":
-            self._answer(200, self.server.shop.counts())
-        else:
-            self._answer(404, {"error": f"no {self.path} here; GET /counts, or POST {' '.join(PATHS)}"})
+        self._answer(self.server.shop.counts() if self.path == "/counts" else None)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path not in PATHS:
-            self._answer(404, {"error": f"no {self.path} here; POST {' '.join(PATHS)}"})
-            return
-        answer = self.server.shop.serve(self.path, self.headers.get("Idempotency-Key") or "", json.loads(body or b"{}"))
-        if answer is None:
-            self.close_connection = True
-        else:
-            self._answer(200, answer)
+        key = self.headers.get("Idempotency-Key") or ""
+        self._answer(self.server.shop.serve(self.path, key, json.loads(body or b"{}")) if self.path in PATHS else None)
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
+    def _answer(self, content: dict[str, Any] | None) -> None:
+        """None hangs up: the request was held, or there is nothing of that path."""
+        if content is None:
+            self.close_connection = True
+            return
         data = json.dumps(content).encode()
-        self.send_response(status)
+        self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -173,12 +169,7 @@ def open_shop() -> str:
     try:
         return Shop(port=PORT).url
     except OSError:
-        return url if _is_shop(url) else Shop().url
-
-
-def _is_shop(url: str) -> bool:
-    try:
-        with urlopen(f"{url}/counts", timeout=5) as answer:  # noqa: S310  a fixed http URL
-            return bool(json.load(answer).keys() == PATHS.keys())
-    except (OSError, ValueError, AttributeError, HTTPException):
-        return False
+        with suppress(OSError, ValueError, AttributeError, HTTPException), urlopen(f"{url}/counts", timeout=5) as answer:  # noqa: S310
+            if json.load(answer).keys() == PATHS.keys():
+                return url
+        return Shop().url

@@ -1,4 +1,4 @@
-"""Given what three kernels ran and what the shop saw, what was proved. Pure: the runner gathers the evidence."""
+"""Given what three kernels asked of the shop, what was proved. Pure: the runner gathers the evidence."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 STEPS = {"charge": "/charge", "order": "/orders", "receipt": "/receipts", "sleep": "", "review": "/reviews"}
 """The notebook's steps in order, and where each asks the shop."""
-
-LOGGED = ("charge", "receipt", "review")
-"""Steps whose bodies note in a log that they run; the order is a `durable.call`, which has no body of the notebook's."""
 
 KILLS = {
     "charge": "inside the charge: the shop had taken the money, the step was not recorded",
@@ -21,13 +18,11 @@ KILLS = {
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was seen. Tuples hold one entry for each of the three kernels; requests and bodies are counted by step."""
+    """What was seen."""
 
     killed: str
     requests: tuple[Mapping[str, int], ...]
-    """As the shop counted them."""
-    bodies: tuple[Mapping[str, int], ...]
-    """As the steps' bodies noted them."""
+    """By kernel, how often the shop was asked, by step."""
     performed: Mapping[str, int]
     """How often the shop did what was asked."""
     keys: Mapping[str, int]
@@ -41,8 +36,7 @@ class Evidence:
     same_deadline: bool
     """The sleep's record was never rewritten."""
     third_line: str
-    """What the third kernel said above the cell's output."""
-    third_took_s: float
+    """What the third kernel showed above the cell's output."""
 
 
 def expected(killed: str, step: str) -> tuple[int, int, int]:
@@ -56,80 +50,58 @@ def expected(killed: str, step: str) -> tuple[int, int, int]:
 def faults(seen: Evidence) -> list[str]:
     """What broke the promise, a sentence each; empty when it was kept. The shop's own count is the judge."""
     found = []
-    for step, path in STEPS.items():
-        if not path:
-            continue
-        wanted = expected(seen.killed, step)
-        counts = {"the shop saw": seen.requests} | ({"its log shows": seen.bodies} if step in LOGGED else {})
-        for witness, counted in counts.items():
-            found += [
-                f"{step}: {witness} {_times(count.get(step, 0))} in kernel {kernel} instead of {_times(right)}"
-                for kernel, (count, right) in enumerate(zip(counted, wanted, strict=True), 1)
-                if count.get(step, 0) != right
-            ]
-        if seen.performed.get(step) != 1:
-            found.append(f"{step}: the shop did it {_times(seen.performed.get(step, 0))} instead of once")
-        if seen.keys.get(step) != 1:
-            found.append(f"{step}: it came under {seen.keys.get(step, 0)} different idempotency keys instead of one")
+    for step in filter(STEPS.get, STEPS):
+        found += [
+            f"{step}: the shop saw {_times(count.get(step, 0))} in kernel {kernel} instead of {_times(right)}"
+            for kernel, (count, right) in enumerate(zip(seen.requests, expected(seen.killed, step), strict=True), 1)
+            if count.get(step, 0) != right
+        ]
+        if (times := seen.performed.get(step, 0)) != 1:
+            found.append(f"{step}: the shop did it {_times(times)} instead of once")
+        if (keys := seen.keys.get(step, 0)) != 1:
+            found.append(f"{step}: it came under {keys} different idempotency keys instead of one")
     if not seen.same_deadline:
         found.append("sleep: the deadline that kernel 1 wrote was changed")
     if seen.paused_s < seen.nap_s:
         found.append(f"sleep: the review was asked for after {seen.paused_s:.2f} s, before the {seen.nap_s:g} s were over")
-    if not restored_whole(seen):
-        found.append(f"kernel 3 did not restore the cell as a whole but said {seen.third_line!r}")
+    if " · restored " not in seen.third_line:
+        found.append(f"kernel 3 did not restore the cell as a whole but showed {seen.third_line!r}")
     return found
 
 
-def restored_whole(seen: Evidence) -> bool:
-    """Did the third kernel take the cell from its entry, and ask the shop nothing?"""
-    return " · restored " in seen.third_line and not any(seen.requests[2].values())
-
-
 def table(seen: Evidence) -> str:
-    """Who executed what."""
+    """What ran where, step by step."""
     rows = [["step", "executed in kernel 1", "executed in kernel 2", "restored in kernel 2", "server saw", "charged"]]
     for step, path in STEPS.items():
-        rows.append(_row(seen, step) if path else _sleep_row(seen))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        cut = step == seen.killed
+        if path:
+            first, second = (count.get(step, 0) for count in seen.requests[:2])
+            total = sum(count.get(step, 0) for count in seen.requests)
+            performed, keys = seen.performed.get(step, 0), seen.keys.get(step, 0)
+            server = f"{_count(total, 'request')}, {_count(keys, 'key')}, done {_times(performed)}"
+            charged = f"{_times(performed)}, {seen.charged:.2f}" if step == "charge" else ""
+            restored = "yes" if first and not cut and not second else "no"
+            rows.append([step, _yes(first) + " (killed inside)" * cut, _yes(second), restored, server, charged])
+        elif cut:
+            rest = f"the rest, {seen.waited_s:.1f} of {seen.nap_s:g} s"
+            rows.append([step, "yes (killed inside)", rest, "its deadline" if seen.same_deadline else "no", "", ""])
+        else:
+            rows.append([step, "no", f"yes, {seen.waited_s:.1f} s", "no", "", ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-|-".join("-" * width for width in widths), *lines[1:]])
 
 
-def closing(seen: Evidence) -> str:
+def closing(killed: str) -> str:
     """The sentence that says what was proved."""
-    finished = [step for step in STEPS if STEPS[step] and expected(seen.killed, step) == (1, 0, 0)]
-    if seen.killed == "sleep":
-        return (
-            f"Proved: the kernel was killed with SIGKILL in the wait; {_listed(finished)} did not run again, the new kernel "
-            "waited only for the rest, and the customer was charged once."
-        )
-    kept = f"{_listed(finished)} did not run again, " if finished else ""
-    return (
-        f"Proved: the kernel was killed with SIGKILL inside {seen.killed!r}; {kept}the shop got the same idempotency key twice "
-        "and acted on it once, and the customer was charged once."
-    )
-
-
-def _row(seen: Evidence, step: str) -> list[str]:
-    first, second = (count.get(step, 0) for count in seen.requests[:2])
-    performed, keys = seen.performed.get(step, 0), seen.keys.get(step, 0)
-    cut = " (killed inside)" if step == seen.killed and first else ""
-    saw = f"{_count(sum(c.get(step, 0) for c in seen.requests), 'request')}, {_count(keys, 'key')}, done {_times(performed)}"
-    return [
-        step,
-        _yes(first) + cut,
-        _yes(second),
-        "yes" if first and not cut and not second else "no",
-        saw,
-        f"{_times(performed)}, {seen.charged:.2f}" if step == "charge" else "",
-    ]
-
-
-def _sleep_row(seen: Evidence) -> list[str]:
-    if seen.killed != "sleep":
-        return ["sleep", "no", f"yes, {seen.waited_s:.1f} s", "no", "", ""]
-    rest = f"the rest, {seen.waited_s:.1f} of {seen.nap_s:g} s"
-    return ["sleep", "yes (killed inside)", rest, "its deadline" if seen.same_deadline else "no", "", ""]
+    finished = [step for step in filter(STEPS.get, STEPS) if expected(killed, step) == (1, 0, 0)]
+    kept = f"{', '.join(finished)} did not run again, " if finished else ""
+    if killed == "sleep":
+        proof = "the new kernel waited only for the rest"
+    else:
+        proof = "the shop got the same idempotency key twice and acted on it once"
+    where = "in the wait" if killed == "sleep" else f"inside {killed!r}"
+    return f"Proved: the kernel was killed with SIGKILL {where}; {kept}{proof}, and the customer was charged once."
 
 
 def _yes(count: int) -> str:
@@ -142,7 +114,3 @@ def _times(count: int) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""
