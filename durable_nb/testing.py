@@ -194,6 +194,9 @@ class CrashingJournal:
         self._check()
         return self.inner.problems()
 
+    def caveats(self) -> list[str]:
+        return self.inner.caveats()
+
     def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
         self._check()
         return self.inner.drop_blobs(before, needed)

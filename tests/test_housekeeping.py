@@ -24,9 +24,9 @@ from durable_nb._cli import main
 from durable_nb._codec import Seal
 from durable_nb._disks import FileSystem
 from durable_nb._engine import Engine
-from durable_nb._housekeeping import doctor, gc
+from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.gc import LIVE_S, Candidate, parse_size, to_drop
-from durable_nb._journal import Commit
+from durable_nb._journal import Commit, disk
 from durable_nb._journal.blobs import Blobs
 from durable_nb._store import Store
 
@@ -425,7 +425,7 @@ def test_a_sound_store_has_no_findings(folder, capsys):
 
 @pytest.mark.parametrize("race", [True, False])
 def test_doctor_says_what_another_program_may_do(folder, capsys, monkeypatch, race):
-    monkeypatch.setattr(doctor, "has_race", lambda: race)
+    monkeypatch.setattr(disk, "has_race", lambda: race)
     assert ("can corrupt the journal when a program other than durable_nb writes" in command(capsys, "doctor")[1]) is race
     monkeypatch.setattr(_store, "file_system_of", lambda _: FileSystem("nfs"))
     _, facts = told(capsys, "doctor")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from durable_nb._cellcache.entries import Entries
 from durable_nb._journal import Commit, Verdict
-from durable_nb._journal.database import has_race
 from durable_nb._records import Arguments, Outcome, Result, unpack
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
@@ -63,7 +60,10 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
         except UntrustedStoreError:
             foreign[key.partition("/")[0]] += 1
         except CorruptStoreError as error:
-            findings.append(Finding(key, str(error), _remedy_for(key)))
+            remedy = "restore the folder from a backup"
+            if key.startswith("step/"):
+                remedy = f"run the cell once with --rerun, or {remedy}"
+            findings.append(Finding(key, str(error), remedy))
     if foreign:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(foreign.items()))
         findings.append(Finding("journal", f"rows signed with another key: {kinds}", f"durable-nb trust {store.path}"))
@@ -90,23 +90,7 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
             )
         except CorruptStoreError as error:
             findings.append(Finding(name, str(error), "nothing to do: the cell will run, and is stored anew"))
-    return Examined(len(rows), len(blobs), len(kept), tuple(findings), tuple(_notes(store)))
-
-
-def _notes(store: Store) -> Iterator[str]:
-    if store.advice:
-        yield store.advice
-    if store.journal.mode == "wal" and has_race():
-        yield (
-            f"SQLite {sqlite3.sqlite_version} can corrupt the journal when a program other than durable_nb writes to it while "
-            "a kernel does; reading it is safe"
-        )
-
-
-def _remedy_for(key: str) -> str:
-    if key.startswith("step/"):
-        return "run the cell once with --rerun, or restore the folder from a backup"
-    return "restore the folder from a backup"
+    return Examined(len(rows), len(blobs), len(kept), tuple(findings), (*filter(None, [store.advice]), *journal.caveats()))
 
 
 @dataclass(frozen=True, slots=True)

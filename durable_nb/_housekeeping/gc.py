@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -103,14 +103,19 @@ def collect(engine: Engine, max_size: int | None = None) -> Collected:
     store.process.others()  # removes what dead processes left
     result = Collected(max_size=max_size)
     result.rows = sum(_delete(engine, guard, keys) for guard, keys in _superfluous(engine))
-    for draft in _drafts(store.path):
+    for draft in (path for kind in ("cells/*/.*", "values/.*", ".store.json.*") for path in store.path.glob(kind)):
         with contextlib.suppress(FileNotFoundError):
             if now - draft.stat().st_mtime > GRACE_S:
                 draft.unlink()
                 result.drafts += 1
     result.values = store.journal.drop_blobs(now - GRACE_S, _needed(engine))
     if max_size is not None:
-        result.entries = _drop_entries(Entries(store.cells, store.seal), size_of(store.path) - max_size, now)
+        entries = list(Entries(store.cells, store.seal).all())
+        excess = size_of(store.path) - max_size
+        for n in to_drop([_candidate(entry) for entry in entries], excess, now):
+            if _unlink(entries[n]):
+                manifest = entries[n].manifest
+                result.entries.append("(unreadable)" if manifest is None else manifest.name or NAMELESS)
     result.size = size_of(store.path)
     result.freed = max(before - result.size, 0)
     return result
@@ -185,15 +190,10 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     for scope, keys in old.items():
         yield current[scope][1], keys
     for key in by_run:
-        run = rec.run_key(_run_in(key))
+        kind, _, rest = key.partition("/")  # ids may have slashes in them
+        run = rec.run_key(rec.run_of_timer(key) if kind == "timer" else rest.partition("/")[2] if kind == "open" else rest)
         if run not in runs:
             yield (run, None), [key]
-
-
-def _run_in(key: str) -> str:
-    """The id of the run that a row belongs to; ids may have slashes in them."""
-    kind, _, rest = key.partition("/")
-    return rec.run_of_timer(key) if kind == "timer" else rest.partition("/")[2] if kind == "open" else rest
 
 
 def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:
@@ -210,10 +210,6 @@ def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _drafts(store: Path) -> Iterable[Path]:
-    return [*store.glob("cells/*/.*"), *store.glob("values/.*"), *store.glob(".store.json.*")]
-
-
 def _needed(engine: Engine) -> Callable[[str], bool]:
     """Tells whether any row names a large value. Whatever looks like a name counts, in rows that can't be read too."""
     named: set[bytes] | None = None
@@ -227,16 +223,6 @@ def _needed(engine: Engine) -> Callable[[str], bool]:
         return digest.encode() in named
 
     return is_needed
-
-
-def _drop_entries(entries: Entries, excess: int, now: float) -> list[str]:
-    found = list(entries.all())
-    candidates = [_candidate(entry) for entry in found]
-    return [_said(found[n]) for n in to_drop(candidates, excess, now) if _unlink(found[n])]
-
-
-def _said(entry: Kept) -> str:
-    return "(unreadable)" if entry.manifest is None else entry.manifest.name or NAMELESS
 
 
 def _candidate(entry: Kept) -> Candidate:

@@ -71,6 +71,10 @@ class Journal(Protocol):
         """What is wrong with the journal as a whole, a line each; empty where it is sound."""
         ...
 
+    def caveats(self) -> list[str]:
+        """What its users should know of the journal though nothing is wrong with it, a line each."""
+        ...
+
     def put_blob(self, data: bytes) -> str:
         """Keep a large value; its digest, by which `get_blob` finds it. On disk and fsynced when this returns."""
         ...

@@ -30,10 +30,12 @@ class Blobs:
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             with self._locked(shared=True):
-                if self._holds(digest):
-                    os.utime(path)  # a row that names it is about to be written
-                else:
+                try:
+                    self.get(digest)
+                except CorruptStoreError:
                     write_file(path, [data])
+                else:
+                    os.utime(path)  # a row that names it is about to be written
         except OSError as error:
             raise StoreError(
                 f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
@@ -66,13 +68,6 @@ class Blobs:
                 yield
         finally:
             file.close()
-
-    def _holds(self, digest: str) -> bool:
-        try:
-            self.get(digest)
-        except CorruptStoreError:
-            return False
-        return True
 
     def get(self, digest: str) -> bytes:
         try:

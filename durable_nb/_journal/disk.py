@@ -15,7 +15,7 @@ from typing import Any
 
 from durable_nb._journal import Commit, Verdict
 from durable_nb._journal.blobs import Blobs
-from durable_nb._journal.database import FORGETS, Database, keep_settings
+from durable_nb._journal.database import FORGETS, Database, has_race, keep_settings
 from durable_nb._locks import HeldTooLongError
 from durable_nb.errors import StoreError
 
@@ -99,6 +99,15 @@ class DiskJournal:
         if counted != there:
             found.append(f"{there} rows are there, {counted} were counted")
         return [line for line in found if line != "ok"]
+
+    def caveats(self) -> list[str]:
+        if self.mode != "wal" or not has_race():
+            return []
+        told = (
+            f"SQLite {sqlite3.sqlite_version} can corrupt the journal when a program other than durable_nb writes to it while "
+            "a kernel does; reading it is safe"
+        )
+        return [told]
 
     def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
         return self._blobs.drop(before, needed)

@@ -56,6 +56,9 @@ class MemoryJournal:
     def problems(self) -> list[str]:
         return []
 
+    def caveats(self) -> list[str]:
+        return []
+
     def drop_blobs(self, before: float, needed: Callable[[str], bool]) -> int:
         with self._lock:
             dropped = [d for d in self.blobs if self._put_at[d] < before and not needed(d)]
