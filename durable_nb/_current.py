@@ -109,6 +109,10 @@ class Run(Protocol):
         """So many steps of that name will be asked for, one for each item; their paths. Views count them from now on."""
         ...
 
+    def call_off(self, paths: list[str]) -> None:
+        """Of these, those that have not begun will not."""
+        ...
+
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
         """Return when the time has come. The deadline is on disk before the wait begins."""
         ...

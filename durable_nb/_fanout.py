@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import copy_context
 from typing import Any
 
@@ -74,35 +74,35 @@ def map(  # noqa: A001  the word users say
         )
     throttle = Throttle(concurrency, interval_s)
     paths = run.expect(name, len(rows))
-    asked: Iterator[Coroutine[Any, Any, Any]] = (
-        step.ask("map", name, (*before, row), options, limit=throttle, threads=concurrency, path=path)
-        for row, path in zip(rows, paths, strict=True)
-    )
+
+    def ask(place: int) -> Coroutine[Any, Any, Any]:
+        given = (*before, rows[place])
+        return step.ask("map", name, given, options, limit=throttle, threads=concurrency, path=paths[place])
+
     if run.is_replayed:
-        asked = iter(list(asked))
-    return _results(run, asked, len(rows), throttle, room=math.inf if run.is_replayed else concurrency + _AHEAD,
-                    collecting=on_error == "collect")  # fmt: skip
+        asked = [ask(place) for place in range(len(rows))]
+        return _results(run, asked.__getitem__, paths, throttle, math.inf, on_error == "collect")
+    return _results(run, ask, paths, throttle, concurrency + _AHEAD, on_error == "collect")
 
 
 async def _results(
     run: Run,
-    asked: Iterator[Coroutine[Any, Any, Any]],
-    count: int,
+    ask: Callable[[int], Coroutine[Any, Any, Any]],
+    paths: list[str],
     throttle: Throttle,
-    *,
     room: float,
     collecting: bool,
 ) -> list[Any]:
     """What the items come to. Raises the first failure, or what stops the wait; then no body begins any more."""
     loop = asyncio.get_running_loop()
-    values: list[Any] = [None] * count
+    values: list[Any] = [None] * len(paths)
     tasks: set[asyncio.Task[None]] = set()
     failed: list[BaseException] = []
     changed = asyncio.Event()
 
-    async def one(place: int, step: Coroutine[Any, Any, Any]) -> None:
+    async def one(place: int) -> None:
         try:
-            values[place] = await step
+            values[place] = await ask(place)
         except Exception as error:
             if not collecting or isinstance(error, _NO_ITEMS):
                 raise
@@ -111,36 +111,34 @@ async def _results(
 
     def ended(task: asyncio.Task[None]) -> None:
         tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
             failed.append(error)
-        elif task.cancelled():
-            failed.append(asyncio.CancelledError())
         changed.set()
 
-    try:
-        for place, step in enumerate(asked):
-            while len(tasks) >= room and not failed:
-                changed.clear()
-                await changed.wait()
-            if failed:
-                step.close()
-                break
-            # With a context of its own, an item belongs to the task that has called `map`, whichever others there are.
-            task = loop.create_task(one(place, step), context=copy_context())
-            tasks.add(task)
-            task.add_done_callback(ended)
-        while tasks and not failed:
+    async def fewer_than(most: float) -> None:
+        while len(tasks) >= most and not failed:
             changed.clear()
             await changed.wait()
         if failed:
             raise failed[0]
-        return values
+
+    try:
+        for place in range(len(paths)):
+            await fewer_than(room)
+            # With a context of its own, an item belongs to the task that has called `map`, whichever others there are.
+            task = loop.create_task(one(place), context=copy_context())
+            tasks.add(task)
+            task.add_done_callback(ended)
+        await fewer_than(1)
+    except BaseException:
+        run.call_off(paths)
+        raise
     finally:
         throttle.close()
         for task in tasks:
             task.cancel()
-        for step in asked:
-            step.close()
+    return values
 
 
 class Throttle:

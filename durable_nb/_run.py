@@ -457,6 +457,12 @@ class Run:
         self.stage.changed()
         return paths
 
+    def call_off(self, paths: list[str]) -> None:
+        for path in paths:
+            if self._facts[path].status is Status.PENDING:
+                del self._facts[path]
+        self.stage.changed()
+
     async def _step(self, asked: Request) -> Any:
         engine = self.engine
         performed = False

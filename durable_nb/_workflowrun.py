@@ -260,6 +260,9 @@ class WorkflowRun:
     def expect(self, name: str, count: int) -> list[str]:
         return [self._paths.take("", name, item) for item in range(count)]
 
+    def call_off(self, paths: list[str]) -> None:
+        """They were asked for, as the history tells."""
+
     def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
         __tracebackhide__ = True
         return self._ask(Request("sleep", request.name, str(request.wake)), "sleep", request)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import os
+import subprocess
+import sys
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +21,7 @@ from durable_nb._facts import Status
 from durable_nb._run import Stage
 from durable_nb._store import Store
 from durable_nb.errors import NestedStepError, NonRetryableError, NotInRunError, RetryAfter
-from durable_nb.testing import FakeClock, MemoryStore, runtime
+from durable_nb.testing import FakeClock, MemoryStore, ModelServer, runtime
 
 
 class World:
@@ -247,6 +252,26 @@ def test_after_a_failure_none_begins_and_those_at_work_are_recorded(path):
     asyncio.run(main())
 
 
+def test_a_failure_that_the_cell_catches_leaves_no_item_to_come(path):
+    """The view shows what was tried; none of the others is taken for a step that was forgotten."""
+
+    async def main():
+        world.down = {2}
+        async with kernel(path) as engine:
+            run = await begun(engine)
+
+            async def body():
+                with suppress(ConnectionError):
+                    await durable.map("m", durable.step(work, retries=0), range(1000), concurrency=2)
+
+            await finished(run, body)
+            states = [step.status for step in run.snapshot().steps]
+            assert len(states) < 10
+            assert "pending" not in states
+
+    asyncio.run(main())
+
+
 def test_collected_failures_stand_in_their_places_and_are_tried_again(path):
     async def main():
         world.down = {3, 5}
@@ -473,3 +498,41 @@ def test_outside_a_run_and_inside_a_step_it_says_what_to_do(path):
 
 async def refuse(item):
     raise NonRetryableError("never")
+
+
+# -- many rows, and a process that is killed --------------------------------------------------------------------------
+
+ROWS = int(os.environ.get("DURABLE_NB_MAP_ROWS", "10000"))
+
+
+def test_ten_thousand_rows_are_asked_once_each_though_their_process_is_killed(tmp_path):
+    """With 5 % failures, 429s among them: what the server counts is one answer a row, and at most so many more as were being
+    asked when the process died. The third execution asks nothing."""  # fmt: skip
+    concurrency = 16
+
+    def worker():
+        command = [sys.executable, Path(__file__).with_name("map_worker.py"), tmp_path / "store", server.url]
+        return subprocess.Popen([*map(str, command), str(ROWS), str(concurrency)], stdout=subprocess.PIPE, text=True)
+
+    with ModelServer(failing=0.05) as server:
+        first = worker()
+        said = next(line for line in first.stdout if int(line) >= ROWS * 0.4)
+        first.kill()
+        first.communicate()
+        answered = sum(server.answered.values())
+        assert int(said) <= answered < ROWS
+        second = worker()
+        out, _ = second.communicate(timeout=300)
+        assert second.returncode == 0, out
+        told = json.loads(out.splitlines()[-1])
+        assert set(server.answered.values()) <= {1, 2}
+        assert len(server.answered) == ROWS
+        assert sum(server.answered.values()) <= ROWS + concurrency
+        assert ROWS * 1.03 < server.count < ROWS * 1.07
+        assert told["asked"] <= ROWS - answered + concurrency
+        assert told["grown"] < 5 * told["asked"] / 1000  # MB: the results themselves, and what the run knows of each step
+    third = worker()
+    out, _ = third.communicate(timeout=300)
+    assert third.returncode == 0, out
+    again = json.loads(out.splitlines()[-1])
+    assert (again["asked"], again["digest"]) == (0, told["digest"])
