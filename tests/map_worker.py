@@ -1,7 +1,7 @@
 """One execution of a cell that maps rows over a model server, to be killed: `map_worker.py STORE URL ROWS CONCURRENCY`.
 
-Says each thousandth row that is done, and at the end a line of JSON: the digest of the results, how many rows were asked for, by
-how many MB memory grew between the first thousand and the last.
+Says each thousandth row that is done, and at the end a line of JSON: the digest of the results, how many rows were asked for,
+by how many MB memory grew between the first thousand and the last.
 """
 
 from __future__ import annotations
