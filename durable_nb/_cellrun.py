@@ -15,7 +15,7 @@ from durable_nb._facts import Status
 from durable_nb._journal import Commit
 from durable_nb._records import Again, Attempts, Loose, Outcome, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import Occurrences
-from durable_nb._request import Changed, Request, changed, changed_by_itself, fixed
+from durable_nb._request import Changed, Request, changed, changed_by_itself, fingerprint_of, fixed
 from durable_nb._run import Ended, Held, Run, Work, digest_of
 from durable_nb.errors import StepTimeout, StoreError
 
@@ -85,7 +85,7 @@ class CellRun(Run):
         await self._commit(Commit(self._held.guard, deletes=own))
 
     def _place(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint | None]:
-        found = request.fingerprint()
+        found = fingerprint_of(request)
         again = self._asked_again(request, found)
         if again is not None:
             return again.key, found
@@ -128,7 +128,7 @@ class CellRun(Run):
 
     def _renewed(self, asked: Request) -> Request:
         """Called and not awaited at once, it may get a list that another step or the cell's own code has appended to since."""
-        if asked.found is None or asked.request.kind != "run" or asked.request.fingerprint().digest == asked.found.digest:
+        if asked.found is None or asked.request.kind != "run" or fingerprint_of(asked.request).digest == asked.found.digest:
             return asked
         key, found = self._place(asked.request, asked.branch)
         return Request(key, asked.request, found, asked.branch, asked.fact.path)

@@ -10,17 +10,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from durable_nb._clock import Clock
 from durable_nb._facts import Snapshot, Status
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb.errors import NestedStepError, NotInRunError
-
-if TYPE_CHECKING:
-    from durable_nb._fingerprint import Fingerprint
 
 
 class Limit(Protocol):
@@ -41,16 +38,16 @@ class Limit(Protocol):
 
 @dataclass(slots=True)  # not frozen: one is made for each recalled step, and freezing takes longer than making it
 class StepRequest:
-    """One unit of work whose outcome is to be recorded."""
+    """One unit of work whose outcome is to be recorded: a function and its arguments, to be called here or elsewhere."""
 
     kind: str
     name: str
-    body: Callable[[], Any]
+    fn: Callable[..., Any]
     """Does the work; returns the value, or an awaitable of it."""
-    fingerprint: Callable[[], Fingerprint]
-    """What the outcome depends on: its digest identifies the step."""
-    arguments: Callable[[], str] = str
-    """Digest of the arguments alone: which of a workflow's recorded steps of this name it is."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    described: Any = None
+    """Plain data that identifies the step in place of `fn` and its arguments, where these hold more than counts (a secret)."""
     policy: RetryPolicy = USUAL
     thread: bool = False
     """Call `body` in a worker thread instead of on the loop."""
@@ -65,6 +62,10 @@ class StepRequest:
     """So many worker threads may be at work for it and its like; 0: as many as usual."""
     path: str = ""
     """Of an item: what `Run.expect` has called it."""
+
+    def body(self) -> Any:
+        """Calls the function."""
+        return self.fn(*self.args, **self.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,6 @@ class StartRequest:
     """None: one that is the same in every execution."""
     labels: tuple[str, ...]
     on_conflict: str
-    arguments: Callable[[], str]
-    """Their digest."""
 
 
 class Run(Protocol):

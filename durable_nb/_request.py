@@ -13,9 +13,11 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from durable_nb import _fingerprint, _patches
 from durable_nb import _records as rec
-from durable_nb._current import StepRequest
+from durable_nb._current import StartRequest, StepRequest
 from durable_nb._facts import Status, Step
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._records import Provenance, StepKey
@@ -94,6 +96,34 @@ class Changed:
         return True
 
 
+def fingerprint_of(request: StepRequest) -> Fingerprint:
+    """What a step's outcome depends on now: its digest identifies the step in a cell."""
+    if request.described is not None:
+        return _fingerprint.of_value(request.described)
+    return _fingerprint.of_call(request.fn, request.args, request.kwargs)
+
+
+def arguments_of(request: StepRequest | StartRequest) -> str:
+    """Digest of what a function or workflow is given, of a partial what it holds too: which of a workflow's recorded requests
+    of this name it is. '' where something in it can't be read: such requests are told apart by their order."""  # fmt: skip
+    args, kwargs = request.args, request.kwargs
+    if isinstance(request, StepRequest):
+        if request.described is not None:
+            return _fingerprint.hash_value(request.described)
+        fn = request.fn
+        while isinstance(fn, functools.partial):
+            args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
+    try:
+        if not kwargs and _SCALARS.issuperset(map(type, args)):
+            return hashlib.blake2b(msgspec.msgpack.encode(args), digest_size=8).hexdigest()
+        return _fingerprint.hash_value((args, kwargs))
+    except Exception:  # whatever is odd about an argument
+        return ""
+
+
+_SCALARS = {int, str, bool, float, bytes, type(None)}
+
+
 def _of(places: Mapping[tuple[str, int], Any], label: str) -> list[Any]:
     return [obj for (component, _), obj in places.items() if component == label]
 
@@ -139,7 +169,7 @@ def changed(asked: Request, now: dict[str, str]) -> set[str]:
 
 def changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
     """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
-    stored = {name for code in _codes(asked.components, asked.request.body) for name in globals_stored(code)}
+    stored = {name for code in _codes(asked.components, asked.request.fn) for name in globals_stored(code)}
     return {
         label
         for label in changed(asked, now)

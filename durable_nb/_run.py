@@ -8,6 +8,7 @@ another step failed or the user interrupted a thread that can't be stopped, the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import time
@@ -31,7 +32,7 @@ from durable_nb._forks import children_end_here
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Attempts, Lease, Outcome, RunRecord, StepKey, Timer, unpack
 from durable_nb._replay import CutOff, Perform, Recall, Retry, Wait, decide, decide_sleep
-from durable_nb._request import Changed, Request, packed_changes, provenance_of, said
+from durable_nb._request import Changed, Request, arguments_of, fingerprint_of, packed_changes, provenance_of, said
 from durable_nb._retry import retry_delay_s
 from durable_nb.errors import (
     CorruptStoreError,
@@ -724,7 +725,7 @@ class Run:
         if asked.request.kind != "run" or asked.found is None or asked.found.lasting:
             return asked.components
         try:
-            return asked.request.fingerprint().components
+            return fingerprint_of(asked.request).components
         except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
             return asked.components
 
@@ -839,7 +840,7 @@ class Run:
         self._check_open(request.workflow)
         branch, now = branch_name(), self._now_s()
         if request.run_id is None:
-            key = self._child_key(request.workflow, branch, request.arguments)
+            key = self._child_key(request.workflow, branch, functools.partial(arguments_of, request))
             parts = self.engine.store.id, self.record.scope, str(self.record.generation), key
             request.run_id, request.on_conflict = digest_of("start", *parts), "keep"
         self._tell(Step(request.workflow, self._paths.take(branch, request.workflow), "start", Status.COMPLETED, 1, now, now))
@@ -958,7 +959,7 @@ class Run:
         except StoreError as error:
             raise self._unreadable(asked, error) from error
         try:
-            places = asked.objects or asked.request.fingerprint().places()
+            places = asked.objects or fingerprint_of(asked.request).places()
             result = _patches.apply(packed, places, value)
         except (KeyError, Unhashable):  # in a workflow, whose steps may be given something else than was recorded
             self.unrepeated.append((asked.request.name, "what it was given is not as when it ran: it can't be changed again"))

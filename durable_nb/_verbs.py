@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import functools
-import hashlib
 import inspect
 import types
 from collections.abc import Callable, Coroutine
@@ -13,9 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-import msgspec
-
-from durable_nb import _fingerprint
 from durable_nb._clock import parse_duration, parse_when
 from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
 from durable_nb._misuse import explained, missing_name
@@ -140,9 +136,9 @@ class Step(Generic[_P, _T]):
             StepRequest(
                 kind="run",
                 name=name,
-                body=functools.partial(self.fn, *args, **kwargs),
-                fingerprint=lambda: _fingerprint.of_call(self.fn, args, kwargs),
-                arguments=lambda: _digest_of(self.fn, args, kwargs),
+                fn=self.fn,
+                args=args,
+                kwargs=kwargs,
                 policy=self.policy,
                 thread=self.in_thread,
                 timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
@@ -285,20 +281,6 @@ def check_name(verb: str, name: object) -> str:
 
 
 _ASYNC_FLAGS = inspect.CO_COROUTINE
-_SCALARS = {int, str, bool, float, bytes, type(None)}
-
-
-def _digest_of(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What tells calls of one function apart: their arguments, those of a partial included. Equal where that can't be told:
-    such calls are told apart by their order."""  # fmt: skip
-    while isinstance(fn, functools.partial):
-        args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
-    try:
-        if _SCALARS.issuperset(map(type, args)) and not kwargs:
-            return hashlib.blake2b(msgspec.msgpack.encode(args), digest_size=8).hexdigest()
-        return _fingerprint.hash_value((args, kwargs))
-    except Exception:  # whatever is odd about an argument
-        return ""
 
 
 def _is_async(fn: Any) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from durable_nb import _fingerprint
 from durable_nb._clock import parse_duration, say_duration
 from durable_nb._current import Engine, StartRequest, current_body, current_run, engine, workflow_functions
 from durable_nb._facts import Snapshot, Status, Step
@@ -76,7 +75,7 @@ class Workflow(Generic[_P, _T]):
                 raise TypeError(f"start(..., labels={labels!r}): {label!r} is not text; nothing was started")
         parent = current_run.get()
         if parent is not None and current_body.get() is None:
-            request = StartRequest(self.name, args, kwargs, id, texts, on_conflict, lambda: _digest_of(args, kwargs))
+            request = StartRequest(self.name, args, kwargs, id, texts, on_conflict)
             return Run(parent.start(request), parent.runs)
         return Run(engine().start(self.name, args, kwargs, run_id=id, labels=texts, on_conflict=on_conflict))
 
@@ -119,13 +118,6 @@ def _checked_id(run_id: object) -> str:
             f"start(..., id={run_id!r}): a run's id is not empty; leave it out for one of its own. Nothing was started"
         )
     return plain(run_id)
-
-
-def _digest_of(args: Any, kwargs: Any) -> str:
-    try:
-        return _fingerprint.hash_value((args, kwargs))
-    except _fingerprint.Unhashable:  # starts that differ in such arguments only are told apart by their order
-        return ""
 
 
 def _home(function: Any) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import heapq
 import inspect
 import sys
@@ -33,7 +34,7 @@ from durable_nb._history import TIMER, History, Mismatch, Request, Row, without_
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Asked, Attempts, Event, Lease, Outcome, Result, RunRecord, Timer, unpack
 from durable_nb._replay import CutOff, Perform, Retry, Wait, decide, decide_sleep
-from durable_nb._request import PYTHON, Inputs, code_of, packed_changes, provenance_of, said
+from durable_nb._request import PYTHON, Inputs, arguments_of, code_of, fingerprint_of, packed_changes, provenance_of, said
 from durable_nb._retry import retry_delay_s
 from durable_nb._run import Held, Stage, cancelled, digest_of, encoded, say
 from durable_nb._run_log import RunLog
@@ -255,7 +256,7 @@ class WorkflowRun:
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
-        return self._ask(Request(request.kind, request.name, request.arguments), request.kind, request)
+        return self._ask(Request(request.kind, request.name, functools.partial(arguments_of, request)), request.kind, request)
 
     def expect(self, name: str, count: int) -> list[str]:
         return [self._paths.take("", name, item) for item in range(count)]
@@ -274,7 +275,7 @@ class WorkflowRun:
         if self._broken is not None:
             raise self._broken
         before = [other.request for other in self._fresh]
-        ask = self._asked(Request("start", request.workflow, request.arguments), "start", request)
+        ask = self._asked(Request("start", request.workflow, functools.partial(arguments_of, request)), "start", request)
         ask.is_wanted = True
         self._history.bind(ask.request, before)
         if request.run_id is None:
@@ -736,7 +737,7 @@ class WorkflowRun:
             return
         self._looked[name] += 1
         written = recorded.provenance
-        other_code = written.python == PYTHON and written.code != code_of(ask.what.body)
+        other_code = written.python == PYTHON and written.code != code_of(ask.what.fn)
         if other_code or ask.request.recorded_digest not in (None, ask.request.digest):
             self._looked[name] = _LOOKS
             self.stage.notice(
@@ -747,7 +748,7 @@ class WorkflowRun:
     def _patched(self, ask: _Ask, packed: bytes, value: Any) -> Any:
         """Change the step's arguments as its body did; what it returned, which may be one of them."""
         try:
-            places = ask.what.fingerprint().places()
+            places = fingerprint_of(ask.what).places()
             return _patches.apply(packed, places, value)
         except Exception:  # there is something else at these places
             self.stage.notice(
@@ -1051,7 +1052,7 @@ class WorkflowRun:
         """What the body is given, as it is now; afterwards it tells what the body has changed."""
         request: StepRequest = ask.what
         try:
-            found = request.fingerprint()
+            found = fingerprint_of(request)
         except Unhashable:  # it explains, and identifies nothing: an argument that can't be read is no reason to fail
             found = None
         inputs = Inputs(request, found)
@@ -1101,7 +1102,7 @@ class WorkflowRun:
         if inputs.found is None or inputs.found.lasting or inputs.request.kind != "run":
             return inputs.components
         try:
-            return inputs.request.fingerprint().components
+            return fingerprint_of(inputs.request).components
         except Exception:  # an input can't be read any more: the outcome is recorded all the same
             return inputs.components
 
@@ -1114,7 +1115,7 @@ class WorkflowRun:
             attempt,
             began_at,
             self._now_s(),
-            replace(provenance_of(inputs.found), code=code_of(inputs.request.body)),
+            replace(provenance_of(inputs.found), code=code_of(inputs.request.fn)),
             request=ask.request.id,
         )
 

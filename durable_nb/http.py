@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _fingerprint
+from durable_nb import _codec
 from durable_nb._clock import parse_duration
 from durable_nb._current import Run, StepRequest, current_body, run_for
 from durable_nb._misuse import explained
@@ -73,39 +73,41 @@ def call(
         raise ValueError(
             f"durable.call({name!r}, {_said(url)!r}): the URL needs http:// or https:// and a host; nothing was sent"
         )
-    described = _describe(request, vary)
-
-    async def body() -> dict[str, Any]:
-        key = current_body.get()
-        if request.method != "GET" and key is not None:
-            request.headers.setdefault("Idempotency-Key", key.idempotency_key)
-        async with httpx.AsyncClient(timeout=limit, verify=_ssl_context()) as client:
-            try:
-                response = await client.send(request)
-            except httpx.LocalProtocolError:  # its text has the header's value
-                raise ValueError(
-                    f"durable.call({name!r}, ...): the request can't be sent as HTTP: a header holds a line break or another "
-                    "control character"
-                ) from None
-            except httpx.RequestError as error:  # what a workflow's run records of it has its request as well
-                error.request = redact(request)
-                raise
-        recorded = _record(response)
-        if response.status_code >= 400:
-            raise StatusError(recorded)
-        return recorded
-
     step = run.step(
         StepRequest(
             kind="call",
             name=name,
-            body=body,
-            fingerprint=lambda: _fingerprint.of_value(described),
-            arguments=lambda: _fingerprint.hash_value(described),
+            fn=_send,
+            args=(name, request, limit),
+            described=_describe(request, vary),
             policy=RetryPolicy(retries, retry_on=_is_worth_retrying),
         )
     )
     return _answer(run, step, request)
+
+
+async def _send(name: str, request: httpx.Request, limit: httpx.Timeout | float) -> dict[str, Any]:
+    """The body of the step: the response as plain data."""
+    import httpx
+
+    body = current_body.get()
+    if request.method != "GET" and body is not None:
+        request.headers.setdefault("Idempotency-Key", body.idempotency_key)
+    async with httpx.AsyncClient(timeout=limit, verify=_ssl_context()) as client:
+        try:
+            response = await client.send(request)
+        except httpx.LocalProtocolError:  # its text has the header's value
+            raise ValueError(
+                f"durable.call({name!r}, ...): the request can't be sent as HTTP: a header holds a line break or another "
+                "control character"
+            ) from None
+        except httpx.RequestError as error:  # what a workflow's run records of it has its request as well
+            error.request = redact(request)
+            raise
+    recorded = _record(response)
+    if response.status_code >= 400:
+        raise StatusError(recorded)
+    return recorded
 
 
 @lru_cache(maxsize=1)

@@ -36,10 +36,8 @@ class Sights:
         self.around = around
         self._known: dict[int, tuple[Any, Mentions, Places]] = {}
 
-    def watch(self, body: Callable[[], Any], packages: Iterable[str]) -> Watch:
-        """Sees what a step whose body is about to be called looks at."""
-        args: tuple[Any, ...] = ()
-        function: Any = body
+    def watch(self, function: Callable[..., Any], args: tuple[Any, ...], packages: Iterable[str]) -> Watch:
+        """Sees what a step that is about to call `function` with these arguments looks at."""
         while isinstance(function, functools.partial):
             args, function = (*function.args, *function.keywords.values(), *args), function.func
         with looking_away():

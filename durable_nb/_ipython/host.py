@@ -41,7 +41,9 @@ class NotebookHost(Stage):
     def recording(
         self, path: str, request: StepRequest, found: Fingerprint | None
     ) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
-        watch = self._sights.watch(request.body, found.versions if found is not None else ())
+        watch = self._sights.watch(
+            request.fn, (*request.args, *request.kwargs.values()), found.versions if found is not None else ()
+        )
         if looks_up_anything(watch.mentions):
             self.advise(
                 f"step {request.name!r} looks names up while it runs, which can't be followed to the end: it runs again where "
