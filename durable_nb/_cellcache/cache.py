@@ -54,6 +54,7 @@ from durable_nb._memory import InseparableError
 from durable_nb._patches import Standing, UnpatchableError, fits, put
 from durable_nb._pickling import References
 from durable_nb._readback import DriftError, pickled
+from durable_nb._usage import Usage
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 _T = TypeVar("_T")
@@ -187,6 +188,9 @@ class After:
     """Has it steps, which are kept whatever becomes of the cell?"""
     problems: tuple[str, ...] = ()
     """What else it did that no hit would do again."""
+    run: str = ""
+    usage: Usage = field(default_factory=dict)
+    """What models' answers cost that its steps were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +371,17 @@ class _Saving:
         }
         imported = imported_by(code.tree, bound) | {id(variable): place for variable, _, place in variables}
         earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, code_of(key), resources)
-        result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
+        result = Result(
+            values,
+            world,
+            deleted,
+            self.after.outputs,
+            self.after.outputs_count,
+            self.after.cost_s,
+            skipped,
+            self.after.run,
+            self.after.usage,
+        )
         return self._write(result, earlier, {id(value) for value in bound.values()})
 
     def _write(self, result: Result, earlier: References, bound: set[int]) -> Stored | NotStored:

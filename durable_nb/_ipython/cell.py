@@ -143,6 +143,8 @@ class CellExecution:
         await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found.manifest
         self.cache.entries.used(found.entry)
+        self.engine.savings.add(manifest.run, manifest.usage)
+        self.engine.savings.write()
         self.report.restored, self.report.opaque = True, key.opaque
         self.report.nearest = self.report.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
@@ -273,6 +275,8 @@ class CellExecution:
             tuple(run.set_variables),
             steps=bool(run.snapshot().steps),
             problems=tuple(self.recorder.problems),
+            run=run.id,
+            usage=run.used,
         )
         saved = self.cache.save(before, after)
         self.report.changed = saved.changed
