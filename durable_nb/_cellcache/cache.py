@@ -13,10 +13,10 @@ import inspect
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
@@ -57,7 +57,6 @@ from durable_nb._readback import DriftError, pickled
 from durable_nb._usage import Usage
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
-_T = TypeVar("_T")
 _RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
 _SETTINGS, _VARIABLES = "<settings>", "<context variables>"
 _OWN = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE, _SETTINGS, _VARIABLES)
@@ -352,7 +351,10 @@ class _Saving:
         patched = {id(obj) for obj, _ in patches} if not problems else set()
         try:
             problems += self.before.effects.left(patched, self.before.elsewhere.keys())
-            settings = _in_context_of(self.after.variables, self.before.effects.settings)
+            context = copy_context()  # the cell ran in one of its own, in which numpy, for one, keeps its options
+            for variable, value in self.after.variables:
+                context.run(variable.set, value)
+            settings = context.run(self.before.effects.settings)
             variables = variables_kept(self.after.variables, held)
             resources = Resources(code.tree, bound, namespace)
         except (UnsettableError, NotRemadeError) as error:
@@ -409,14 +411,6 @@ class _Saving:
 
     def _not(self, why: str) -> NotStored:
         return NotStored(why, tuple(self.changed))
-
-
-def _in_context_of(variables: Iterable[tuple[ContextVar[Any], Any]], ask: Callable[[], _T]) -> _T:
-    """The cell ran in a context of its own, in which numpy, for one, keeps its options."""
-    context = copy_context()
-    for variable, value in variables:
-        context.run(variable.set, value)
-    return context.run(ask)
 
 
 def _unpicklable(values: dict[str, Any], earlier: References, error: Exception, *, steps: bool) -> str:
