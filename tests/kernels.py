@@ -133,10 +133,13 @@ class Kernel:
         if ours is None:
             shown.displays.append(content)
             shown.order.append(f"{kind} {' '.join(sorted(content['data']))}")
-        elif "view" in ours:
+            return
+        text = content["data"]["text/plain"]
+        if "view" in ours:
             shown.views.append(content["data"])
-        else:
-            shown.told.append(content["data"]["text/plain"])
+            text = text.partition("\n")[0]
+        if "cell" in ours or "view" not in ours:
+            shown.told += [text] if shown.told[-1:] != [text] else []
 
     def value(self, expression: str) -> Any:
         """An expression's value, by way of its repr."""

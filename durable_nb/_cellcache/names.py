@@ -44,9 +44,7 @@ def names_of(tree: ast.Module) -> Names:
     walk.mention(set(walk.deferred), end)
     declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for call in _shell_calls(tree):
-        # Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`.
-        words = {word for arg in call.args for word in re.findall(r"[^\W\d]\w*", str(arg.value))}  # type: ignore[attr-defined]
-        walk.mention(words, frozenset())
+        walk.mention(_named_in_text(call), frozenset())
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     walk.mention(
         {name for text in texts for name in re.findall(r"@([^\W\d]\w*)", text)}, frozenset()
@@ -95,6 +93,11 @@ def _shell_calls(tree: ast.AST) -> list[ast.Call]:
         and node.func.value.func.id == "get_ipython"
         and all(isinstance(argument, ast.Constant) for argument in node.args)
     ]
+
+
+def _named_in_text(call: ast.Call) -> set[str]:
+    """Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`."""
+    return {word for argument in call.args for word in re.findall(r"[^\W\d]\w*", str(argument.value))}  # type: ignore[attr-defined]
 
 
 class _Walk:
@@ -195,8 +198,7 @@ class _Walk:
                     bound = self._target(target, bound)
                 return bound
             case ast.AugAssign():
-                if isinstance(node.target, ast.Name):
-                    self.mention({node.target.id}, bound)
+                self._read_target(node.target, bound)
                 bound = self.expression(node.value, bound)
                 return self._target(node.target, bound)
             case ast.AnnAssign():
@@ -309,6 +311,10 @@ class _Walk:
             case ast.Starred():
                 return self._target(node.value, bound)
         return self.expression(node, bound)  # x.y = ..., x[i] = ...: reads x and i
+
+    def _read_target(self, node: ast.expr, bound: _Bound) -> None:
+        if isinstance(node, ast.Name):
+            self.mention({node.id}, bound)
 
     def _delete(self, node: ast.expr, bound: _Bound) -> _Bound:
         if isinstance(node, ast.Tuple | ast.List):

@@ -96,6 +96,11 @@ class Recorder:
                 shown["text/plain"] = _text_of_bar(widget)
             return list(self._outputs)
 
+    def written_by(self, path: str) -> list[str]:
+        """What the step `path` has written so far, as far as it was sent."""
+        with self._lock:
+            return [o.content for o in self._outputs if o.step == path and o.kind in (STDOUT, STDERR)]
+
     @contextlib.contextmanager
     def step(self, path: str) -> Iterator[Callable[[], bytes]]:
         """What the calling task shows meanwhile belongs to the step `path`; the callable gives it, encoded."""

@@ -143,8 +143,6 @@ class CellExecution:
         await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found.manifest
         self.cache.entries.used(found.entry)
-        self.engine.savings.add(manifest.run, manifest.usage)
-        self.engine.savings.write()
         self.report.restored, self.report.opaque = True, key.opaque
         self.report.nearest = self.report.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
@@ -166,11 +164,7 @@ class CellExecution:
         turn_on_features(self.shell, self.code.tree)
         took = time.perf_counter() - began
         self.status.restored(found.variables, manifest.outputs_count, manifest.size, took, manifest.took_s)
-
-        def show(n: int, forms: Any) -> None:
-            with capture.formatted(self.shell, found.results[n], forms):
-                sys.displayhook(found.results[n])
-
+        show = lambda n, forms: self._display_again(found.results[n], forms)  # noqa: E731
         capture.show_again(self.shell, found.entry.outputs, show)
         return True
 
@@ -240,10 +234,9 @@ class CellExecution:
                     await run.finish(ended, error)
                 except StoreError as failed:
                     self.status.warn(f"how the run ended could not be written: {failed}")
-                host.close()
                 for step in run.left_running():
                     self.status.still_running(step)
-                self.status.ended(ended, time.perf_counter() - began, run.snapshot())
+                self.status.ended(ended, time.perf_counter() - began, run.snapshot(), host.view)
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
         namespace = self.shell.user_ns
@@ -254,7 +247,15 @@ class CellExecution:
             if shown and value is not None:
                 self.results.append(value)
                 with self.recorder.result(value, len(self.results) - 1):
-                    sys.displayhook(value)  # under Out[n], and as `_`
+                    self._display(value)
+
+    def _display(self, value: Any) -> None:
+        """As the value of a cell's last expression: under Out[n], and as `_`."""
+        sys.displayhook(value)
+
+    def _display_again(self, value: Any, forms: Any) -> None:
+        with capture.formatted(self.shell, value, forms):
+            self._display(value)
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
@@ -271,8 +272,6 @@ class CellExecution:
             tuple(run.set_variables),
             steps=bool(run.snapshot().steps),
             problems=tuple(self.recorder.problems),
-            run=run.id,
-            usage=run.used,
         )
         saved = self.cache.save(before, after)
         self.report.changed = saved.changed

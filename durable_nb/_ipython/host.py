@@ -10,16 +10,22 @@ from durable_nb._cellcache.mentions import looks_up_anything
 from durable_nb._cellcache.steps import Sights, see_again, seen_by, still_holds
 from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._cellrun import CellRun
-from durable_nb._current import StepRequest
+from durable_nb._current import StepRequest, engine
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._muting import Muting
+from durable_nb._preview import last_lines
 from durable_nb._run import Stage
+from durable_nb._view import Detail, RunView, Source
+from durable_nb.errors import NotSupportedError
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.world import Around
     from durable_nb._fingerprint import Fingerprint
     from durable_nb._ipython.status import StatusLine
+
+_LINES, _LINE = 60, 300
+"""Of what a step printed, lines and characters each that its view shows."""
 
 
 class NotebookHost(Stage):
@@ -34,7 +40,7 @@ class NotebookHost(Stage):
         """`around`: what records of the world are compared with; `live`: there is a front end; `quiet`: no view is wanted."""
         self._run, self._shell, self._recorder, self._status = run, shell, recorder, status
         self._live, self._quiet = live, quiet
-        self._view: Any = None
+        self.view: RunView | None = None
         self._sights = Sights(around)
 
     @contextlib.contextmanager
@@ -70,18 +76,41 @@ class NotebookHost(Stage):
     def changed(self) -> None:
         if self._quiet:
             return
-        if self._view is None:
+        if self.view is None:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
-            from durable_nb._view import RunView
+            self.view = RunView(
+                _CellSource(self._run, self._recorder),
+                live=self._live,
+                place=self._status.place,
+                send=_send,
+                line=self._status.line,
+                why=lambda: self._status.why,
+                again="cell",
+            )
+            self.view.open()
+        self.view.changed()
 
-            self._view = RunView(self._run.snapshot, live=self._live)
-            self._view.open()
-        self._view.changed()
 
-    def close(self) -> None:
-        if self._view is not None:
-            self._view.close()
+class _CellSource(Source):
+    """A cell's run, and what its steps print."""
+
+    def __init__(self, run: CellRun, recorder: Recorder) -> None:
+        super().__init__(run.snapshot)
+        self._recorder = recorder
+
+    def detail(self, path: str) -> Detail:
+        return Detail(log=tuple(last_lines(self._recorder.written_by(path), _LINES, _LINE)))
+
+
+def _send(action: str, run_id: str, step: str | None = None, comment: str = "") -> None:  # noqa: ARG001
+    """What a button of a view asks for."""
+    if action == "cancel":
+        engine().cancel(run_id, comment or "cancelled in the notebook")
+    elif action == "retry":
+        engine().resume(run_id, take_over=False)
+    else:
+        raise NotSupportedError(f"{action}: no step of the run {run_id!r} waits for a decision")
 
 
 class NotebookMuting(Muting):

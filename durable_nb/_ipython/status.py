@@ -1,14 +1,15 @@
-"""The one line above a durable cell's output: why it runs, and what it took or what restoring saved."""
+"""The one line above a durable cell's output: why it runs, and what it took or what restoring saved. Between the two, where
+the cell has steps, the view of its run stands in its place."""
 
 from __future__ import annotations
 
 import html
 import sys
-from typing import Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
 from durable_nb._housekeeping.tables import count, say_size, say_when
+from durable_nb._view import Place, RunView
 
 _STYLE = "color:var(--jp-ui-font-color2,#616161);font-size:var(--jp-ui-font-size1,13px)"
 
@@ -18,15 +19,24 @@ class StatusLine:
 
     def __init__(self, label: str, *, shown: bool, live: bool) -> None:
         self._label, self._shown, self._live = label, shown, live
-        self._handle: Any = None
+        self.place = Place(cell=label)
+        """The display that holds the line, and meanwhile the view."""
+        self.why = ""
+        """The reason for which the cell runs."""
+        self._text = ""
         self._notes: list[str] = []
 
     def show(self, state: str, text: str) -> None:
         """The cell is in `state` (running, waiting)."""
+        self.why = text if state == "running" else ""
         if self._live:
             self._display(state, f"{state}: {text}")
         elif state == "running":
             self.warn(f"running: {text}")
+
+    def line(self) -> str:
+        """Return what the line says now."""
+        return " · ".join([f"{self._label} · {self._text}", *self._notes])
 
     def advise(self, text: str) -> None:
         """Something the user may want to do, told at the end."""
@@ -59,8 +69,8 @@ class StatusLine:
         saved = f", saved {say_duration(saved_s)}" if saved_s > took_s else ""
         self._display("restored", f"restored {counts}, {say_size(size)} in {say_duration(took_s)}{saved}")
 
-    def ended(self, status: Status, took_s: float, run: Snapshot) -> None:
-        """The cell ran."""
+    def ended(self, status: Status, took_s: float, run: Snapshot, view: RunView | None) -> None:
+        """The cell ran; its view becomes the line, and unfolds."""
         kept = sum(step.status is Status.COMPLETED for step in run.steps)
         restored = sum(step.restored for step in run.steps)
         steps = f", {restored} of {count(len(run.steps), 'step')} restored" if restored else ""
@@ -75,7 +85,11 @@ class StatusLine:
             held += [f"next wake {say_when(wakes)}"] if wakes is not None and status is not Status.FAILED else []
             text = f"{word} after {say_duration(took_s)}"
             text += f", {', '.join(held)}: run the cell again to go on" if held else ""
-        if self._live:
+        if view is not None:
+            self._text = text
+            self.place.mark["state"] = status.value
+            view.close()
+        elif self._live:
             self._display(status.value, text)
 
     def warn(self, text: str) -> None:
@@ -84,14 +98,8 @@ class StatusLine:
         sys.stderr.flush()
 
     def _display(self, state: str, text: str) -> None:
-        if not self._shown:
-            return
-        from IPython.display import display
-
-        line = " · ".join([f"{self._label} · {text}", *self._notes])
-        bundle = {"text/plain": line, "text/html": f'<div style="{_STYLE}">{html.escape(line)}</div>'}
-        metadata = {"durable_nb": {"cell": self._label, "state": state}}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, metadata=metadata, display_id=True)  # type: ignore[no-untyped-call]
-        else:
-            self._handle.update(bundle, raw=True, metadata=metadata)
+        self._text = text
+        if self._shown:
+            line = self.line()
+            bundle = {"text/plain": line, "text/html": f'<div style="{_STYLE}">{html.escape(line)}</div>'}
+            self.place.show(bundle, state=state)

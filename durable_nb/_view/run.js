@@ -1,146 +1,126 @@
-/* The live view of one run. What the kernel sends is told in state.py: whole states in the trait `state`, differences as
-   messages. All time runs here, from the kernel's own clock. Text of the user's only ever becomes textContent. */
+/* The live view of one run. What the kernel sends, always a whole state in the trait `state`, is told in state.py; it holds
+   the rows that somebody looks at, and others are asked for. All time runs here, from the kernel's own clock. */
 
-const BROKEN = new Set(["failed", "interrupted"]);
 const SILENCE_S = 25; // the kernel speaks every ten seconds, unless it is blocked or gone
+const ROW = 26; // pixels; run.css has it too
+const SPARE = 8; // rows drawn beyond both edges
+const STATES = {
+  R: "restored", c: "completed", r: "running", s: "sleeping", w: "waiting", y: "retrying",
+  p: "pending", f: "failed", i: "interrupted", x: "cancelled",
+};
 
-/* One per model: keeps `state` whole, so that every view of it, also one that is made later, draws the present. */
+/* Once a model: stamps each state with the time it came, so that every view of it, also a later one, draws the present. */
 function initialize({ model }) {
+  let leave;
   const stamp = () => {
     const state = model.get("state");
     if (state?.rows && state.heard === undefined) model.set("state", { ...state, heard: Date.now() / 1000 });
-  };
-  const learn = (message) => {
-    const state = model.get("state");
-    if (message.base !== state.version) return; // one was missed: a whole state follows within seconds
-    const rows = new Map(state.rows.map((row) => [row.i, row]));
-    for (const row of message.rows) rows.set(row.i, row);
-    for (const gap of message.gaps) {
-      for (const i of rows.keys()) if (gap.from <= i && i < gap.to) rows.delete(i);
-    }
-    const ordered = [...rows.values()].sort((a, b) => a.i - b.i);
-    model.set("state", { ...message, rows: ordered, heard: Date.now() / 1000 });
+    if (state?.ended) leave ??= offerRetry(model, state);
   };
   model.on("change:state", stamp);
-  model.on("msg:custom", learn);
   stamp();
   return () => {
+    leave?.();
     model.off("change:state", stamp);
-    model.off("msg:custom", learn);
   };
 }
 
+/* A run that has failed is html that stays; as long as its kernel lives, the page has this button beside it. */
+function offerRetry(model, { ended, again }) {
+  const place = `[data-durable-nb-run="${CSS.escape(ended)}"]`;
+  let frame;
+  const find = () => {
+    frame = undefined;
+    for (const box of document.querySelectorAll(place)) {
+      if (box.parentElement.querySelector(":scope > .durable-nb")) continue;
+      const side = make("div", "durable-nb dnb-again");
+      const retry = button("Retry", () => {
+        retry.set("asked for", "Retrying…");
+        if (again === "run") model.send({ ask: "retry", run: ended });
+        else if (!runCell(box)) retry.set("run the cell again to go on from its last completed step");
+      });
+      side.append(retry.node);
+      box.before(side);
+    }
+  };
+  const later = () => {
+    frame ??= requestAnimationFrame(find);
+  };
+  const watch = new MutationObserver(later);
+  watch.observe(document.body, { childList: true, subtree: true });
+  later();
+  return () => {
+    watch.disconnect();
+    cancelAnimationFrame(frame);
+    for (const box of document.querySelectorAll(place)) box.parentElement.querySelector(":scope > .dnb-again")?.remove();
+  };
+}
+
+/* Run the cell that shows `node` as its reader would, where the page is JupyterLab or Notebook; else false. */
+function runCell(node) {
+  const cell = node.closest(".jp-Cell");
+  const run = cell?.closest(".jp-NotebookPanel")?.querySelector('[data-command^="notebook:run-cell"]');
+  if (!run) return false;
+  const mouse = (node, type) => node.dispatchEvent(new MouseEvent(type, { bubbles: true, cancelable: true, button: 0 }));
+  mouse(cell, "mousedown"); // it becomes the active cell
+  mouse(cell, "mouseup");
+  mouse(run, "mousedown"); // tool bars act on one of the two, never on both
+  mouse(run, "click");
+  return true;
+}
+
 function render({ model, el }) {
-  const root = make("section", "durable-nb");
-  const head = make("header", "dnb-head");
-  const name = make("strong", "dnb-name");
-  const status = make("span", "dnb-status");
-  const elapsed = make("span", "dnb-elapsed");
-  const counts = make("span", "dnb-counts");
-  head.append(name, status, elapsed, counts);
+  const root = make("section", "durable-nb dnb-run");
+  const head = header((action) => model.send({ ask: action, run: state.run.id }));
+  const asks = questions((action, step, comment) => model.send({ ask: action, run: state.run.id, step, comment }));
+  const list = rowList({
+    look: (from, to) => model.send({ ask: "rows", from, to }),
+    unfold: (row, open) => model.send({ ask: "unfold", row, open }),
+  });
+  const footer = make("footer", "dnb-foot dnb-quiet");
   const spoken = make("span", "dnb-spoken");
   spoken.setAttribute("role", "status");
-  spoken.setAttribute("aria-live", "polite");
-
-  const steps = make("div", "dnb-steps");
-  steps.tabIndex = 0;
-  steps.setAttribute("role", "region");
-  const table = make("table");
-  const columns = ["Step", "Status", "Time", "Attempts", "Timeline"];
-  const titles = make("tr");
-  for (const column of columns) {
-    const title = make("th", `dnb-${column.toLowerCase()}`, column);
-    title.scope = "col";
-    titles.append(title);
-  }
-  const thead = make("thead");
-  thead.append(titles);
-  const body = make("tbody");
-  table.append(thead, body);
-  steps.append(table);
-  root.append(head, spoken, steps);
+  root.append(head.node, asks.node, list.node, footer, spoken);
   el.append(root);
 
-  const lines = new Map();
   let state;
   let timer;
   let frame;
-  let following = true; // stay at the newest step until the reader scrolls away from it
-
-  steps.addEventListener("scroll", () => {
-    following = steps.scrollTop + steps.clientHeight >= steps.scrollHeight - 8;
-  });
-
-  const line = (key, build) => {
-    if (!lines.has(key)) lines.set(key, build());
-    return lines.get(key);
-  };
 
   const draw = () => {
     frame = undefined;
-    state = model.get("state");
-    if (!state?.rows) return;
-    put(name, state.run.name);
-    steps.setAttribute("aria-label", `Steps of ${state.run.name}`);
-    put(counts, summary(state));
-    table.hidden = state.total === 0;
-
-    const parts = [...state.rows, ...state.gaps].sort((a, b) => (a.i ?? a.from) - (b.i ?? b.from));
-    const wanted = [];
-    let gaps = 0;
-    for (const part of parts) {
-      // a gap keeps its button while its borders move: it may have the focus, or the mouse's button down on it
-      const key = part.i === undefined ? `gap ${gaps++}` : part.i;
-      const shown = line(key, part.i === undefined ? () => gapLine(model) : stepLine);
-      shown.show(part);
-      wanted.push([key, shown]);
-    }
-    const kept = new Set(wanted.map(([key]) => key));
-    for (const [key, shown] of lines) {
-      if (!kept.has(key)) {
-        shown.remove();
-        lines.delete(key);
-      }
-    }
-    let place = body.firstChild;
-    for (const [, shown] of wanted) {
-      for (const tr of shown.rows()) {
-        if (tr === place) place = place.nextSibling;
-        else body.insertBefore(tr, place);
-      }
-    }
+    const next = model.get("state");
+    if (!next?.rows) return; // nothing yet, or no more
+    state = next;
+    root.dataset.status = state.run.status;
+    root.setAttribute("aria-label", `Run of ${state.run.name}`);
+    head.show(state);
+    asks.show(state);
+    list.show(state);
+    put(footer, state.saved);
+    footer.hidden = !state.saved;
     tick();
-    if (following) steps.scrollTop = steps.scrollHeight;
-    const active = state.run.ended === undefined && (ACTIVE.has(state.run.status) || state.rows.some(isActive));
+    const active = state.run.ended === undefined;
     if (active && timer === undefined) timer = setInterval(tick, 1000);
     if (!active) stop();
+  };
+
+  const tick = () => {
+    const here = Date.now() / 1000;
+    const heard = state.heard ?? here;
+    const silence = state.run.ended === undefined && here - heard > SILENCE_S ? here - heard : 0;
+    root.classList.toggle("dnb-silent", silence > 0);
+    const now = silence ? state.now : here - heard + state.now; // times that went on would claim that the work does
+    head.tick(now, silence);
+    asks.tick(now);
+    list.tick(now);
+    put(spoken, silence ? `${state.run.name}: no word from the kernel` : spokenOf(state));
   };
 
   const stop = () => {
     clearInterval(timer);
     timer = undefined;
   };
-
-  const tick = () => {
-    const run = state.run;
-    const here = Date.now() / 1000;
-    const heard = state.heard ?? here;
-    const silent = run.ended === undefined && here - heard > SILENCE_S;
-    root.classList.toggle("dnb-silent", silent);
-    sayOfLine(el, run.name, silent);
-    if (silent) {
-      sign(status, "interrupted", `no word from the kernel for ${clock(Math.floor(here - heard))}`);
-      put(spoken, `${run.name}: no word from the kernel`);
-      return; // times that went on would claim that the work does
-    }
-    const now = here - heard + state.now; // by the kernel's clock, whatever the time is here
-    sign(status, run.status);
-    put(spoken, spokenOf(state));
-    put(elapsed, length((run.ended ?? now) - run.started, run.ended === undefined));
-    const end = Math.max(run.ended ?? now, state.since + 1);
-    for (const shown of lines.values()) shown.tick(now, state.since, end);
-  };
-
   const later = () => {
     frame ??= requestAnimationFrame(draw);
   };
@@ -149,148 +129,487 @@ function render({ model, el }) {
   return () => {
     stop();
     cancelAnimationFrame(frame);
+    list.forget();
     model.off("change:state", later);
   };
 }
 
-/* A step: its row and, if it has an error, one more below that unfolds. */
-function stepLine() {
-  const tr = make("tr", "dnb-row");
-  const name = make("th", "dnb-step");
-  name.scope = "row";
-  const status = make("td", "dnb-status");
-  const time = make("td", "dnb-time");
-  const attempts = make("td", "dnb-attempts");
-  const timeline = make("td", "dnb-timeline");
-  const track = make("div", "dnb-track");
-  const bar = make("div", "dnb-bar");
-  track.setAttribute("aria-hidden", "true");
-  track.append(bar);
-  timeline.append(track);
-  tr.append(name, status, time, attempts, timeline);
-  let row;
-  let error;
-
-  const unfold = () => {
-    if (!row.error) {
-      error?.tr.remove();
-      error = undefined;
-      return;
-    }
-    error ??= errorLine();
-    error.show(row.error);
-  };
-
-  return {
-    rows: () => (error ? [tr, error.tr] : [tr]),
-    show(next) {
-      if (next === row) return;
-      row = next;
-      tr.dataset.status = row.status;
-      put(name, row.name);
-      name.title = row.path ?? row.name;
-      sign(status, row.status);
-      status.title = row.status === "restored" ? "from the journal: no code ran" : "";
-      put(attempts, row.attempts === undefined ? "" : String(row.attempts));
-      unfold();
-    },
-    tick(now, since, end) {
-      put(time, timeOf(row, now));
-      const shown = row.started !== undefined && row.status !== "restored";
-      track.hidden = !shown;
-      if (!shown) return;
-      const percent = (at) => Math.min(Math.max(((at - since) / (end - since)) * 100, 0), 100);
-      const from = percent(row.started);
-      bar.style.left = `${from}%`;
-      bar.style.width = `${Math.max(percent(isActive(row) ? now : row.ended ?? now) - from, 0)}%`;
-    },
-    remove() {
-      tr.remove();
-      error?.tr.remove();
-    },
-  };
-}
-
-function errorLine() {
-  const tr = make("tr", "dnb-error");
-  const cell = make("td");
-  cell.colSpan = 5;
-  const details = make("details");
-  const summary = make("summary");
-  const full = make("pre");
-  details.append(summary, full);
-  cell.append(details);
-  tr.append(cell);
-  return {
-    tr,
-    show(error) {
-      put(summary, error.split("\n", 1)[0]);
-      put(full, error);
-    },
-  };
-}
-
-/* Steps out of sight, as a button that brings some of them into it. */
-function gapLine(model) {
-  const tr = make("tr", "dnb-gap");
-  const cell = make("td");
-  cell.colSpan = 5;
-  const button = make("button");
-  button.type = "button";
-  cell.append(button);
-  tr.append(cell);
-  let gap;
-  button.addEventListener("click", () => model.send({ ask: "page", from: gap.from }));
-  return {
-    rows: () => [tr],
-    show(next) {
-      gap = next;
-      const words = Object.entries(gap.counts);
-      const total = count(gap.to - gap.from);
-      put(button, words.length === 1 ? `… ${total} more ${words[0][0]}` : `… ${total} more: ${told(words).join(", ")}`);
-    },
-    tick() {},
-    remove: () => tr.remove(),
-  };
-}
-
-/* The line above the output says "running", and a kernel that is gone can't take that back. */
-function sayOfLine(el, name, silent) {
-  const [running, began] = [`${name} · running: `, `${name} · began: `];
-  const [from, to] = silent ? [running, began] : [began, running];
-  for (const line of el.closest(".jp-OutputArea")?.querySelectorAll(".jp-RenderedHTMLCommon > div") ?? []) {
-    if (line.textContent.startsWith(from)) line.textContent = to + line.textContent.slice(from.length);
-  }
-}
-
-function isActive(row) {
-  return ACTIVE.has(row.status);
-}
-
-function summary(state) {
-  const words = Object.entries(state.counts).filter(([word]) => word !== "completed");
-  return [`${count(state.total)} step${state.total === 1 ? "" : "s"}`, ...told(words)].join(" · ");
-}
-
 /* What a screen reader says aloud: only what matters, not each step. */
 function spokenOf(state) {
-  const broken = Object.entries(state.counts).filter(([word]) => BROKEN.has(word));
-  return [`${state.run.name} ${state.run.status}`, ...told(broken)].join(", ");
+  const broken = ["failed", "interrupted"].filter((word) => state.counts[word]).map((word) => `${state.counts[word]} ${word}`);
+  const waits = state.approvals.length ? ["waits for a decision"] : [];
+  return [`${state.run.name} ${state.run.status}`, ...broken, ...waits].join(", ");
+}
+
+/* Name, status, how long, how far; Cancel and Retry. */
+function header(send) {
+  const node = make("header", "dnb-head");
+  const status = make("span", "dnb-badge");
+  const name = make("strong", "dnb-name");
+  const why = make("span", "dnb-why dnb-quiet dnb-cut");
+  const elapsed = make("span", "dnb-elapsed");
+  const far = make("span", "dnb-far dnb-quiet");
+  const track = make("div", "dnb-track dnb-whole");
+  const bar = make("div", "dnb-bar");
+  track.append(bar);
+  track.setAttribute("role", "progressbar");
+  track.setAttribute("aria-label", "Steps done");
+  track.setAttribute("aria-valuemin", "0");
+  const buttons = make("span", "dnb-buttons");
+  const pressed = {};
+  const press = (action, words) => () => {
+    pressed[action] = Date.now();
+    act[action].set("asked for", words);
+    send(action);
+  };
+  const act = {
+    cancel: button("Cancel", () => press("cancel", "Cancelling…")()),
+    retry: button("Retry", () => press("retry", "Retrying…")()),
+  };
+  buttons.append(act.cancel.node, act.retry.node);
+  const line = make("div", "dnb-line");
+  line.append(status, name, why, elapsed, far, buttons);
+  node.append(line, track);
+  let state;
+  return {
+    node,
+    show(next) {
+      state = next;
+      put(name, state.run.name);
+      name.title = state.run.name;
+      put(why, state.run.why ?? "");
+      why.title = state.run.why ?? "";
+      const { done, total, counts } = state;
+      track.setAttribute("aria-valuemax", String(total));
+      track.setAttribute("aria-valuenow", String(done));
+      track.classList.toggle("dnb-unknown", Boolean(state.open) || total === 0);
+      const broken = counts.failed ?? 0;
+      bar.dataset.status = broken ? "failed" : "running";
+      bar.style.width = `${total ? (100 * done) / total : 0}%`;
+      for (const action of ["cancel", "retry"]) {
+        if (!pressed[action] || state.actions[action]) act[action].set(state.actions[action]);
+        if (state.actions[action]) pressed[action] = 0;
+      }
+    },
+    tick(now, silence) {
+      const { run, done, total, rate, left } = state;
+      if (silence) sign(status, "interrupted", `no word from the kernel for ${clock(silence)}`);
+      else sign(status, run.status);
+      put(elapsed, length((run.ended ?? now) - run.started, run.ended === undefined));
+      const parts = [state.open ? `${count(done)} done` : `${count(done)} of ${count(total)}`];
+      const word = (status) => (state.counts[status] ? parts.push(`${count(state.counts[status])} ${status}`) : 0);
+      word("restored");
+      word("failed");
+      if (rate && !silence) {
+        parts.push(rate >= 1 ? `${rate.toFixed(1)}/s` : `${(rate * 60).toFixed(1)}/min`);
+        parts.push(`${clock(Math.max(left - (now - state.now), 0))} left`);
+      }
+      put(far, parts.join(" · "));
+    },
+  };
+}
+
+/* Decisions that the run waits for: a card each, with a comment and two buttons. */
+function questions(send) {
+  const node = make("div", "dnb-asks");
+  const cards = new Map();
+  const card = (path) => {
+    const box = make("div", "dnb-ask");
+    box.dataset.status = "waiting";
+    box.setAttribute("role", "group");
+    const prompt = make("div", "dnb-prompt");
+    const until = make("span", "dnb-until dnb-quiet");
+    const comment = make("input", "dnb-input");
+    comment.type = "text";
+    comment.maxLength = 2000;
+    comment.placeholder = "Comment (optional)";
+    comment.setAttribute("aria-label", `Comment on ${path}`);
+    const decide = (action, words) => () => {
+      decided = true;
+      approve.set("the decision was sent", action === "approve" ? words : "Approve");
+      reject.set("the decision was sent", action === "reject" ? words : "Reject");
+      comment.disabled = true;
+      send(action, path, comment.value);
+    };
+    const approve = button("Approve", () => decide("approve", "Approving…")(), "dnb-primary");
+    const reject = button("Reject", () => decide("reject", "Rejecting…")());
+    const line = make("div", "dnb-decide");
+    line.append(comment, approve.node, reject.node, until);
+    box.append(prompt, line);
+    let decided = false;
+    let ask;
+    return {
+      box,
+      show(next, reason) {
+        ask = next;
+        put(prompt, ask.prompt || ask.path);
+        box.setAttribute("aria-label", `Decision: ${ask.prompt || ask.path}`);
+        if (!decided) {
+          approve.set(reason);
+          reject.set(reason);
+        }
+      },
+      tick: (now) => put(until, ask.deadline === undefined ? "" : `times out in ${clock(ask.deadline - now)}`),
+    };
+  };
+  return {
+    node,
+    show(state) {
+      const wanted = new Set(state.approvals.map((ask) => ask.path));
+      for (const [path, { box }] of cards) {
+        if (!wanted.has(path)) {
+          box.remove();
+          cards.delete(path);
+        }
+      }
+      for (const ask of state.approvals) {
+        if (!cards.has(ask.path)) {
+          cards.set(ask.path, card(ask.path));
+          node.append(cards.get(ask.path).box);
+        }
+        cards.get(ask.path).show(ask, state.actions.approve);
+      }
+    },
+    tick: (now) => cards.forEach((card) => card.tick(now)),
+  };
+}
+
+/* The steps: as many as there are, but only those in sight are drawn. A tree grid, moved in with the arrow keys. */
+function rowList({ look, unfold }) {
+  const node = make("div", "dnb-list");
+  node.tabIndex = 0;
+  node.setAttribute("role", "treegrid");
+  node.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's arrow keys move between cells
+  const space = make("div", "dnb-space");
+  space.setAttribute("role", "presentation");
+  node.append(space);
+
+  const shown = new Map(); // id or place -> row drawn
+  const spare = []; // rows that went out of sight: their elements are used again
+  const known = new Map(); // place -> what was told of it last
+  const heights = new Map(); // id -> height of its panel
+  const own = `dnb-${Math.random().toString(36).slice(2)}`;
+  let state;
+  let panels = [];
+  let layout = "";
+  let now = 0;
+  let current = -1; // the place of the row that the keys act on
+  let following = true; // stay at the newest step until the reader scrolls away from it
+  let asked = "";
+  let drawnAt = 0;
+  let frame;
+
+  const offset = (at) => at * ROW + panels.reduce((sum, p) => sum + (p.at < at ? heights.get(p.id) ?? 0 : 0), 0);
+  const total = () => offset(state.length);
+  const placeAt = (y) => {
+    let at = Math.floor(y / ROW);
+    while (at > 0 && offset(at) > y) at -= 1;
+    return at;
+  };
+
+  const draw = () => {
+    frame = undefined;
+    if (!state || !node.clientWidth) return; // the page is hidden, and would forget where it was
+    space.style.height = `${total()}px`;
+    if (following) node.scrollTop = node.scrollHeight;
+    drawnAt = node.scrollTop;
+    const first = Math.max(placeAt(node.scrollTop) - SPARE, 0);
+    const last = Math.min(placeAt(node.scrollTop + node.clientHeight) + SPARE, state.length - 1);
+    const kept = new Set();
+    for (let at = first; at <= last; at += 1) kept.add(known.get(at)?.id ?? `at ${at}`);
+    for (const [key, line] of shown) {
+      if (kept.has(key)) continue;
+      spare.push(line);
+      shown.delete(key);
+    }
+    let lacking = false;
+    for (let at = first; at <= last; at += 1) {
+      const row = known.get(at);
+      const key = row?.id ?? `at ${at}`;
+      lacking ||= row === undefined;
+      if (!shown.has(key)) {
+        const line = spare.pop() ?? rowLine(own, toggle);
+        shown.set(key, line);
+      }
+      const line = shown.get(key);
+      const place = space.children[at - first]; // who listens reads in this order
+      if (place !== line.node) space.insertBefore(line.node, place ?? null);
+      line.show(row, at, panels.find((panel) => panel.id === row?.id));
+      line.node.classList.toggle("dnb-current", at === current);
+      line.tick(now, state);
+      line.node.style.transform = `translateY(${offset(at)}px)`;
+    }
+    while (spare.length) spare.pop().node.remove();
+    measure();
+    if (last < first) return;
+    const want = `${first} ${last} ${state.length}`;
+    const told = state.rows.length === state.length;
+    if (!told && want !== asked) {
+      // what is in sight is told from now on; what is not known yet is waited for
+      asked = want;
+      look(first, last);
+    }
+    node.classList.toggle("dnb-lacking", lacking);
+  };
+
+  /* Panels are as high as their text: the rows below move. */
+  const measure = () => {
+    let moved = false;
+    for (const panel of panels) {
+      const height = shown.get(panel.id)?.panelHeight();
+      if (height && heights.get(panel.id) !== height) {
+        heights.set(panel.id, height);
+        moved = true;
+      }
+    }
+    if (moved) later();
+  };
+
+  const later = () => {
+    frame ??= requestAnimationFrame(draw);
+  };
+
+  const toggle = (row, open = !row.open) => {
+    following = false;
+    unfold(row.id, open);
+  };
+
+  const move = (to) => {
+    current = Math.min(Math.max(to, 0), state.length - 1);
+    const top = offset(current);
+    if (top < node.scrollTop) node.scrollTop = top;
+    if (top + ROW > node.scrollTop + node.clientHeight) node.scrollTop = top + ROW - node.clientHeight;
+    node.setAttribute("aria-activedescendant", `${own}-${current}`);
+    following = false;
+    later();
+  };
+
+  node.addEventListener("scroll", () => {
+    following = node.scrollTop + node.clientHeight >= node.scrollHeight - 4 && node.scrollHeight > node.clientHeight;
+    later();
+  });
+  node.addEventListener("click", (event) => {
+    const at = Number(event.target.closest(".dnb-row")?.dataset.at ?? -1);
+    if (at >= 0) move(at);
+  });
+  node.addEventListener("keydown", (event) => {
+    if (!state?.length || event.target !== node || event.ctrlKey || event.metaKey || event.altKey) return;
+    const page = Math.max(Math.floor(node.clientHeight / ROW) - 1, 1);
+    const row = known.get(current);
+    const acts = {
+      ArrowDown: () => move(current + 1),
+      ArrowUp: () => move(current - 1),
+      PageDown: () => move(current + page),
+      PageUp: () => move(current - page),
+      Home: () => move(0),
+      End: () => move(state.length - 1),
+      ArrowRight: () => row && !row.open && toggle(row, true),
+      ArrowLeft: () => row && row.open && toggle(row, false),
+      Enter: () => row && toggle(row),
+      " ": () => row && toggle(row),
+    };
+    if (!acts[event.key]) return;
+    event.preventDefault();
+    event.stopPropagation();
+    acts[event.key]();
+  });
+  const sized = new ResizeObserver(later);
+  sized.observe(node);
+
+  return {
+    node,
+    show(next) {
+      state = next;
+      panels = state.panels;
+      node.hidden = state.length === 0;
+      node.setAttribute("aria-label", `Steps of ${state.run.name}`);
+      node.setAttribute("aria-rowcount", String(state.length));
+      // where rows were unfolded or folded, what was known of a place is another row's
+      const open = state.rows.filter((row) => row.open).map((row) => row.id).join();
+      if (open !== layout) known.clear();
+      layout = open;
+      for (const row of state.rows) known.set(row.at, row);
+      later();
+    },
+    tick(time) {
+      now = time;
+      if (node.scrollTop !== drawnAt) later(); // a page that was hidden comes back without a word
+      shown.forEach((line) => line.tick(now, state));
+    },
+    forget: () => {
+      sized.disconnect();
+      cancelAnimationFrame(frame);
+    },
+  };
+}
+
+/* One row of the list and, where it is unfolded, the panel below it. */
+function rowLine(own, toggle) {
+  const node = make("div", "dnb-row");
+  node.setAttribute("role", "row");
+  const line = make("div", "dnb-cells");
+  const cell = (className) => {
+    const made = make("span", className);
+    made.setAttribute("role", "gridcell");
+    line.append(made);
+    return made;
+  };
+  const step = cell("dnb-step");
+  const status = cell("dnb-status");
+  const time = cell("dnb-time");
+  const when = cell("dnb-when");
+  const twist = make("span", "dnb-twist");
+  twist.setAttribute("aria-hidden", "true");
+  const name = make("span", "dnb-cut dnb-title");
+  const more = make("span", "dnb-quiet dnb-more");
+  const error = make("span", "dnb-error dnb-cut");
+  step.append(twist, name, more, error);
+  const badge = make("span", "dnb-badge");
+  status.append(badge);
+  const track = make("div", "dnb-track");
+  const bar = make("div", "dnb-bar");
+  track.append(bar);
+  when.append(track);
+  when.setAttribute("aria-hidden", "true");
+  node.append(line);
+  let row;
+  let panel;
+  line.addEventListener("click", () => row && toggle(row));
+
+  return {
+    node,
+    panelHeight: () => panel?.node.offsetHeight ?? 0,
+    show(next, at, detail) {
+      node.id = `${own}-${at}`;
+      node.dataset.at = at;
+      node.setAttribute("aria-rowindex", String(at + 1));
+      if (detail && !panel) {
+        panel = panelOf();
+        node.append(panel.node);
+      }
+      if (!detail && panel) {
+        panel.node.remove();
+        panel = undefined;
+      }
+      panel?.show(detail);
+      if (next === row) return;
+      row = next;
+      if (!row) {
+        // it scrolls by before the kernel has told of it
+        put(name, "…");
+        for (const part of [more, error, time]) put(part, "");
+        sign(badge, "pending", "");
+        node.removeAttribute("aria-expanded");
+        track.hidden = true;
+        return;
+      }
+      node.dataset.status = row.status;
+      node.setAttribute("aria-level", String((row.depth ?? 0) + 1));
+      node.setAttribute("aria-expanded", String(Boolean(row.open)));
+      step.style.paddingLeft = `${8 + 16 * (row.depth ?? 0)}px`;
+      put(name, row.n ? `${row.name} × ${count(row.n)}` : row.name);
+      name.title = row.path ?? row.name;
+      const notes = [];
+      if (row.median !== undefined) notes.push(`median ${length(row.median)}`);
+      if (row.note) notes.push(row.note);
+      if (row.tokens !== undefined) notes.push(`${count(row.tokens)} tokens`);
+      if (row.cost) notes.push(row.cost);
+      put(more, notes.length ? ` · ${notes.join(" · ")}` : "");
+      put(error, row.error ? firstLine(row.error) : "");
+      error.title = row.error ?? "";
+      sign(badge, row.status, wordsOf(row));
+      badge.title = row.status === "restored" ? "from the journal: no code ran" : "";
+      track.classList.toggle("dnb-strip", row.strip !== undefined);
+      if (row.strip !== undefined) track.style.background = gradient(row.strip);
+      else track.style.background = "";
+    },
+    tick(now, state) {
+      if (!row) return;
+      put(time, timeOf(row, now));
+      const started = row.started !== undefined && row.status !== "restored";
+      track.hidden = row.strip === undefined && !started && !row.progress;
+      bar.hidden = row.strip !== undefined;
+      if (track.hidden || bar.hidden) return;
+      const end = Math.max(state.run.ended ?? now, state.since + 1);
+      const percent = (at) => Math.min(Math.max(((at - state.since) / (end - state.since)) * 100, 0), 100);
+      const [from, to] = row.progress
+        ? [0, (100 * row.progress[0]) / (row.progress[1] || row.progress[0] || 1)]
+        : [percent(row.started), percent(ACTIVE.has(row.status) ? now : row.ended ?? now)];
+      bar.style.left = `${Math.min(from, 99)}%`;
+      bar.style.width = `${Math.max(to - from, 0)}%`;
+    },
+  };
+}
+
+/* What a step was given, what it gave, what it says and how it failed. */
+function panelOf() {
+  const node = make("div", "dnb-panel");
+  const parts = {};
+  for (const [key, label] of [["arguments", "Arguments"], ["log", "Log"], ["result", "Result"], ["traceback", "Error"]]) {
+    const part = make("div", "dnb-part");
+    const text = make("pre", "dnb-code");
+    text.tabIndex = 0;
+    text.setAttribute("aria-label", label);
+    part.append(make("div", "dnb-label dnb-quiet", label), text);
+    parts[key] = { part, text };
+    node.append(part);
+  }
+  const none = make("div", "dnb-quiet dnb-none");
+  node.append(none);
+  return {
+    node,
+    show(detail) {
+      let any = false;
+      for (const [key, { part, text }] of Object.entries(parts)) {
+        const words = key === "log" ? (detail.log ?? []).join("\n") : detail[key] ?? "";
+        const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 4;
+        const changed = text.textContent !== words;
+        put(text, words);
+        part.hidden = !words;
+        any ||= Boolean(words);
+        if (key === "log" && changed && atEnd) text.scrollTop = text.scrollHeight;
+      }
+      put(none, any ? "" : detail.cut ? "too much is unfolded: fold another row" : "nothing was recorded of its arguments and result");
+      none.hidden = any;
+    },
+  };
+}
+
+function wordsOf(row) {
+  if (row.n) {
+    const done = row.done === row.n ? row.status : `${count(row.done)} of ${count(row.n)}`;
+    return row.broken ? `${done} · ${count(row.broken)} failed` : done;
+  }
+  return row.attempts === undefined ? row.status : `${row.status} · ${row.attempts} attempts`;
 }
 
 function timeOf(row, now) {
-  if (row.wake !== undefined && (row.status === "sleeping" || row.status === "retrying")) {
-    const left = Math.ceil(row.wake - now);
-    const verb = row.status === "sleeping" ? "wakes" : "retries";
-    return left > 0 ? `${verb} in ${clock(left)}` : `${verb} now`;
+  if (row.progress?.[1]) return `${count(row.progress[0])} of ${count(row.progress[1])}`;
+  if (row.wake !== undefined && ["sleeping", "retrying", "waiting"].includes(row.status)) {
+    const verb = { sleeping: "wakes", retrying: "retries", waiting: "times out" }[row.status];
+    return row.wake > now ? `${verb} in ${clock(row.wake - now)}` : `${verb} now`;
   }
   if (row.started === undefined || row.status === "restored") return "";
-  if (isActive(row)) return length(now - row.started, true);
-  return row.ended === undefined ? "" : length(row.ended - row.started, false);
+  if (ACTIVE.has(row.status)) return length(now - row.started, true);
+  return row.ended === undefined ? "" : length(row.ended - row.started);
 }
 
-function told(words) {
-  return words.map(([word, number]) => `${count(number)} ${word}`);
+/* The states of many steps as one background: however many there are, one element. */
+function gradient(strip) {
+  const stops = [];
+  let start = 0;
+  for (let i = 0; i < strip.length; i += 1) {
+    if (strip[i + 1] === strip[i]) continue;
+    const colour = { c: "completed", R: "restored", r: "running", f: "failed" }[strip[i]];
+    const name = colour ?? ("swyi".includes(strip[i]) ? "waiting" : STATES[strip[i]] === "cancelled" ? "quiet" : "idle");
+    stops.push(`var(--dnb-${name}) ${((100 * start) / strip.length).toFixed(2)}% ${((100 * (i + 1)) / strip.length).toFixed(2)}%`);
+    start = i + 1;
+  }
+  return `linear-gradient(90deg, ${stops.join(", ")})`;
+}
+
+function firstLine(text) {
+  return text.split("\n", 1)[0];
 }
 
 export default { initialize, render };

@@ -78,12 +78,12 @@ function length(seconds, growing = false) {
   return `${whole} s`;
 }
 
-/* What is left, as a clock: 0:42, 1:02:03, 2 d 03:04:05. */
+/* What is left, as a clock: 0:42, 1:02:03; of days, 6 d 23 h. */
 function clock(seconds) {
   const whole = Math.max(Math.ceil(seconds), 0);
   const [days, hours, minutes] = [Math.floor(whole / 86400), Math.floor(whole / 3600) % 24, Math.floor(whole / 60) % 60];
   const tail = `${two(minutes)}:${two(whole % 60)}`;
-  if (days) return `${days} d ${two(hours)}:${tail}`;
+  if (days) return `${days} d ${hours} h`;
   return hours ? `${hours}:${tail}` : `${minutes}:${two(whole % 60)}`;
 }
 

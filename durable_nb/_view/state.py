@@ -1,71 +1,207 @@
-"""What the live view is told: a whole state that fits in one message, or what has changed since the last one.
+"""What the live view is told of a run, and where that comes from: the one module of the views that meets the engine's facts.
 
-    {"version": 7, "now": 1700000000.0, "since": 1699999990.0, "total": 3,
-     "run": {"name": "nightly", "status": "running", "started": 1699999990.0},
-     "counts": {"restored": 1, "completed": 1, "running": 1},
-     "rows": [{"i": 0, "name": "charge", "status": "restored"}, ...],
-     "gaps": [{"from": 20, "to": 950, "counts": {"restored": 930}}, ...]}
+    {"version": 7, "now": 1700000000.0, "since": 1699999990.0,
+     "run": {"id": "run-1", "name": "nightly", "status": "running", "why": "first run", "started": 1699999990.0},
+     "total": 30, "done": 12, "rate": 3.1, "left": 5.8, "counts": {"restored": 2, "completed": 10, "running": 18},
+     "saved": "2 steps were restored, which saved 41 s",
+     "length": 2, "rows": [{"at": 0, "id": 1, "name": "charge", "status": "restored"},
+                           {"at": 1, "id": 2, "name": "fold", "n": 29, "status": "running", "strip": "ccccccrr…"}],
+     "panels": [{"at": 0, "id": 1, "arguments": "...", "result": "...", "log": [], "traceback": "..."}],
+     "approvals": [{"path": "publish", "prompt": "...", "deadline": 1700000000.0}],
+     "actions": {"cancel": "", "retry": "the run has not ended"}}
 
-A difference is the same with `base`, the version it builds on, and only those rows that are new or have changed: a row
-of the base that lies in none of the difference's gaps stays as it was. Times are unix seconds; what is unknown is left
-out.
+`length` rows are to be seen; `rows` are those that fit and that somebody looks at. An action's text is the reason why it can't
+be asked for. Times are unix seconds; what is unknown is left out.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from durable_nb._view.window import by_interest, window
-from durable_nb._view.words import clipped, counted, word
+from durable_nb._clock import say_duration
+from durable_nb._facts import Snapshot, Status
+from durable_nb._view.fold import Group, Row, flat, fold, told
+from durable_nb._view.words import ACTIVE, clipped, counted, word
 
 if TYPE_CHECKING:
-    from durable_nb._facts import Snapshot, Step
+    from durable_nb._facts import Step
 
-LIMIT = 40 * 1024
+LIMIT = 24 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
+PAGE = 40
+"""Rows at each end that are told unasked."""
 NAME = 160
-ERROR = 2000
+ERROR = 300
+TEXT = 2000
+"""Of a panel's arguments and result."""
+TRACEBACK = 6000
+LINES = 60
+
+ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.INTERRUPTED})
 
 State = dict[str, Any]
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-def whole(snapshot: Snapshot, *, version: int, now: float, pages: tuple[int, ...] = ()) -> State:
-    """Return all that a view needs, the least interesting rows left out until it fits into `LIMIT` bytes."""
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """What a step tells when it is unfolded. Texts are previews, made where the step was recorded."""
+
+    arguments: str = ""
+    result: str = ""
+    log: tuple[str, ...] = ()
+    """Its last lines, while it runs and after."""
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What is told of a step besides its facts."""
+
+    done: float | None = None
+    total: float | None = None
+    note: str = ""
+    """Of `durable.progress(done, total, note)`."""
+    tokens: int | None = None
+    cost: str = ""
+    """As text: '$0.0021'."""
+    prompt: str | None = None
+    """The step waits for a decision on this question."""
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Actions:
+    """Why each can't be asked for now; '' where it can."""
+
+    cancel: str = ""
+    retry: str = ""
+    approve: str = ""
+
+
+class Source:
+    """A run as its view sees it. Give it more by overriding."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def snapshot(self) -> Snapshot:
+        """Return the run as it stands."""
+        return self._snapshot()
+
+    def total(self) -> int | None:
+        """Return how many steps there will be, if that is known."""
+        return None
+
+    def extras(self) -> Mapping[str, Extra]:
+        """Return, by the steps' paths, what there is besides their facts."""
+        return {}
+
+    def detail(self, path: str) -> Detail:  # noqa: ARG002
+        """Return what the step of that path tells when it is unfolded."""
+        return Detail()
+
+    def actions(self, status: Status) -> Actions:
+        """Return which buttons act for a run of that status."""
+        ended = f"the run is {status.value}"
+        if status not in ENDED:
+            return Actions(retry="the run has not ended", approve=NO_APPROVALS)
+        again = "" if status in {Status.FAILED, Status.INTERRUPTED, Status.CANCELLED} else ended
+        return Actions(ended, again, ended)
+
+
+NO_APPROVALS = "nobody waits for a decision"
+
+
+@dataclass(slots=True)
+class Look:
+    """What the readers of one view have asked to see."""
+
+    opened: set[str] = field(default_factory=set)
+    """Keys of the rows that are unfolded."""
+    windows: list[tuple[int, int]] = field(default_factory=list)
+    """Places that are looked at, the latest first."""
+    _ids: dict[str, int] = field(default_factory=dict)
+    _keys: dict[int, str] = field(default_factory=dict)
+
+    def id_of(self, key: str) -> int:
+        """Return a number that stands for a row's key, whatever its length."""
+        found = self._ids.setdefault(key, len(self._ids) + 1)
+        self._keys[found] = key
+        return found
+
+    def toggle(self, row: int, unfolded: bool) -> None:
+        """Unfold a row, or fold it; nothing where there is no such row."""
+        if (key := self._keys.get(row)) is not None:
+            (self.opened.add if unfolded else self.opened.discard)(key)
+
+    def at(self, first: int, last: int) -> None:
+        """Somebody looks at these places. Two views of a run may be open at once."""
+        self.windows = [(first, min(last, first + 3 * PAGE)), *self.windows[:1]]
+
+
+def whole(source: Source, look: Look, *, version: int, now: float, why: str = "") -> State:
+    """Return all that a view needs; rows that nobody looks at are left out until it fits into `LIMIT` bytes."""
+    snapshot, extras = source.snapshot(), source.extras()
     words = [word(step) for step in snapshot.steps]
-    places = by_interest(snapshot.steps, pages)
+    counts = counted(words)
+    rows = flat(fold(snapshot.steps), look.opened)
     state: State = {
         "version": version,
         "now": now,
-        "since": _since(snapshot),
+        "since": since(snapshot),
         "run": _known(
+            id=clipped(snapshot.id, NAME),
             name=clipped(snapshot.name, NAME),
             status=snapshot.status.value,
+            why=clipped(why, NAME) or None,
             started=snapshot.started_at,
             ended=snapshot.ended_at,
         ),
-        "total": len(words),
-        "counts": counted(words),
+        "counts": counts,
+        **progress(snapshot, counts, source.total(), now),
+        "saved": saved(snapshot, extras),
+        "length": len(rows),
+        "approvals": [
+            _known(path=step.path, prompt=clipped(extra.prompt, TEXT), deadline=extra.deadline)
+            for step in snapshot.steps
+            if (extra := extras.get(step.path)) and extra.prompt is not None and step.status is Status.WAITING
+        ][:5]
+        if extras
+        else [],
+        "actions": _actions(source.actions(snapshot.status)),
+        "panels": [
+            _panel(at, look.id_of(row.key), source, row.step)
+            for at, row in enumerate(rows)
+            if not row.is_group and row.key in look.opened
+        ][:40]
+        if look.opened
+        else [],
     }
-    while True:
-        chosen = window(words, places)
-        state["rows"] = [_row(i, snapshot.steps[i], words[i]) for i in chosen.shown]
-        state["gaps"] = [{"from": gap.start, "to": gap.stop, "counts": gap.counts} for gap in chosen.gaps]
-        if size(state) <= LIMIT:
-            return state
-        places = places[: len(places) * 3 // 4]
-
-
-def difference(old: State, new: State) -> State:
-    """Return `new` without the rows that `old` has told already."""
-    told = {row["i"]: row for row in old["rows"]}
-    rows = [row for row in new["rows"] if told.get(row["i"]) != row]
-    return {**new, "base": old["version"], "rows": rows}
+    places = list(dict.fromkeys(_places(len(rows), look.windows)))
+    found: list[State] = []
+    left = LIMIT - size(state)
+    if left < 0:  # many panels of much text: the later ones tell less
+        _shorten(state["panels"], -left)
+        left = LIMIT - size(state)
+    for at in places:
+        row = _row(at, rows[at], look, extras)
+        left -= size(row) + 2
+        if left < 0:
+            break
+        found.append(row)
+    state["rows"] = sorted(found, key=lambda row: int(row["at"]))
+    return state
 
 
 def same(old: State, new: State) -> bool:
     """Tell whether a reader would see no difference; the time of asking is none."""
-    passing = ("version", "now")
+    passing = ("version", "now", "rate", "left")
     return {k: v for k, v in old.items() if k not in passing} == {k: v for k, v in new.items() if k not in passing}
 
 
@@ -74,24 +210,131 @@ def size(state: State) -> int:
     return len(json.dumps(state, ensure_ascii=False, separators=(", ", ": ")).encode())
 
 
-def _row(i: int, step: Step, word: str) -> State:
-    return _known(
-        i=i,
-        name=clipped(step.name, NAME),
-        path=clipped(step.path, NAME) if step.path != step.name else None,
-        status=word,
-        started=step.started_at,
-        ended=step.ended_at,
-        attempts=step.attempts if step.attempts > 1 else None,
-        wake=step.wake_at,
-        error=clipped(step.error, ERROR) if step.error else None,
-    )
-
-
-def _since(snapshot: Snapshot) -> float:
+def since(snapshot: Snapshot) -> float:
     """Return where the timeline begins: restored steps ran in another life and would squeeze this one to a dot."""
     begun = (step.started_at for step in snapshot.steps if step.started_at is not None and not step.restored)
     return min(begun, default=snapshot.started_at)
+
+
+def progress(snapshot: Snapshot, counts: dict[str, int], total: int | None, now: float) -> State:
+    """Return how far a run is; how fast it goes and how long it will take, where several of its steps are still to come."""
+    done = counts.get("completed", 0) + counts.get("restored", 0)
+    known = max(total or 0, len(snapshot.steps))
+    unfinished = known - done - sum(counts.get(name, 0) for name in ("failed", "cancelled"))
+    facts: State = {"done": done, "total": known}
+    if total is None and unfinished <= 1:
+        return facts if snapshot.status in ENDED else {**facts, "open": True}
+    executed = counts.get("completed", 0)
+    waits = any(counts.get(name) for name in ("sleeping", "waiting", "retrying"))
+    took = now - since(snapshot)
+    if executed >= 3 and took > 1 and unfinished > 0 and snapshot.status is Status.RUNNING and not waits:
+        rate = executed / took
+        facts |= {"rate": round(rate, 3), "left": round(unfinished / rate, 1)}
+    return facts
+
+
+def saved(snapshot: Snapshot, extras: Mapping[str, Extra]) -> str:
+    """Return a line on what restoring saved; '' where nothing was restored."""
+    restored = [step for step in snapshot.steps if step.restored and step.status is Status.COMPLETED]
+    if not restored:
+        return ""
+    seconds = sum(s.ended_at - s.started_at for s in restored if s.ended_at and s.started_at and s.kind != "sleep")
+    tokens = sum(extra.tokens or 0 for step in restored if (extra := extras.get(step.path)))
+    parts = [say_duration(seconds)] if seconds >= 0.001 else []
+    parts += [f"{tokens:,} tokens"] if tokens else []
+    what = "1 step was restored" if len(restored) == 1 else f"{len(restored):,} steps were restored"
+    return f"{what}, which saved {' and '.join(parts)}" if parts else what
+
+
+def _places(length: int, windows: Sequence[tuple[int, int]]) -> list[int]:
+    """Return which rows to tell, the most wanted first."""
+    asked = [at for first, last in windows for at in range(max(first, 0), min(last + 1, length))]
+    return [*asked, *range(length - 1, max(length - PAGE, 0) - 1, -1), *range(min(PAGE, length))]
+
+
+def _row(at: int, row: Row, look: Look, extras: Mapping[str, Extra]) -> State:
+    common = {
+        "at": at,
+        "id": look.id_of(row.key),
+        "name": clipped(row.name, NAME),
+        "depth": row.depth or None,
+        "open": True if row.key in look.opened else None,
+    }
+    if row.is_group:
+        return _known(**common, **_group(told(row), len(row.steps)))
+    return _known(**common, **_step(row.step, extras.get(row.step.path)), parent=True if row.below else None)
+
+
+def _group(group: Group, n: int) -> State:
+    broken = group.counts.get("failed", 0) + group.counts.get("interrupted", 0)
+    return {
+        "n": n,
+        "status": group.status,
+        "done": group.done,
+        "broken": broken or None,
+        "median": group.median_s,
+        "strip": group.strip,
+        "started": group.started_at,
+        "ended": group.ended_at,
+        "wake": group.wake_at,
+        "error": clipped(group.error, ERROR) if group.error else None,
+    }
+
+
+def _step(step: Step, extra: Extra | None) -> State:
+    facts: State = {
+        "path": clipped(step.path, NAME) if step.path != step.name else None,
+        "status": word(step),
+        "started": step.started_at,
+        "ended": step.ended_at,
+        "attempts": step.attempts if step.attempts > 1 else None,
+        "wake": step.wake_at,
+        "error": clipped(step.error, ERROR) if step.error else None,
+    }
+    if extra is not None:
+        facts |= {
+            "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
+            "note": clipped(extra.note, ERROR) or None,
+            "tokens": extra.tokens,
+            "cost": extra.cost or None,
+            "wake": step.wake_at if extra.deadline is None else extra.deadline,
+        }
+    return facts
+
+
+def _panel(at: int, row: int, source: Source, step: Step) -> State:
+    detail = source.detail(step.path)
+    error = detail.traceback or step.error or ""
+    return _known(
+        at=at,
+        id=row,
+        arguments=clipped(detail.arguments, TEXT) or None,
+        result=clipped(detail.result, TEXT) or None,
+        log=[clipped(line, ERROR) for line in detail.log[-LINES:]] or None,
+        traceback=_end_of(error, TRACEBACK) or None,
+    )
+
+
+def _end_of(text: str, length: int) -> str:
+    """Return a traceback's end, where the error is, without its colours."""
+    text = _COLOUR.sub("", text)
+    kept = text if len(text) <= length else "…" + text[1 - length :]
+    return clipped(kept, length)
+
+
+def _shorten(panels: list[State], by: int) -> None:
+    for panel in reversed(panels):
+        if by <= 0:
+            return
+        before = size(panel)
+        for name in ("log", "arguments", "result", "traceback"):
+            panel.pop(name, None)
+        panel["cut"] = True
+        by -= before - size(panel)
+
+
+def _actions(actions: Actions) -> State:
+    return {"cancel": actions.cancel, "retry": actions.retry, "approve": actions.approve}
 
 
 def _known(**facts: Any) -> State:

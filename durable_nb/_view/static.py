@@ -1,85 +1,57 @@
 """A run as static html and as text: what stays in a saved notebook, on GitHub, in a log. Pure functions of the facts.
 
-The html needs no style, for GitHub drops it: the inline ones only undo what JupyterLab does to a table's alignment.
+The html is one line that unfolds (`<details>`), so that the cell's result stands where people look. It needs no style sheet and
+no script, for a saved notebook has neither; where inline styles are dropped as well only the colours and the strip are lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status, Step
-from durable_nb._view.window import Gap, by_interest, window
-from durable_nb._view.words import ACTIVE, COLOURS, ICONS, clipped, columns, counted, plain, word
+from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
+from durable_nb._view.state import Detail, Source, saved, since
+from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, clipped, columns, counted, plain, word
 
 UNFINISHED = "Saved while the run was going on: run the cell again and it goes on from its last completed step."
 
+FIRST = 20
+LAST = 30
+WHOLE = 60
+"""A run of so few rows is shown without gaps."""
+BROKEN_ROWS = 40
 _NAME = 60
 _ERROR = 1000
+_DETAILS = 40
+"""Rows that unfold, at most: a saved notebook is a file that people mail."""
+
+_QUIET = "color: var(--jp-ui-font-color2, #757575)"
+_FONT = "font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums"
+_CODE = (
+    "margin: 2px 0 6px; padding: 0; max-height: 16em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; "
+    "background: none; font: 12px/1.45 var(--jp-code-font-family, monospace)"
+)
+_CLEAR = "rgba(128, 128, 128, 0.18)"
+_COLOUR_OF = {letter: COLOURS.get(name, "rgba(128, 128, 128, 0.55)") for name, letter in LETTERS.items()} | {" ": _CLEAR}
 
 
-def bundle(snapshot: Snapshot, *, now: float | None = None, note: str = "") -> dict[str, str]:
-    """Return both forms, as a display's data."""
-    return {"text/html": html(snapshot, now=now, note=note), "text/plain": text(snapshot, now=now, note=note)}
+def bundle(source: Source, *, line: str = "", now: float | None = None, note: str = "") -> dict[str, str]:
+    """Return both forms, as a display's data. `line` is what stands above; without it the run says how it ended."""
+    snapshot = source.snapshot()
+    return {
+        "text/html": html(
+            snapshot, line=line, now=now, note=note, detail=source.detail, footer=saved(snapshot, source.extras())
+        ),
+        "text/plain": text(snapshot, line=line, now=now, note=note),
+    }
 
 
-def text(snapshot: Snapshot, *, now: float | None = None, note: str = "") -> str:
-    """Return an aligned table. `now` is the end of what hasn't ended; without it the last known time is."""
+def headline(snapshot: Snapshot, now: float | None = None) -> str:
+    """Return how a run stands: `nightly · completed in 12.4 s · 4 steps, 2 restored`."""
     now = _last_known(snapshot) if now is None else now
-    rows = [["step", "status", "time", "attempts"]]
-    below: dict[int, str] = {}
-    for part in _parts(snapshot):
-        if isinstance(part, Gap):
-            below[len(rows) - 1] = "\n".join(filter(None, [below.get(len(rows) - 1), f"  … {_gap(part)}"]))
-            continue
-        rows.append([plain(part.name, _NAME), word(part), _time(part, now), _attempts(part)])
-        if part.error:
-            below[len(rows) - 1] = f"    {plain(part.error, 110)}"
-    head = " · ".join([plain(snapshot.name, _NAME), *_summary(snapshot, now)])
-    lines = [head, *_aligned(rows, below)] if snapshot.steps else [head]
-    return "\n".join([*lines, note] if note else lines)
-
-
-def html(snapshot: Snapshot, *, now: float | None = None, note: str = "") -> str:
-    """Return the same table as html; whatever a user named or raised is escaped."""
-    now = _last_known(snapshot) if now is None else now
-    parts = _parts(snapshot)
-    with_attempts = any(isinstance(part, Step) and _attempts(part) for part in parts)
-    columns = 4 if with_attempts else 3
-    head = " · ".join(escape(part) for part in _summary(snapshot, now))
-    lines = [f"<p><strong>{escape(clipped(snapshot.name, _NAME))}</strong> · {head}</p>"]
-    if parts:
-        names = ["step", "status", "time", "attempts"][:columns]
-        lines += [
-            '<table style="border-collapse: collapse">',
-            f"<thead><tr>{''.join(_cell(name, right=i > 1, tag='th') for i, name in enumerate(names))}</tr></thead>",
-            "<tbody>",
-            *(
-                f'<tr><td colspan="{columns}" style="text-align: left"><em>… {_gap(part)}</em></td></tr>'
-                if isinstance(part, Gap)
-                else _row(part, now, columns)
-                for part in parts
-            ),
-            "</tbody>",
-            "</table>",
-        ]
-    if note:
-        lines.append(f"<p><em>{escape(note)}</em></p>")
-    return "\n".join(lines)
-
-
-def _parts(snapshot: Snapshot) -> list[Step | Gap]:
-    """Return what a table shows of a run, from top to bottom."""
-    words = [word(step) for step in snapshot.steps]
-    view = window(words, by_interest(snapshot.steps))
-    parts: list[tuple[int, Step | Gap]] = [(i, snapshot.steps[i]) for i in view.shown]
-    parts += [(gap.start, gap) for gap in view.gaps]
-    return [part for _, part in sorted(parts, key=lambda placed: placed[0])]
-
-
-def _summary(snapshot: Snapshot, now: float) -> list[str]:
-    """Return the head of a table after the run's name: `completed in 12.4 s`, `4 steps, 2 restored`."""
     status = snapshot.status
     link = "in" if status is Status.COMPLETED else "for" if status in ACTIVE or status is Status.PENDING else "after"
     total = len(snapshot.steps)
@@ -87,13 +59,142 @@ def _summary(snapshot: Snapshot, now: float) -> list[str]:
     if status is Status.COMPLETED:
         counts.pop("completed", None)
     steps = ", ".join([f"{total:,} step{'' if total == 1 else 's'}", *_told(counts)])
-    return [f"{status.value} {link} {say_duration((snapshot.ended_at or now) - snapshot.started_at)}", steps]
+    took = say_duration(max((snapshot.ended_at or now) - snapshot.started_at, 0.0))
+    return " · ".join([plain(snapshot.name, _NAME), f"{status.value} {link} {took}", steps])
 
 
-def _gap(gap: Gap) -> str:
-    if len(gap.counts) == 1:
-        return f"{gap.stop - gap.start:,} more {next(iter(gap.counts))}"
-    return f"{gap.stop - gap.start:,} more: {', '.join(_told(gap.counts))}"
+def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "") -> str:
+    """Return an aligned table. `now` is the end of what hasn't ended; without it the last known time is."""
+    now = _last_known(snapshot) if now is None else now
+    rows = [["step", "status", "time", "attempts"]]
+    below: dict[int, str] = {}
+    for part in _parts(fold(snapshot.steps)):
+        if isinstance(part, str):
+            below[len(rows) - 1] = "\n".join(filter(None, [below.get(len(rows) - 1), f"  … {part}"]))
+            continue
+        said = _Said(part, now)
+        rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
+        if said.error:
+            below[len(rows) - 1] = f"    {plain(said.error, 110)}"
+    head = line or headline(snapshot, now)
+    lines = [head, *_aligned(rows, below)] if snapshot.steps else [head]
+    return "\n".join([*lines, note] if note else lines)
+
+
+def html(
+    snapshot: Snapshot,
+    *,
+    line: str = "",
+    now: float | None = None,
+    note: str = "",
+    detail: Callable[[str], Detail] | None = None,
+    footer: str = "",
+) -> str:
+    """Return the same as html; whatever a user named or raised is escaped."""
+    now = _last_known(snapshot) if now is None else now
+    head = _head(snapshot, line or headline(snapshot, now), now)
+    mark = f'data-durable-nb-run="{escape(clipped(snapshot.id, 200))}" style="{_FONT}"'
+    if not snapshot.steps:
+        return f"<div {mark}>{head}</div>"
+    lines = [f"<details {mark}>", f'<summary style="cursor: pointer">{head}</summary>', *_table(snapshot, now, detail)]
+    lines += [f'<div style="{_QUIET}"><em>{escape(words)}</em></div>' for words in (footer, note) if words]
+    return "\n".join([*lines, "</details>"])
+
+
+class _Said:
+    """What one row says, in either form."""
+
+    def __init__(self, row: Row, now: float) -> None:
+        group: Group | None = told(row) if row.is_group else None
+        step = row.step
+        self.strip = group.strip if group else ""
+        self.count = self.attempts = ""
+        if group is None:
+            self.word = word(step)
+            self.status, self.time, self.error = self.word, _time(step, now), step.error
+            self.attempts = str(step.attempts) if step.attempts > 1 else ""
+            return
+        self.word, self.error = group.status, group.error
+        middle = f" · median {say_duration(group.median_s)}" if group.median_s is not None else ""
+        self.count = f" × {len(row.steps):,}{middle}"
+        whole = len(group.counts) == 1
+        self.status = next(iter(group.counts)) if whole else ", ".join(_told(group.counts))
+        end = group.ended_at or now
+        self.time = say_duration(end - group.started_at) if group.started_at is not None else ""
+
+
+def _head(snapshot: Snapshot, line: str, now: float) -> str:
+    """Return the line and, where there is one, the strip of the timeline."""
+    words = [word(step) for step in snapshot.steps]
+    begun = any(step.started_at is not None and not step.restored for step in snapshot.steps)
+    letters = timeline(snapshot.steps, since(snapshot), max(now, since(snapshot) + 0.001)) if begun else strip(words)
+    return f"{_icon(snapshot.status.value)} {escape(line)}{_strip(letters, 160)}"
+
+
+def _strip(letters: str, width: int) -> str:
+    """Return letters of states as one bar: one element, however many there are."""
+    if not letters:
+        return ""
+    stops, start = [], 0
+    for i, letter in enumerate(letters):
+        if i + 1 == len(letters) or letters[i + 1] != letter:
+            edges = f"{100 * start / len(letters):.3g}% {100 * (i + 1) / len(letters):.3g}%"
+            stops.append(f"{_COLOUR_OF[letter]} {edges}")
+            start = i + 1
+    return (
+        f'<span aria-hidden="true" style="display: inline-block; width: {width}px; max-width: 100%; height: 8px; '
+        f'margin-left: 10px; border-radius: 4px; background: linear-gradient(90deg, {", ".join(stops)})"></span>'
+    )
+
+
+def _icon(name: str) -> str:
+    colour = f' style="color: {COLOURS[name]}"' if name in COLOURS else ""
+    return f'<span aria-hidden="true"{colour}>{ICONS.get(name, "·")}</span>'
+
+
+def _table(snapshot: Snapshot, now: float, detail: Callable[[str], Detail] | None) -> list[str]:
+    parts = _parts(fold(snapshot.steps))
+    said = {id(part): _Said(part, now) for part in parts if isinstance(part, Row)}
+    with_attempts = any(one.attempts for one in said.values())
+    names = ["step", "status", "time", "attempts"] if with_attempts else ["step", "status", "time"]
+    asked = iter(range(_DETAILS))
+    rows = [
+        f'<tr><td colspan="{len(names)}" style="text-align: left"><em>… {part}</em></td></tr>'
+        if isinstance(part, str)
+        else _row(part, said[id(part)], len(names), detail if next(asked, None) is not None else None)
+        for part in parts
+    ]
+    heads = "".join(_cell(name, right=i > 1, tag="th") for i, name in enumerate(names))
+    style = "border-collapse: collapse; margin: 4px 0"
+    return [f'<table style="{style}">', f"<thead><tr>{heads}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table>"]
+
+
+def _parts(rows: list[Row]) -> list[Row | str]:
+    """Return what a table shows of a run, from top to bottom; a text stands for rows that are left out."""
+    if len(rows) <= WHOLE:
+        return list(rows)
+    kept = {*range(FIRST), *range(len(rows) - LAST, len(rows))}
+    kept |= set(
+        [i for i, row in enumerate(rows) if any(s.status in BROKEN or s.status in ACTIVE for s in row.steps)][:BROKEN_ROWS]
+    )
+    parts: list[Row | str] = []
+    gap: list[str] = []
+    for i, row in enumerate(rows):
+        if i not in kept:
+            gap += [word(step) for step in row.steps]
+            continue
+        if gap:
+            parts.append(_gap(gap))
+            gap = []
+        parts.append(row)
+    return parts
+
+
+def _gap(words: list[str]) -> str:
+    counts = counted(words)
+    if len(counts) == 1:
+        return f"{len(words):,} more {next(iter(counts))}"
+    return f"{len(words):,} more: {', '.join(_told(counts))}"
 
 
 def _told(counts: dict[str, int]) -> list[str]:
@@ -109,31 +210,43 @@ def _time(step: Step, now: float) -> str:
     return "" if end is None else say_duration(end - step.started_at)
 
 
-def _attempts(step: Step) -> str:
-    return str(step.attempts) if step.attempts > 1 else ""
+def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] | None) -> str:
+    name = f"{escape(clipped(row.name, _NAME))}{escape(said.count)}{_strip(said.strip, 120)}"
+    if row.is_group:
+        broken = [step for step in row.steps if step.status in BROKEN and step.error][:10]
+        below = "".join(_text_of(f"{step.path}: {step.error}") for step in broken)
+        summary = f"{name}<br><small>{escape(plain(said.error or '', 110))}</small>"
+        name = f"<details><summary>{summary}</summary>{below}</details>" if broken else name
+    else:
+        name = _unfolds(name, row.step, detail(row.step.path) if detail is not None else Detail())
+    cells = [
+        _cell(name),
+        _cell(f"{_icon(said.word)} {said.status}"),
+        _cell(said.time, right=True),
+        _cell(said.attempts, right=True),
+    ]
+    return f"<tr>{''.join(cells[:columns_])}</tr>"
 
 
-def _row(step: Step, now: float, columns: int) -> str:
-    name = escape(clipped(step.name, _NAME))
-    if step.error:
-        name += _error(clipped(step.error, _ERROR))
-    said = word(step)
-    colour = f' style="color: {COLOURS[said]}"' if said in COLOURS else ""
-    status = f"<span{colour}>{ICONS[said]}</span> {said}"
-    cells = [_cell(name), _cell(status), _cell(_time(step, now), right=True), _cell(_attempts(step), right=True)]
-    return f"<tr>{''.join(cells[:columns])}</tr>"
+def _unfolds(name: str, step: Step, detail: Detail) -> str:
+    """Return a step's name, which unfolds where there is more to tell."""
+    error = detail.traceback or step.error or ""
+    first = plain(step.error or "", 110)
+    texts = [("arguments", detail.arguments), ("result", detail.result), ("log", "\n".join(detail.log))]
+    below = [f'<div style="{_QUIET}">{label}</div>{_text_of(words)}' for label, words in texts if words]
+    if error and (detail.traceback or len(error) > 110 or "\n" in error):
+        below.append(_text_of(error))
+    short = f"<br><small><code>{escape(first)}</code></small>" if first else ""
+    return f"<details><summary>{name}{short}</summary>{''.join(below)}</details>" if below else f"{name}{short}"
 
 
-def _error(error: str) -> str:
-    first, _, rest = error.partition("\n")
-    if not rest and len(first) <= 110:
-        return f"<br><small><code>{escape(first)}</code></small>"
-    return f"<details><summary><code>{escape(plain(first, 110))}</code></summary><pre>{escape(error)}</pre></details>"
+def _text_of(words: str) -> str:
+    return f'<pre style="{_CODE}">{escape(clipped(words, _ERROR * 2))}</pre>'
 
 
 def _cell(content: str, *, right: bool = False, tag: str = "td") -> str:
     side = "right" if right else "left"
-    return f'<{tag} align="{side}" style="text-align: {side}; vertical-align: top">{content}</{tag}>'
+    return f'<{tag} align="{side}" style="text-align: {side}; vertical-align: top; padding: 2px 12px 2px 0">{content}</{tag}>'
 
 
 def _last_known(snapshot: Snapshot) -> float:
@@ -149,8 +262,12 @@ def _aligned(rows: list[list[str]], below: dict[int, str]) -> list[str]:
     widths = {i: max(columns(row[i]) for row in rows) for i in used}
     lines = []
     for place, row in enumerate(rows):
-        spaces = {i: " " * (widths[i] - columns(row[i])) for i in used}
-        cells = [spaces[i] + row[i] if i > 1 else row[i] + spaces[i] for i in used]
+        cells = [_padded(row[i], widths[i], right=i > 1) for i in used]
         lines.append(f"  {'  '.join(cells)}".rstrip())
         lines += below.get(place, "").splitlines()
     return lines
+
+
+def _padded(cell: str, width: int, *, right: bool) -> str:
+    space = " " * (width - columns(cell))
+    return space + cell if right else cell + space

@@ -6,92 +6,96 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from durable_nb._view import static
 from durable_nb._view.assets import script, style
-from durable_nb._view.state import State, difference, same, size, whole
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from durable_nb._facts import Snapshot
+from durable_nb._view.place import Place
+from durable_nb._view.state import Look, Source, State, same, whole
 
 _PAUSE_S = 1 / 8
 """Between two updates."""
-_SHARE = 10
+_SHARE = 25
 """An update that took long to work out is followed by a pause this many times as long: the loop is the user's."""
-_REPAIR_S = 2.0
-"""A front end that missed a difference is told the whole state within this time."""
+_LONGEST_PAUSE_S = 2.0
 _BEAT_S = 10.0
 """With nothing new the state is told again this often: a front end that hears nothing for long says so."""
-_SMALL = 4 * 1024
-"""Bytes up to which a whole state costs no more than a difference is worth."""
-_OPEN_PAGES = 4
+_SOON_S = 0.15
+"""A run that is over by then is only shown as it ended: a widget costs more than it tells."""
+
+ACTIONS = frozenset({"cancel", "retry", "approve", "reject"})
+_COMMENT = 2000
+
+log = logging.getLogger("durable_nb")
+
+
+class Send(Protocol):
+    """Puts a request of the reader's into the run's inbox; called on the kernel's loop."""
+
+    def __call__(self, action: str, run_id: str, step: str | None = None, comment: str = "") -> None: ...
 
 
 class RunView:
     """The live view of one run in the notebook.
 
     `live` says that a front end listens. Without one (nbclient, papermill, a terminal) nothing is shown until the end.
-    A view that was never opened shows nothing, at the end neither.
+    A view that was never opened shows nothing, at the end neither. `place`: the display that it takes over, and leaves then.
     """
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, live: bool) -> None:
-        self._snapshot = snapshot
-        self._live = live
-        self._opened = False
-        self._closed = False
+    def __init__(
+        self,
+        source: Source,
+        *,
+        live: bool,
+        place: Place | None = None,
+        send: Send | None = None,
+        line: Callable[[], str] = str,
+        why: Callable[[], str] = str,
+        again: str = "run",
+    ) -> None:
+        """`line`: what stands above when the run has ended, and for those who see no widget; '' for what the run itself
+        says. `why`: the reason for which the run began. `again`: what Retry executes, the `cell` or the `run`."""  # fmt: skip
+        self._source, self._live, self._send = source, live, send
+        self._place = place if place is not None else Place()
+        self._line, self._why, self._again = line, why, again
+        self._look = Look()
+        self._opened = self._closed = self._due = self._beating = False
         self._lock = threading.RLock()
         self._run_id = ""
         self._panel: Any = None
-        self._handle: Any = None
-        self._pages: tuple[int, ...] = ()
-        self._due = False
-        self._repair_at = 0.0
-        self._rest_until = 0.0
+        self._asked: set[tuple[str, str]] = set()
+        """What has been sent already: a button is pressed twice, its message sent again."""
+        self._began = self._rest_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._repair: asyncio.TimerHandle | None = None
+        self._beat: asyncio.TimerHandle | None = None
+        self._show: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Display the run below the cell's output so far. Call it in the cell, on the kernel's loop."""
+        """Show the run where its line is, or below the cell's output so far. Call it in the cell, on the kernel's loop."""
         if self._opened or self._closed:
             return
         self._opened = True
         # later messages belong to this cell, whichever step's context they are caused in
         self._context = contextvars.copy_context()
-        snapshot = self._snapshot()
+        snapshot = self._source.snapshot()
         self._run_id = snapshot.id
+        forget(snapshot.name)
         if not self._live:
             return
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._repair_in(_BEAT_S)
-        now = time.time()
-        self._state = whole(snapshot, version=0, now=now)
-        self._panel = _panel_class()(self._state)
-        self._panel.on_msg(self._heard)
-        view = {"version_major": 2, "version_minor": 0, "model_id": self._panel.model_id}
-        self._handle = _display(
-            {
-                "application/vnd.jupyter.widget-view+json": view,
-                **static.bundle(snapshot, now=now, note=static.UNFINISHED),
-            },
-            self._run_id,
-        )
+        self._show = self._loop.call_later(_SOON_S, self._appear, context=self._context)
 
     def changed(self) -> None:
         """Note that the run's facts changed: an update follows soon, at most eight a second. From any thread."""
         if self._panel is None or self._due or self._closed:
             return
         self._due = True
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody looks on
-            if threading.get_ident() == self._thread:
-                self._plan()
-            else:
-                self._loop.call_soon_threadsafe(self._plan, context=self._context)
+        self._hand_on(self._plan)
 
     def close(self) -> None:
         """Put the run's last state in the place of the live display, for good. A second call does nothing."""
@@ -101,6 +105,32 @@ class RunView:
             self._closed = True
             if self._opened:
                 self._context.run(self._leave)
+
+    @property
+    def is_open(self) -> bool:
+        """Does it show, or is it about to?"""
+        return self._opened and not self._closed
+
+    def _hand_on(self, what: Callable[..., None], *args: Any) -> None:
+        """Call `what` on the kernel's loop: ipykernel 7.1 hears messages on a thread of its own."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody looks on
+            if threading.get_ident() == self._thread:
+                what(*args)
+            else:
+                self._loop.call_soon_threadsafe(functools.partial(what, *args), context=self._context)
+
+    def _appear(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            now = time.time()
+            self._state = whole(self._source, self._look, version=0, now=now, why=self._why())
+            self._panel = panel_class()(self._state)
+            self._panel.on_msg(self._heard)
+            self._beat_in(_BEAT_S)
+            view = {"version_major": 2, "version_minor": 0, "model_id": self._panel.model_id}
+            forms = static.bundle(self._source, line=self._line(), now=now, note=static.UNFINISHED)
+            self._place.show({"application/vnd.jupyter.widget-view+json": view, **forms}, view=self._run_id)
 
     def _plan(self) -> None:
         if self._timer is None:
@@ -112,73 +142,110 @@ class RunView:
             self._timer = None
             if self._closed:
                 return
-            began = self._loop.time()
+            self._began = self._loop.time()
+            used = time.thread_time()
             self._due = False  # before the facts are read: what changes from now on wants another update
-            self._tell(began)
-            took = self._loop.time() - began
-            self._rest_until = began + max(_PAUSE_S, took * _SHARE)
+            self._tell()
+            rest = max(_PAUSE_S, min((time.thread_time() - used) * _SHARE, _LONGEST_PAUSE_S))
+            self._rest_until = self._began + rest
 
-    def _tell(self, now: float) -> None:
+    def _tell(self) -> None:
         old = self._state
-        new = whole(self._snapshot(), version=old["version"] + 1, now=time.time(), pages=self._pages)
-        repair = now >= self._repair_at
-        if same(old, new) and not repair:
+        new = whole(self._source, self._look, version=old["version"] + 1, now=time.time(), why=self._why())
+        if same(old, new) and not self._beating:
             return
+        self._beating = False
         self._state = self._panel.now = new
-        if repair or size(new) <= _SMALL:
-            self._panel.send_state("state")
-            self._repair_in(_BEAT_S)
-            return
-        self._panel.send(difference(old, new))
-        if self._repair_at > now + _REPAIR_S:
-            self._repair_in(_REPAIR_S)
+        self._panel.send_state("state")
+        self._beat_in(_BEAT_S)
 
-    def _repair_in(self, seconds: float) -> None:
-        if self._repair is not None:
-            self._repair.cancel()
-        self._repair_at = self._loop.time() + seconds
-        self._repair = self._loop.call_at(self._repair_at, self.changed, context=self._context)
+    def _beat_in(self, seconds: float) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+        self._beat = self._loop.call_later(seconds, self._beats, context=self._context)
 
-    def _heard(self, _widget: object, content: object, _buffers: object) -> None:
-        # ipykernel 7.1 calls this on a thread of its own: only hand it on
-        match content:
-            case {"ask": "page", "from": int(start)}:
-                self._loop.call_soon_threadsafe(self._turn_to, start, context=self._context)
-
-    def _turn_to(self, start: int) -> None:
-        self._pages = (start, *(page for page in self._pages if page != start))[:_OPEN_PAGES]
+    def _beats(self) -> None:
+        self._beating = True
         self.changed()
 
+    # -- what the reader asks ------------------------------------------------------------------------------------------
+
+    def _heard(self, _widget: object, content: object, _buffers: object) -> None:
+        match content:
+            case {"ask": "rows", "from": int(first), "to": int(last)}:
+                self._hand_on(self._look_at, first, last)
+            case {"ask": "unfold", "row": int(row), "open": bool(unfolded)}:
+                self._hand_on(self._unfold, row, unfolded)
+            case {"ask": str(action), "run": self._run_id, **rest} if action in ACTIONS and _is_order(rest):
+                self._hand_on(self._act, action, rest.get("step"), str(rest.get("comment", ""))[:_COMMENT])
+            case _:
+                self._refuse(content)
+
+    def _look_at(self, first: int, last: int) -> None:
+        self._look.at(first, last)
+        self._answer()
+
+    def _unfold(self, row: int, unfolded: bool) -> None:
+        self._look.toggle(row, unfolded)
+        self._answer()
+
+    def _answer(self) -> None:
+        """A reader waits: the pause for what took long to work out is not kept, only that between two updates."""
+        self._rest_until = min(self._rest_until, self._began + _PAUSE_S)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._due = True
+        self._plan()
+
+    def _act(self, action: str, step: str | None, comment: str) -> None:
+        kind = "decide" if action in {"approve", "reject"} else action
+        reasons = self._source.actions(self._source.snapshot().status)
+        reason = {"cancel": reasons.cancel, "retry": reasons.retry}.get(action, reasons.approve)
+        if self._send is None or reason or (kind, step or "") in self._asked:
+            log.info("view of run %r: %r was not sent: %s", self._run_id, action, reason or "it was sent before")
+            return
+        if kind != "retry":  # a run may fail again
+            self._asked.add((kind, step or ""))
+        try:
+            self._send(action, self._run_id, step, comment)
+        except Exception:
+            self._asked.discard((kind, step or ""))
+            log.exception("view of run %r: %r could not be sent", self._run_id, action)
+        self.changed()
+
+    def _refuse(self, content: object) -> None:
+        log.warning("view of run %r: a message that it doesn't know was refused: %.200r", self._run_id, content)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
     def _leave(self) -> None:
-        for timer in (self._timer, self._repair):
+        for timer in (self._timer, self._beat, self._show):
             if timer is not None:
                 timer.cancel()
-        data = static.bundle(self._snapshot())
-        if self._handle is None:
-            _display(data, self._run_id)
+        self._place.show(static.bundle(self._source, line=self._line()), view=self._run_id)
+        if self._panel is None:
+            return
+        snapshot = self._source.snapshot()
+        if self._source.actions(snapshot.status).retry:
+            self._panel.leave()
         else:
-            self._handle.update(data, raw=True, metadata=_mark(self._run_id))
-        if self._panel is not None:
-            self._panel.layout.close()
-            self._panel.close()
+            # A widget that is shown in a saved notebook says 'model not found' for ever: what is shown is html, and the page
+            # puts the button into it as long as this kernel lives.
+            self._panel.stay(snapshot.name, {"ended": snapshot.id, "again": self._again})
 
 
-def _mark(run_id: str) -> dict[str, Any]:
-    """Return the metadata by which a captured output is known as the package's own."""
-    return {"durable_nb": {"view": run_id}}
+def _is_order(rest: dict[Any, Any]) -> bool:
+    return isinstance(rest.get("step"), str | None) and isinstance(rest.get("comment", ""), str)
 
 
-def _display(data: dict[str, Any], run_id: str) -> Any:
-    from IPython.core.getipython import get_ipython
-    from IPython.display import display
-
-    if get_ipython() is None:  # a plain script: `display` would print the bundle's repr
-        return None
-    return display(data, raw=True, display_id=True, metadata=_mark(run_id))  # type: ignore[no-untyped-call]
+_KEPT = 20
+"""Runs that have failed, and whose button Retry acts as long as the kernel lives."""
+_kept: dict[str, Any] = {}
 
 
 @functools.cache
-def _panel_class() -> Any:
+def panel_class() -> Any:
     """Make the widget's class on first use: anywidget and ipywidgets take a quarter of a second to import."""
     import anywidget
     import traitlets
@@ -193,4 +260,23 @@ def _panel_class() -> Any:
             self.now = state
             super().__init__()
 
+        def stay(self, name: str, state: State) -> None:
+            """Show nothing any more, but go on to hear what is asked, in place of what stayed for that name before."""
+            forget(name)
+            _kept[name] = self
+            self.now = state
+            self.send_state("state")
+            while len(_kept) > _KEPT:
+                forget(next(iter(_kept)))
+
+        def leave(self) -> None:
+            self.layout.close()
+            self.close()
+
     return Panel
+
+
+def forget(name: str) -> None:
+    """Close the widget that has stayed for runs of that name, if there is one."""
+    if (panel := _kept.pop(name, None)) is not None:
+        panel.leave()
