@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: bench books demo test matrix stress lint browser clean
+.PHONY: bench books demo notebooks test matrix stress lint browser clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,6 +48,10 @@ bench: $(VENV)/bench
 # NAMES="numpy 13" make books: those whose file names contain one of these.
 books: $(VENV)/books
 	$(BIN)/python tests/books.py $(NAMES)
+
+# The notebooks are saved with what they show: executed anew, each in a folder of its own. NAMES="coffee" chooses.
+notebooks: $(VENV)/test
+	$(BIN)/python tests/save_notebooks.py $(NAMES)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check

@@ -72,7 +72,7 @@ def actions_of(run: RunFacts) -> list[Action]:
     found = []
     if run.status in (Status.FAILED, Status.CANCELLED, Status.INTERRUPTED):
         missing = "" if run.name in workflow_functions else f"its workflow {run.name!r} is not defined in this kernel"
-        found.append(Action("resume", "Retry" if run.status == Status.FAILED else "Resume", missing))
+        found.append(Action("retry", "Retry" if run.status == Status.FAILED else "Resume", missing))
     if run.status not in _ENDED:
         found.append(Action("cancel", "Cancel"))
     return found

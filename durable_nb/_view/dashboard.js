@@ -54,7 +54,7 @@ function mount({ model, el }) {
   };
   const act = (run, action) => {
     pressed.set(run, state.version);
-    model.send({ do: action, run });
+    model.send({ ask: action, run });
     draw();
   };
 
@@ -181,6 +181,7 @@ function filterBar(look) {
 function choice(name, choose) {
   const node = make("label", "dnb-choice");
   const select = make("select", "dnb-input");
+  select.setAttribute("aria-label", name); // the text around it holds the choices too
   node.append(make("span", "dnb-quiet", name), select);
   select.addEventListener("change", () => choose(select.value));
   let drawn = "";
@@ -291,6 +292,7 @@ function line() {
   const badge = make("span", "dnb-badge");
   status.append(badge);
   name.setAttribute("role", "rowheader");
+  took.dataset.narrow = "took";
   node.append(...parts);
   return { node, badge, name, at, took, steps, wake, last };
 }
@@ -301,6 +303,7 @@ function cellLine(key) {
   name.title = key;
   const about = make("span", "dnb-quiet dnb-cut");
   shown.name.append(name, about);
+  shown.last.dataset.narrow = "a hit saves";
   let row;
   return {
     node: shown.node,

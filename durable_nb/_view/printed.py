@@ -185,8 +185,9 @@ def _badge(status: str) -> str:
 
 def _prose(words: str) -> str:
     """A cell of a table: a long text folds."""
-    if len(words) <= terminal.LONGEST:
-        return escape(clipped(words, terminal.LONGEST))
-    whole = escape(clipped(words, _FOLDED))
+    line = escape(plain(words, terminal.LONGEST))
+    if len(words) <= terminal.LONGEST and "\n" not in words:
+        return line
+    whole = "".join(char if char.isprintable() or char in "\n\t" else " " for char in clipped(words, _FOLDED))
     pre = '<pre style="white-space: pre-wrap; overflow-wrap: anywhere">'
-    return f"<details><summary>{escape(plain(words, terminal.LONGEST))}</summary>{pre}{whole}</pre></details>"
+    return f"<details><summary>{line}</summary>{pre}{escape(whole)}</pre></details>"
