@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from durable_nb._records import RunRecord
 from durable_nb._store import Store
 from durable_nb._view import dashboard as live
 from durable_nb._view import printed
+from durable_nb._view.assets import script, style
 from durable_nb._view.dashboard import LIMIT, state_of
 from durable_nb._view.listing import CellFacts, Query, RunFacts, page_of
 from durable_nb._workflows import Workflows
@@ -45,8 +47,8 @@ def cell_of(name: str, **facts) -> CellFacts:
     return replace(CellFacts(name, "completed", NOW, 1, 2, 1, 3000, 1.0, 4.0, None), **facts)
 
 
-def page(runs=(), cells=(), query=Query(), **options):
-    return page_of("/somewhere/store", NOW, runs, cells, query, **options)
+def page(runs=(), cells=(), query=None, **options):
+    return page_of("/somewhere/store", NOW, runs, cells, query or Query(), **options)
 
 
 # -- choosing -----------------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_what_is_damaged_is_left_out_and_counted_and_a_broken_journal_is_told(en
     assert "1 run or entry can't be read" in said
 
     workflows = Workflows(engine)
-    shown = dashboard_of(lambda: workflows)
+    shown = dashboard_of(workflows)
     engine.store.journal.close()
     database = engine.store.path / "journal" / "cache.db"
     for file in database.parent.glob("cache.db*"):
@@ -222,7 +224,7 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
             await durable.sleep("a week", "7d")
 
         run = order.start("cart", id="order-1", labels=["shop"])
-        while run.status != "sleeping":
+        while run.status != "sleeping":  # noqa: ASYNC110  a run has no event for it
             await asyncio.sleep(0.01)
         shown = durable.dashboard()
         assert re.search(r"order-1 +board order +sleeping", repr(shown))
@@ -232,7 +234,8 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
         assert metadata == {"durable_nb": {"command": "dashboard"}}
 
         panel = live._Live.__new__(live._Live)
-        panel._source, panel._notice, panel._query = shown._source, {}, Query()
+        panel._source, panel._notice, panel._query, panel._loop = shown._source, {}, Query(), None
+        panel._wanted = threading.Event()
         panel._attend = lambda: None
         with caplog.at_level(logging.WARNING, "durable_nb"):
             for forged in (
@@ -526,3 +529,106 @@ def kept(lab: Lab) -> None:
     assert "model not found" not in text.lower()
     assert "error displaying" not in text.lower()
     assert lab.text(BOARD) == ""
+
+
+# -- without scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.browser
+def test_a_saved_notebook_shows_it_where_no_script_runs_and_where_styles_are_stripped(lab: Lab, engine: Engine) -> None:
+    """nbconvert's page with scripts off, also where a site lets pass what GitHub does: tables to read, folds to open."""
+    import bleach
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    for i in range(30):
+        record(engine, i, labels=("<script>window.hacked=1</script>",), error="ValueError: " + "long " * 60, status="failed")
+    workflows = Workflows(engine)
+    data, metadata = dashboard_of(workflows)._repr_mimebundle_()
+    tags = {*bleach.ALLOWED_TAGS, *"div p br pre span details summary table thead tbody tr th td".split()}
+    stripped = bleach.clean(data["text/html"], tags=tags, attributes={"details": ["open"]}, strip=True)
+    asked: list[str] = []
+
+    def read(page) -> str:
+        body = page.locator("body").inner_text()
+        assert page.locator("details >> text=ValueError").first.is_visible()
+        assert page.get_by_text("1 to 25 of 30 runs").is_visible()
+        fold = page.locator("details", has_text="long long").locator("details").first
+        assert not fold.locator("pre").is_visible()
+        fold.locator("summary").click()
+        assert fold.locator("pre").is_visible()
+        page.locator("summary", has_text="Runs").first.click()
+        assert not page.get_by_text("1 to 25 of 30 runs").is_visible()
+        return body
+
+    for n, shown in enumerate((data["text/html"], stripped)):
+        output = nbformat.v4.new_output("display_data", data={**data, "text/html": shown}, metadata=metadata)
+        cell = nbformat.v4.new_code_cell("%durable", outputs=[output], execution_count=1)
+        html, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+        file = engine.store.path.parent / f"saved-{n}.html"
+        file.write_text(html)
+
+        def look(page, file=file) -> str:
+            context = page.context.browser.new_context(java_script_enabled=False, viewport={"width": 1000, "height": 900})
+            try:
+                plain = context.new_page()
+                plain.route("**/*", lambda route: (asked.append(route.request.url), route.continue_())[1])
+                plain.goto(file.as_uri())
+                return read(plain)
+            finally:
+                context.close()
+
+        text = lab.on_page(look)
+        assert "Durable cells and runs" in text
+        assert "<script>window.hacked=1</script>" in text
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.browser
+def test_the_script_needs_no_widget(lab: Lab) -> None:
+    """Any page may show it that has an object to ask: `get`, `on`, `off`, `send`."""
+    runs = [run_of(1, name="</script><img src=x onerror=window.hacked=1>", status="failed", error=HOSTILE), run_of(2)]
+    states = [
+        state_of(page(runs, query=query), actions_of, version=n) for n, query in enumerate([Query(), Query(status="failed")])
+    ]
+    module = f"""
+      {script("dashboard")}
+      const [first, second] = {json.dumps(states).replace("<", chr(92) + "u003c")};
+      const heard = new Set();
+      window.sent = [];
+      window.model = {{
+        state: first,
+        get() {{ return this.state; }},
+        on(_, f) {{ heard.add(f); }},
+        off(_, f) {{ heard.delete(f); }},
+        send(message) {{ window.sent.push(message); }},
+        tell() {{ this.state = second; for (const f of heard) f(); }},
+      }};
+      window.unmount = mount({{ model: window.model, el: document.body }});
+      window.listeners = heard;
+    """
+
+    def look(tab) -> None:
+        fresh = tab.context.browser.new_page()
+        try:
+            fresh.set_content(f"<style>{style('dashboard')}</style><body><script type=module>{module}</script>")
+            board = fresh.locator(".dnb-board")
+            board.wait_for()
+            assert fresh.evaluate("window.sent") == [{"ask": "look", "query": states[0]["query"]}]
+            board.get_by_role("button", name="failed 1", exact=True).click()
+            assert fresh.evaluate("window.sent.at(-1)")["query"]["status"] == "failed"
+            fresh.evaluate("window.model.tell()")
+            board.get_by_text("1 of 2").wait_for()
+            retry = board.get_by_role("button", name="Retry: its workflow")
+            assert retry.get_attribute("aria-disabled") == "true"
+            sent = fresh.evaluate("window.sent.length")
+            retry.click(force=True)
+            assert fresh.evaluate("window.sent.length") == sent
+            assert fresh.evaluate("window.hacked") is None
+            fresh.evaluate("window.unmount()")
+            assert fresh.evaluate("window.listeners.size") == 0
+            assert not board.is_visible()
+        finally:
+            fresh.close()
+
+    lab.on_page(look)

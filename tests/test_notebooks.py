@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -106,6 +108,25 @@ def unchanged(ran: Ran, first: Ran) -> None:
 
 def test_every_notebook_has_its_test():
     assert sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")) == ["01_order.ipynb", "02_coffee.ipynb"]
+
+
+@pytest.mark.parametrize(("name", "figures"), [("01_order.ipynb", 0), ("02_coffee.ipynb", 3)])
+def test_it_is_saved_with_what_it_shows_and_names_no_place_and_no_person(name, figures):
+    """People who look at it on the web see figures and views without running it. `make notebooks` saves them anew."""
+    text = (NOTEBOOKS / name).read_text()
+    cells = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    assert kinds.count("image/png") == figures
+    assert "application/vnd.jupyter.widget-view+json" not in kinds
+    views = [output for output in outputs if "view" in output.get("metadata", {}).get("durable_nb", {})]
+    assert len(views) == sum("durable.run(" in cell.source for cell in cells)
+    assert all("completed" in view["data"]["text/html"] for view in views)
+    assert not re.search(r"/(home|root|tmp|Users|work|private|var)/|ipykernel_\d", text)
+    assert getpass.getuser() == "root" or getpass.getuser() not in text
+    assert len(text) < 400_000
 
 
 def test_the_order_is_whole_after_a_restart(tmp_path, home):

@@ -9,11 +9,9 @@ from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._view.dashboard import Action, Dashboard
 from durable_nb._workflows import Workflows
-from durable_nb.errors import DurableError, NotSupportedError
+from durable_nb.errors import DurableError, NotSupportedError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from durable_nb._view.listing import Page, Query, RunFacts
 
 _ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
@@ -25,30 +23,32 @@ def dashboard() -> Dashboard:
 
     Display it, as a cell's last expression does, or print it. It shows what other kernels and programs execute, too.
     """
-    return dashboard_of(engine)
+    return dashboard_of(engine())
 
 
-def dashboard_of(engine: Callable[[], Any], query: Query | None = None) -> Dashboard:
-    """The same for the store that `engine` gives when it is asked; NotSupportedError where that is no store of files."""
-    if not isinstance(engine(), Workflows):
+def dashboard_of(engine: Any, query: Query | None = None) -> Dashboard:
+    """The same of that engine; NotSupportedError where it has no store."""
+    if not isinstance(engine, Workflows):
         raise NotSupportedError("durable.dashboard() shows a store; the engine in use keeps its runs elsewhere")
     return Dashboard(_Store(engine), query, live=_has_front_end)
 
 
 class _Store:
-    """The source of a dashboard."""
+    """The source of a dashboard: one store, whichever is in use later."""
 
-    def __init__(self, engine: Callable[[], Any]) -> None:
-        self._engine = engine
+    def __init__(self, workflows: Workflows) -> None:
+        self._workflows = workflows
 
     def page(self, query: Query) -> Page:
+        store = self._workflows._engine.store
+        if not store.is_in_place():  # who looks makes no new one
+            raise StoreError(f"the store {store.path} was deleted or replaced; display the dashboard again")
         return self._inventory().page(query)
 
     def actions(self, run: RunFacts) -> list[Action]:
         return actions_of(run)
 
     def send(self, action: str, run_id: str) -> str:
-        workflows: Workflows = self._engine()
         run = self._inventory().run(run_id)
         offered = {known.name: known for known in actions_of(run)}
         if action not in offered:
@@ -56,13 +56,13 @@ class _Store:
         if offered[action].refusal:
             raise DurableError(f"{offered[action].refusal}; nothing was done")
         if action == "cancel":
-            workflows.cancel(run.id, _BY)
+            self._workflows.cancel(run.id, _BY)
             return f"{run.id} is being cancelled; its completed steps are kept"
-        workflows.resume(run.id, take_over=False)
+        self._workflows.resume(run.id, take_over=False)
         return f"{run.id} goes on from its last completed step"
 
     def _inventory(self) -> Inventory:
-        return Inventory(self._engine()._engine)
+        return Inventory(self._workflows._engine)
 
 
 def actions_of(run: RunFacts) -> list[Action]:

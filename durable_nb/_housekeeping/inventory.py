@@ -18,7 +18,7 @@ from durable_nb._view.listing import PAGE, CellFacts, Page, Query, RunFacts, pag
 from durable_nb._workflows import Workflows
 from durable_nb.errors import RunNotFoundError, StoreError
 
-_ASLEEP = (Status.SLEEPING, Status.RETRYING)
+_ASLEEP = (Status.SLEEPING, Status.WAITING, Status.RETRYING)
 _ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 _OF_RUN = rec.scope_of("~run ")
 NAMELESS = "(without a name)"

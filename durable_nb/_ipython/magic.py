@@ -82,7 +82,7 @@ class LineMagic:
         return self._dashboard(Query(with_cells=False))
 
     def _dashboard(self, query: Query) -> Dashboard:
-        return dashboard_of(self._session.workflows, query)
+        return dashboard_of(self._session.workflows(), query)
 
     def plan(self, _: list[str]) -> Table:
         cells = Inventory(self._engine).cells()

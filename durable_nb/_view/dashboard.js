@@ -44,8 +44,8 @@ function mount({ model, el }) {
   let state;
   let heard = Date.now() / 1000;
   let query = {};
-  let asked = 0; // runs whose buttons were pressed, by the version of the state then
-  const pressed = new Map();
+  let asked = 0;
+  const pressed = new Map(); // runs whose buttons were, and the version of the state then
 
   const look = (change = {}) => {
     query = { ...query, ...change };
@@ -114,8 +114,8 @@ function mount({ model, el }) {
   model.on("change:state", draw);
   const timer = setInterval(tick, 1000);
   query = model.get("state")?.query ?? {};
-  draw();
   look();
+  draw();
   return () => {
     clearInterval(timer);
     model.off("change:state", draw);

@@ -16,6 +16,8 @@ that somebody looks on, and `{"ask": ACTION, "run": ID}`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import hashlib
 import json
@@ -69,7 +71,7 @@ class Action:
 
 
 class Source(Protocol):
-    """Where a dashboard looks, and whom its buttons tell. Called from any thread."""
+    """Where a dashboard looks, from any thread, and whom its buttons tell, on the kernel's loop."""
 
     def page(self, query: Query) -> Page:
         """What there is now; StoreError."""
@@ -120,6 +122,9 @@ class _Live:
         self._source, self._query = source, page.query
         self._lock = threading.Lock()
         self._wanted = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with contextlib.suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()  # the kernel's: this is called in a cell
         self._notice: State = {}
         self._attended_until = time.monotonic() + _ATTENDED_S
         self._told_at = time.monotonic()
@@ -145,7 +150,10 @@ class _Live:
                 except ValueError as error:
                     self._refuse(f"a question that it doesn't understand ({error})")
             case {"ask": str(action), "run": str(run_id)}:
-                self._do(action, run_id)
+                if self._loop is None:
+                    self._do(action, run_id)
+                else:  # ipykernel 7.1 hears messages on a thread with a loop of its own, which must execute no run
+                    self._loop.call_soon_threadsafe(self._do, action, run_id)
             case _:
                 self._refuse(f"a message that it doesn't know: {plain(repr(content), 200)}")
         self._attend()
@@ -157,6 +165,7 @@ class _Live:
             self._refuse(f"{action!r} of the run {run_id!r}: {error}")
         else:
             self._notice = {"n": self._notice.get("n", 0) + 1, "text": clipped(told, 2 * _ERROR), "bad": False}
+        self._wanted.set()
 
     def _refuse(self, what: str) -> None:
         log.warning("the dashboard refused %s", clipped(what, 4 * _ERROR))
