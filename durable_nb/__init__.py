@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
+    from durable_nb._ledger import ledger as ledger
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
@@ -55,6 +56,7 @@ _HOMES = {
     "call": "durable_nb.http",
     "dashboard": "durable_nb._housekeeping.dashboard",
     "identify": "durable_nb._fingerprint",
+    "ledger": "durable_nb._ledger",
     "map": "durable_nb._fanout",
     "open": "durable_nb._workflows",
     "remake": "durable_nb._cellcache.resources",

@@ -8,8 +8,9 @@ from contextvars import Context, copy_context
 from inspect import isawaitable
 from typing import Any
 
-from durable_nb._current import StepRequest
+from durable_nb._current import StepRequest, current_body
 from durable_nb._forks import children_end_here
+from durable_nb._usage import Usage
 from durable_nb._workers import Workers
 
 
@@ -28,6 +29,9 @@ class Attempt:
         """A KeyboardInterrupt has ended it."""
         self.owner: Callable[[Attempt], object] | None = None
         """Who is told of the end where nobody waits for it any more."""
+        body = context.get(current_body)
+        self.used: Usage = body.usage if body is not None else {}
+        """What the models' answers that it got have cost."""
         self._workers = workers
         self._began: asyncio.Future[None] = loop.create_future()
         self.task = loop.create_task(self._execute(), context=context)

@@ -6,19 +6,22 @@ It is told from summary rows that hold no values, the runs' leases, and what thi
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from durable_nb import _records as rec
+from durable_nb import _usage
 from durable_nb._clock import remaining_s
-from durable_nb._facts import Paths, Snapshot, Status, Step, standing
+from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
 from durable_nb._history import TIMER
 from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._run import cancelled
 from durable_nb._run_log import read_log
+from durable_nb._usage import Usage
 from durable_nb.errors import RunNotFoundError, StoreError
 
 if TYPE_CHECKING:
@@ -73,6 +76,19 @@ class Catalog:
         """All runs, the newest first, without their steps."""
         found = [self.summary(record, lease) for record, lease in self.all()]
         return sorted(found, key=lambda run: run.started_at, reverse=True)
+
+    def used(self) -> list[Used]:
+        """What models' answers have cost, by run, the newest first. Records that can't be read are left out."""
+        spent, saved = defaultdict[str, Usage](dict), defaultdict[str, Usage](dict)
+        for key, row in self._journal.scan("step/"):
+            with contextlib.suppress(StoreError):
+                outcome = unpack(self._seal, key, row, Outcome)
+                _usage.add(spent[outcome.run_id], outcome.usage)
+        for run_id, usage in self._engine.savings.all():
+            _usage.add(saved[run_id], usage)
+        runs = [record for record, _ in self.all() if spent.get(record.id) or saved.get(record.id)]
+        found = [Used(run.id, run.name, run.started_at, spent[run.id], saved[run.id]) for run in runs]
+        return sorted(found, key=lambda used: used.started_at, reverse=True)
 
     def snapshot(self, run_id: str) -> Snapshot:
         """A run with its steps."""

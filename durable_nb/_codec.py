@@ -157,7 +157,12 @@ def load_key() -> bytes:
     """The user's signing key, made on first use: `DURABLE_NB_KEY_FILE`, or `durable_nb/signing.key` in Jupyter's data
     directory; mode 0600, 32 random bytes. StoreError where it can't be read or made."""  # fmt: skip
     named = os.environ.get("DURABLE_NB_KEY_FILE")
-    path = Path(named) if named else _data_dir() / "durable_nb" / "signing.key"
+    if named:
+        path = Path(named)
+    else:
+        from jupyter_core.paths import jupyter_data_dir
+
+        path = Path(jupyter_data_dir()) / "durable_nb" / "signing.key"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -176,9 +181,3 @@ def load_key() -> bytes:
 def keyed_digest(secret: str) -> str:
     """Stands for a secret in an identity: equal secrets give equal text, and only the key's holder could try guesses."""
     return Seal(load_key()).mac(b"secret", secret.encode("utf-8", "surrogatepass")).hex()
-
-
-def _data_dir() -> Path:
-    from jupyter_core.paths import jupyter_data_dir
-
-    return Path(jupyter_data_dir())

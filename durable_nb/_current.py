@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
+from durable_nb import _usage
 from durable_nb._clock import Clock
-from durable_nb._facts import Snapshot, Status
+from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
-from durable_nb.errors import NestedStepError, NotInRunError
+from durable_nb._usage import Usage
+from durable_nb.errors import NestedStepError, NotInRunError, NotSupportedError
 
 
 class Limit(Protocol):
@@ -135,6 +137,15 @@ class Body:
 
     name: str
     idempotency_key: str
+    usage: Usage = field(default_factory=dict)
+    """What the models' answers that it has got so far have cost."""
+
+
+def note_usage(found: Usage) -> None:
+    """Count what an answer has cost for the step whose body got it."""
+    body = current_body.get()
+    if body is not None:
+        _usage.add(body.usage, found)
 
 
 current_run: ContextVar[Run | None] = ContextVar("durable_nb_run", default=None)
@@ -206,6 +217,10 @@ class Engine(Protocol):
         """All runs, the newest first, without their steps."""
         ...
 
+    def used(self) -> list[Used]:
+        """What models' answers have cost, by run, the newest first; only runs that got some."""
+        ...
+
 
 workflow_functions: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {}
 """By name, the async functions that are workflows: how a run finds its code again."""
@@ -247,3 +262,14 @@ def run_for(verb: str) -> Run:
             "'%%durable NAME' on the first line of the cell"
         )
     return run
+
+
+def refuse_in_workflow(what: str) -> None:
+    """What the code of a workflow learns by itself, a replay would not see."""
+    __tracebackhide__ = True
+    run = current_run.get()
+    if run is not None and run.is_replayed and current_body.get() is None:
+        raise NotSupportedError(
+            f"{what} can't be used in a workflow's own code, since a replay would see something else. Do it in a step: "
+            "await durable.run(name, function, ...)"
+        )

@@ -29,6 +29,7 @@ from durable_nb._muting import Muting
 from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
 from durable_nb._request import Changed
 from durable_nb._run import Held, Run, Work
+from durable_nb._savings import Savings
 from durable_nb._store import Store
 from durable_nb._workers import Workers
 from durable_nb._workflow_loop import WorkflowLoop
@@ -67,6 +68,7 @@ class Engine:
         self.clock = clock or SystemClock()
         self.jitter = jitter
         self.workers = Workers()
+        self.savings = Savings(store)
         self.held: dict[str, Held] = {}
         self.active: dict[str, Run | WorkflowRun] = {}
         self.changing: set[str] = set()

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
+from durable_nb._usage import Usage
+
 
 class Status(StrEnum):
     """The states of a run and of a step."""
@@ -54,6 +56,17 @@ class Snapshot:
     ended_at: float | None
     steps: tuple[Step, ...]
     labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What models' answers have cost a run, and what restoring has saved of it."""
+
+    run_id: str
+    name: str
+    started_at: float
+    spent: Usage
+    saved: Usage
 
 
 class Paths:

@@ -50,13 +50,14 @@ class Standing:
         self._registered = {id(obj): _registered(obj) for obj in code}
         self._keep = [*objects, *code]
         for obj in objects:
-            if type(obj) in _PLAIN:
+            kind = type(obj)
+            if kind in _PLAIN:
                 continue
             if numpy is not None and isinstance(obj, numpy.ndarray):
                 self._sizes[id(obj)] = obj.size, obj.dtype
             elif _is_frame(obj):
                 self._axes[id(obj)] = obj.axes
-            elif not _is_patchable(obj):
+            elif not (kind in _OTHERS or _is_of_python(kind) or _is_index(obj) or _is_generator(obj)):
                 self._digests[id(obj)] = self._digest_of(obj)
 
     def _digest_of(self, obj: Any) -> str:
@@ -107,12 +108,6 @@ def _is_index(obj: Any) -> bool:
 def _is_generator(obj: Any) -> bool:
     numpy: Any = sys.modules.get("numpy")
     return numpy is not None and isinstance(obj, (numpy.random.Generator, numpy.random.RandomState))
-
-
-def _is_patchable(obj: Any) -> bool:
-    kind = type(obj)
-    known = kind in _PLAIN or kind in _OTHERS or _is_of_python(kind)
-    return known or _is_frame(obj) or _is_index(obj) or _is_generator(obj)
 
 
 def content_of(obj: Any, standing: Standing | None = None) -> Any:

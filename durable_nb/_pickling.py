@@ -144,10 +144,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
     ) -> None:
         self._file = io.BytesIO()
         self._buffers: list[memoryview] = []
-        super().__init__(self._file, protocol=5, buffer_callback=self._out_of_band if apart else None)
+        keep = lambda buffer: self._buffers.append(buffer.raw())  # noqa: E731  None: it is out of band
+        super().__init__(self._file, protocol=5, buffer_callback=keep if apart else None)
         self._namespace = main_namespace()
         # Asked for every single object, numbers included: one look into one dict.
-        self._known = {**references, id(self._namespace): _NAMESPACE, **_singles()}.get
+        modules = ((number, sys.modules.get(module), name) for number, (module, name) in enumerate(_SINGLES))
+        singles = {id(getattr(module, name)): number for number, module, name in modules if module is not None}
+        self._known = {**references, id(self._namespace): _NAMESPACE, **singles}.get
         self._refers, self._referred = bool(references), False
         self._sharing, self._frames = sharing, frames
         self._copied, self._live_classes = copied, live_classes
@@ -159,10 +162,6 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
 
     def done(self) -> Pickled:
         return Pickled(self._file.getvalue(), self._buffers, self._unproven, self._classes, self._referred)
-
-    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
-        self._buffers.append(buffer.raw())
-        return False
 
     def persistent_id(self, obj: object) -> Any:
         key = self._known(id(obj))
@@ -215,7 +214,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if self._live_classes is not None and not is_installed(cls):
             self._live_classes[f"{id(cls)}"] = cls
             return class_at, (f"{id(cls)}",)
-        if not self._is_live(cls):
+        if cls.__module__ != "__main__" or _find(self._namespace, cls.__qualname__) is not cls:
             reduced = super().reducer_override(cls)
             self._classes |= reduced is not NotImplemented and not is_installed(cls)
             return _faithful(cls, reduced)
@@ -248,9 +247,6 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         made_from, state = reduced[:2], reduced[2] if len(reduced) == 3 else None
         return *made_from, (state, obj.__cause__, obj.__suppress_context__), None, None, _fill_exception
 
-    def _is_live(self, cls: type) -> bool:
-        return cls.__module__ == "__main__" and _find(self._namespace, cls.__qualname__) is cls
-
 
 class Unpickler(pickle.Unpickler):
     """Reads what `pickled` wrote. The bytes must have been authenticated before they come here."""
@@ -271,11 +267,6 @@ class Unpickler(pickle.Unpickler):
 
 
 _NAMESPACE = -1
-
-
-def _singles() -> dict[int, int]:
-    modules = ((number, sys.modules.get(module), name) for number, (module, name) in enumerate(_SINGLES))
-    return {id(getattr(module, name)): number for number, module, name in modules if module is not None}
 
 
 def class_at(_key: str) -> type:

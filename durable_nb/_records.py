@@ -17,6 +17,7 @@
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
 | `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `again/SCOPE/GENERATION/STEP` | how often the steps of this name were asked to be executed anew (`--rerun=STEP`) |
+| `saved/RUN/PROCESS` | tokens that restoring steps of this run has saved, as far as that process knows |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
 A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
@@ -115,8 +116,8 @@ class Outcome:
     """The outcome of an equal request of before a resumption."""
     preview: str = ""
     """Arguments and result in a few words."""
-    usage: dict[str, float] = field(default_factory=dict)
-    """Tokens and cost of a model's answer."""
+    usage: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What models' answers have cost, as `_usage` has it."""
     format: int = FORMAT
 
     what: ClassVar[str] = "ended"
@@ -313,7 +314,17 @@ class Again:
     format: int = FORMAT
 
 
-Record = Again | Arguments | Cancel | Event | Loose | Outcome | Attempts | Result | Timer | RunRecord | Lease | Generation
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What restoring steps of a run has saved, as one process has counted it."""
+
+    usage: dict[str, dict[str, int]]
+    format: int = FORMAT
+
+
+Record = (
+    Again | Arguments | Cancel | Event | Loose | Outcome | Attempts | Result | Saved | Timer | RunRecord | Lease | Generation
+)
 _R = TypeVar("_R", bound=Record)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -431,6 +442,16 @@ def lease_key(run_id: str) -> str:
 def cancel_key(run_id: str) -> str:
     """Key of what was asked of a run's executor."""
     return f"cancel/{run_id}"
+
+
+def saved_key(run_id: str, process_id: str) -> str:
+    """Key of what a process has saved of a run by restoring; of nothing, their prefix."""
+    return f"saved/{quote(run_id, safe='')}/{process_id}" if run_id else "saved/"
+
+
+def run_of_saved(key: str) -> str:
+    """The run that was restored from."""
+    return unquote(key.split("/", 2)[1])
 
 
 def open_prefix(scope: str) -> str:

@@ -116,8 +116,9 @@ def reduced_by_itself(obj: Any, protocol: int) -> Any:
     registered = copyreg.dispatch_table.get(type(obj))
     if registered is not None:
         return registered(obj)
+    is_written = lambda way: isinstance(getattr(type(obj), way, None), types.FunctionType)  # noqa: E731
     # Of others `__dict__` is not asked for: that of an exception would be made by the asking, and told.
-    own = getattr(obj, "__dict__", None) if any(_is_written(type(obj), way) for way in _WAYS) else None
+    own = getattr(obj, "__dict__", None) if any(map(is_written, _WAYS)) else None
     if type(own) is not dict:
         return obj.__reduce_ex__(protocol)
     held = [(each, each.copy()) for each in (own, *own.values()) if type(each) in (dict, list, set)]
@@ -130,10 +131,6 @@ def reduced_by_itself(obj: Any, protocol: int) -> Any:
 
 
 _WAYS = ("__reduce_ex__", "__reduce__", "__getstate__")
-
-
-def _is_written(kind: type, way: str) -> bool:
-    return isinstance(getattr(kind, way, None), types.FunctionType)
 
 
 def _is_the_same(now: Any, before: Any) -> bool:

@@ -21,7 +21,7 @@ from datetime import datetime
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _patches
+from durable_nb import _codec, _patches, _usage
 from durable_nb import _records as rec
 from durable_nb._branches import Branch, branching, current_branch
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
@@ -34,6 +34,7 @@ from durable_nb._records import Attempts, Lease, Outcome, RunRecord, StepKey, Ti
 from durable_nb._replay import CutOff, Perform, Recall, Retry, Wait, decide, decide_sleep
 from durable_nb._request import Changed, Request, arguments_of, fingerprint_of, packed_changes, provenance_of, said
 from durable_nb._retry import retry_delay_s
+from durable_nb._usage import Usage
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
@@ -196,6 +197,8 @@ class Run:
         self._timers: dict[str, bytes] = {}
         self._paths = Paths()
         self._facts: dict[str, Step] = {}
+        self.used: Usage = {}
+        """What models' answers cost that its steps were given, in this execution or an earlier one."""
         self.unrepeated: list[tuple[str, str]] = []
         """Restored steps, and the inputs that their bodies would have changed."""
         self.set_variables: list[tuple[ContextVar[Any], Any]] = []
@@ -395,6 +398,7 @@ class Run:
         """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
         self.status, self.ended_at = status, self._now_s()
         self.engine.active.pop(self.id, None)
+        self.engine.savings.write()
         for path, fact in self._facts.items():
             if fact.status not in _FINAL:
                 self._facts[path] = replace(fact, status=Status.INTERRUPTED)
@@ -664,7 +668,10 @@ class Run:
     async def _encode(self, asked: Request, attempt: int, began: float, value: Any, shown: bytes, seen: bytes) -> Outcome:
         form, data = encoded(value, f"step {asked.request.name!r} of {self.what} returned")
         data, blob = await self._kept(data)
-        return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown, seen=seen)
+        body = current_body.get()
+        usage = _usage.of_step(body.usage if body is not None else {}, asked.request.kind, value)
+        _usage.add(self.used, usage)
+        return self._outcome_of(asked, attempt, began, form, data, blob=blob, shown=shown, seen=seen, usage=usage)
 
     async def _kept(self, data: bytes) -> tuple[bytes, str]:
         """What goes into a row: the bytes themselves or, large, the name of the file that holds them now."""
@@ -941,6 +948,9 @@ class Run:
             raise self._unreadable(asked, error) from error
         if show and (outcome.shown or outcome.seen):
             self.stage.show_again(outcome.shown, outcome.seen)
+        if show and outcome.usage:
+            _usage.add(self.used, outcome.usage)
+            self.engine.savings.add(self.id, outcome.usage)
         if self._is_changed_already(asked):
             self.unrepeated.append((asked.request.name, "what it was given was changed by it already"))
         elif show and outcome.changes:

@@ -56,7 +56,8 @@ class Store:
         self.cells = self.path / "cells"
         self.seal = Seal(load_key())
         try:
-            known = _known(self.path)
+            about = self.path / "store.json"
+            known = _check(self.path, about.read_bytes()) if about.exists() else None
             if known is None:
                 _make_folders(self.path)
             self.process = Process(self.path / "locks")
@@ -175,12 +176,6 @@ class Process:
         return self._folder / f"{process_id}.lock"
 
 
-def _known(path: Path) -> str | None:
-    """The id that store.json says; None where there is none."""
-    file = path / "store.json"
-    return _check(path, file.read_bytes()) if file.exists() else None
-
-
 def _make_folders(path: Path) -> None:
     """Make all but the journal and store.json. What a killed process made of it is taken; another folder is not."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -200,6 +195,7 @@ def _make_folders(path: Path) -> None:
 
 
 def _check(path: Path, text: bytes) -> str:
+    """The id that store.json says."""
     try:
         about: Any = json.loads(text)
         form, store_id = int(about["format"]), str(about["id"])

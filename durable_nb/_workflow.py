@@ -9,12 +9,20 @@ from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from durable_nb._clock import parse_duration, say_duration
-from durable_nb._current import Engine, StartRequest, current_body, current_run, engine, workflow_functions
+from durable_nb._current import (
+    Engine,
+    StartRequest,
+    current_body,
+    current_run,
+    engine,
+    refuse_in_workflow,
+    workflow_functions,
+)
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._misuse import did_you_mean, explained
 from durable_nb._records import plain
 from durable_nb._verbs import check_name
-from durable_nb.errors import NotInRunError, NotSupportedError
+from durable_nb.errors import NotInRunError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -140,7 +148,7 @@ class Run:
     @property
     def status(self) -> Status:
         """`interrupted` is a run that is not finished and that no process executes. Reads no step's value."""
-        _refuse_in_workflow("run.status")
+        refuse_in_workflow("run.status")
         return self._engine.status_of(self.id)
 
     @property
@@ -149,7 +157,7 @@ class Run:
         return self._snapshot().steps
 
     def _snapshot(self) -> Snapshot:
-        _refuse_in_workflow("a run's status and steps")
+        refuse_in_workflow("a run's status and steps")
         return self._engine.snapshot(self.id)
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -166,7 +174,7 @@ class Run:
 
         from durable_nb._door import wait_for
 
-        _refuse_in_workflow("run.result()")
+        refuse_in_workflow("run.result()")
         limit_s = None if timeout is None else parse_duration(timeout).total_seconds()
 
         async def outcome() -> Any:
@@ -190,13 +198,13 @@ class Run:
         A failed run is tried again from the step that failed. `take_over` takes the run from a live process that executes it:
         that one's commits are refused from then on, and its code is cancelled.
         """
-        _refuse_in_workflow("run.resume()")
+        refuse_in_workflow("run.resume()")
         self._engine.resume(self.id, take_over=take_over)
         return self
 
     def cancel(self, reason: str = "") -> None:
         """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
-        _refuse_in_workflow("run.cancel()")
+        refuse_in_workflow("run.cancel()")
         if not isinstance(reason, str):
             raise TypeError(f"cancel({reason!r}): the reason is a text; nothing was cancelled")
         self._engine.cancel(self.id, reason)
@@ -208,7 +216,7 @@ class Run:
 
 def get_run(run_id: str) -> Run:
     """The run of that id; RunNotFoundError where there is none."""
-    _refuse_in_workflow("durable.get_run()")
+    refuse_in_workflow("durable.get_run()")
     run_id = plain(run_id)
     engine().check(run_id)
     return Run(run_id)
@@ -218,7 +226,7 @@ def runs(status: str | None = None, workflow: str | None = None, label: str | No
     """The newest runs of the store, cells' too, as far as they fit. ValueError for a status that there isn't."""
     if status is not None and status not in list(Status):
         raise ValueError(f"no status {status!r}; there are {', '.join(Status)}")
-    _refuse_in_workflow("durable.runs()")
+    refuse_in_workflow("durable.runs()")
     found = engine().snapshots()
     kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
     return [Run(run.id) for run in kept if label is None or label in run.labels][:limit]
@@ -230,16 +238,5 @@ def resume() -> list[Run]:
     One line tells of each run whose workflow is not defined here. Another notebook's or program's runs are left to it, whatever
     their workflow is named.
     """
-    _refuse_in_workflow("durable.resume()")
+    refuse_in_workflow("durable.resume()")
     return [Run(run_id) for run_id in engine().resume_own()]
-
-
-def _refuse_in_workflow(what: str) -> None:
-    """What the code of a workflow learns by itself, a replay would not see."""
-    __tracebackhide__ = True
-    parent = current_run.get()
-    if parent is not None and parent.is_replayed and current_body.get() is None:
-        raise NotSupportedError(
-            f"{what} can't be used in a workflow's own code, since a replay would see something else. Do it in a step: "
-            "await durable.run(name, function, ...)"
-        )

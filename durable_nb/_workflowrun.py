@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _codec, _patches
+from durable_nb import _codec, _patches, _usage
 from durable_nb import _records as rec
 from durable_nb._attempt import Attempt
 from durable_nb._clock import RECHECK_S, Instant, elapsed_s, remaining_s, say_duration
@@ -660,6 +660,7 @@ class WorkflowRun:
                 raise self._unreadable(row, unreadable) from unreadable
             if isinstance(row, Outcome):
                 self._look(ask, row)
+                self.engine.savings.add(self.id, row.usage)
                 if patches:
                     value = self._patched(ask, patches, value)
             if row.failed:
@@ -879,7 +880,7 @@ class WorkflowRun:
             while True:
                 failures = self._attempts.get(number)
                 if late is not None and late.is_over and late.error is None:
-                    await self._succeeded(ask, inputs, late.value, failures.failed if failures else 1, began_at)
+                    await self._succeeded(ask, inputs, late, failures.failed if failures else 1, began_at)
                     return
                 match decide(None, self._same_boot(number, failures), self.engine.clock.now()):
                     case CutOff() if late is None:
@@ -919,7 +920,7 @@ class WorkflowRun:
                         self._drop(ask)
                         return
                     if error is None:
-                        await self._succeeded(ask, inputs, body.value, attempt, began_at)
+                        await self._succeeded(ask, inputs, body, attempt, began_at)
                         return
                 else:
                     error = self._late(ask, request.timeout_s or 0.0)
@@ -1073,15 +1074,16 @@ class WorkflowRun:
             if not holders:
                 self._holders.pop(id(obj), None)
 
-    async def _succeeded(self, ask: _Ask, inputs: Inputs, value: Any, attempt: int, began_at: float) -> None:
+    async def _succeeded(self, ask: _Ask, inputs: Inputs, body: Attempt, attempt: int, began_at: float) -> None:
         try:
-            outcome = await self._outcome(ask, inputs, value, attempt, began_at)
+            outcome = await self._outcome(ask, inputs, body, attempt, began_at)
         except UnserializableError as error:
             self._failed_for_good(ask, inputs, error, attempt, began_at)
         else:
-            self._record(ask, outcome, value, None)
+            self._record(ask, outcome, body.value, None)
 
-    async def _outcome(self, ask: _Ask, inputs: Inputs, value: Any, attempt: int, began_at: float) -> Outcome:
+    async def _outcome(self, ask: _Ask, inputs: Inputs, body: Attempt, attempt: int, began_at: float) -> Outcome:
+        value = body.value
         form, data = encoded(value, f"step {ask.request.name!r} of {self.what} returned")
         data, blob = await self._log.kept(data)
         outcome = self._as_outcome(ask, inputs, form, data, attempt, began_at)
@@ -1095,7 +1097,8 @@ class WorkflowRun:
             names = ", ".join(sorted(map(said, given)))
             self.stage.advise(f"step {ask.request.name!r} changes {names}: restoring the step won't")
         changes = tuple(sorted(map(said, given)))
-        return replace(outcome, blob=blob, changes=changes, patches=patches, patches_blob=patches_blob)
+        usage = _usage.of_step(body.used, ask.request.kind, value)
+        return replace(outcome, blob=blob, changes=changes, patches=patches, patches_blob=patches_blob, usage=usage)
 
     @staticmethod
     def _components_now(inputs: Inputs) -> dict[str, str]:
@@ -1144,7 +1147,7 @@ class WorkflowRun:
         async def record() -> None:
             with contextlib.suppress(UnserializableError, StoreError):
                 attempts = self._attempts.get(ask.request.id)
-                outcome = await self._outcome(ask, inputs, body.value, attempts.failed + 1 if attempts else 1, began_at)
+                outcome = await self._outcome(ask, inputs, body, attempts.failed + 1 if attempts else 1, began_at)
                 self._record(ask, outcome, None, None)
             self.engine.let_go(self.id)
 
@@ -1415,6 +1418,7 @@ class WorkflowRun:
         """Write down how the run ended. A completed one is closed; any other stays, to be gone on with."""
         self._finish_facts(status)
         self.engine.active.pop(self.id, None)
+        self.engine.savings.write()
         self.engine.changing.add(self.id)
         try:
             data, blob = await self._log.kept(data)

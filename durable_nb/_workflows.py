@@ -23,7 +23,7 @@ from durable_nb._catalog import Catalog
 from durable_nb._clock import elapsed_s
 from durable_nb._current import StartRequest, current_body, current_run, use_engine, workflow_functions
 from durable_nb._engine import Engine, new_id
-from durable_nb._facts import Snapshot, Status
+from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._fingerprint import Unhashable, hash_value
 from durable_nb._history import Row, deliveries_of, set_aside
 from durable_nb._journal import Commit, Verdict
@@ -352,6 +352,9 @@ class Workflows:
 
     def snapshots(self) -> list[Snapshot]:
         return self.catalog.snapshots()
+
+    def used(self) -> list[Used]:
+        return self.catalog.used()
 
     def interrupted(self) -> list[tuple[str, str]]:
         waiting = [

@@ -73,7 +73,8 @@ class FakeClock:
         self._sleepers.add(mine)
         try:
             await asyncio.sleep(0)
-            while min(self._sleepers) < mine or self._is_one_due_before(mine[0]):  # noqa: ASYNC110
+            # A time-out that ends before that sleeps as soon as it sees that no body is at work any more.
+            while min(self._sleepers) < mine or any(s < mine[0] and not busy() for s, busy in self._polling.values()):  # noqa: ASYNC110
                 await asyncio.sleep(0)
             self._pass(max(mine[0] - self._passed_s, 0.0))
         finally:
@@ -97,10 +98,6 @@ class FakeClock:
         else:
             await self.sleep(max(due_s - self._passed_s, 0.0))
         return True
-
-    def _is_one_due_before(self, due_s: float) -> bool:
-        """Is there a time-out that ends before that, and sleeps as soon as it sees that no body is at work any more?"""
-        return any(theirs_s < due_s and not is_busy() for theirs_s, is_busy in self._polling.values())
 
     def advance(self, duration: float | str | timedelta) -> None:
         """Let time pass, as between a crash and the restart: seconds, a timedelta, or "90s" "2h" "7d"."""

@@ -13,10 +13,10 @@ import inspect
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
@@ -54,9 +54,9 @@ from durable_nb._memory import InseparableError
 from durable_nb._patches import Standing, UnpatchableError, fits, put
 from durable_nb._pickling import References
 from durable_nb._readback import DriftError, pickled
+from durable_nb._usage import Usage
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
-_T = TypeVar("_T")
 _RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
 _SETTINGS, _VARIABLES = "<settings>", "<context variables>"
 _OWN = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE, _SETTINGS, _VARIABLES)
@@ -187,6 +187,9 @@ class After:
     """Has it steps, which are kept whatever becomes of the cell?"""
     problems: tuple[str, ...] = ()
     """What else it did that no hit would do again."""
+    run: str = ""
+    usage: Usage = field(default_factory=dict)
+    """What models' answers cost that its steps were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +351,10 @@ class _Saving:
         patched = {id(obj) for obj, _ in patches} if not problems else set()
         try:
             problems += self.before.effects.left(patched, self.before.elsewhere.keys())
-            settings = _in_context_of(self.after.variables, self.before.effects.settings)
+            context = copy_context()  # the cell ran in one of its own, in which numpy, for one, keeps its options
+            for variable, value in self.after.variables:
+                context.run(variable.set, value)
+            settings = context.run(self.before.effects.settings)
             variables = variables_kept(self.after.variables, held)
             resources = Resources(code.tree, bound, namespace)
         except (UnsettableError, NotRemadeError) as error:
@@ -367,7 +373,17 @@ class _Saving:
         }
         imported = imported_by(code.tree, bound) | {id(variable): place for variable, _, place in variables}
         earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, code_of(key), resources)
-        result = Result(values, world, deleted, self.after.outputs, self.after.outputs_count, self.after.cost_s, skipped)
+        result = Result(
+            values,
+            world,
+            deleted,
+            self.after.outputs,
+            self.after.outputs_count,
+            self.after.cost_s,
+            skipped,
+            self.after.run,
+            self.after.usage,
+        )
         return self._write(result, earlier, {id(value) for value in bound.values()})
 
     def _write(self, result: Result, earlier: References, bound: set[int]) -> Stored | NotStored:
@@ -395,14 +411,6 @@ class _Saving:
 
     def _not(self, why: str) -> NotStored:
         return NotStored(why, tuple(self.changed))
-
-
-def _in_context_of(variables: Iterable[tuple[ContextVar[Any], Any]], ask: Callable[[], _T]) -> _T:
-    """The cell ran in a context of its own, in which numpy, for one, keeps its options."""
-    context = copy_context()
-    for variable, value in variables:
-        context.run(variable.set, value)
-    return context.run(ask)
 
 
 def _unpicklable(values: dict[str, Any], earlier: References, error: Exception, *, steps: bool) -> str:

@@ -33,6 +33,7 @@ from durable_nb._codec import Seal
 from durable_nb._files import write_file
 from durable_nb._pickling import NO_REFERENCES, References, Unpickler
 from durable_nb._readback import pickled
+from durable_nb._usage import Usage
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 FORMAT = 2
@@ -86,6 +87,10 @@ class Manifest:
     """Names that the cell bound and its user did not want stored (`--skip`)."""
     notes_size: int = 0
     notes_digest: str = ""
+    run: str = ""
+    """The cell's run that it is of."""
+    usage: Usage = field(default_factory=dict)
+    """What models' answers cost that its steps were given: what a hit saves."""
 
     @property
     def file(self) -> str:
@@ -110,6 +115,8 @@ class Result:
     outputs_count: int
     took_s: float
     skipped: list[str] = field(default_factory=list)
+    run: str = ""
+    usage: Usage = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,8 @@ class Entries:
             skipped=result.skipped,
             notes_size=len(notes),
             notes_digest=_digest(notes),
+            run=result.run,
+            usage=result.usage,
         )
         path = self._folder / scope / manifest.file
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -114,7 +114,8 @@ class Watcher:
                     for entry in entries:
                         left -= 1
                         if entry.name in MARKS and folder != top:
-                            self._remove(folder)
+                            with self._lock:
+                                self._forget(folder)
                             below = []
                             break
                         if entry.is_dir():
@@ -140,10 +141,6 @@ class Watcher:
                 return False
             self._watched[path] = number
             return self._paths.setdefault(number, path) == path  # else the same folder, reached by a link
-
-    def _remove(self, path: str) -> None:
-        with self._lock:
-            self._forget(path)
 
     def _forget(self, folder: str) -> None:
         below = {number for path, number in self._watched.items() if path == folder or path.startswith(folder + os.sep)}

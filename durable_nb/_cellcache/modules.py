@@ -80,12 +80,10 @@ def _values(module: types.ModuleType) -> dict[str, tuple[int, str]]:
             continue
         if isinstance(value, type):
             if value.__module__ == module.__name__:
-                own = {k: v for k, v in vars(value).items() if not k.startswith("__") and _is_value(v)}
+                methods = (*_CODE, type, property, staticmethod, classmethod)
+                named = {k: v for k, v in vars(value).items() if not k.startswith("__") and not isinstance(v, methods)}
+                own = {k: v for k, v in named.items() if not hasattr(v, "__get__")}
                 found[name] = id(value), hash_value(own)
             continue
         found[name] = id(value), hash_value(value)
     return found
-
-
-def _is_value(value: Any) -> bool:
-    return not isinstance(value, (*_CODE, type, property, staticmethod, classmethod)) and not hasattr(value, "__get__")

@@ -44,7 +44,9 @@ def names_of(tree: ast.Module) -> Names:
     walk.mention(set(walk.deferred), end)
     declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for call in _shell_calls(tree):
-        walk.mention(_named_in_text(call), frozenset())
+        # Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`.
+        words = {word for arg in call.args for word in re.findall(r"[^\W\d]\w*", str(arg.value))}  # type: ignore[attr-defined]
+        walk.mention(words, frozenset())
     texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     walk.mention(
         {name for text in texts for name in re.findall(r"@([^\W\d]\w*)", text)}, frozenset()
@@ -93,11 +95,6 @@ def _shell_calls(tree: ast.AST) -> list[ast.Call]:
         and node.func.value.func.id == "get_ipython"
         and all(isinstance(argument, ast.Constant) for argument in node.args)
     ]
-
-
-def _named_in_text(call: ast.Call) -> set[str]:
-    """Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`."""
-    return {word for argument in call.args for word in re.findall(r"[^\W\d]\w*", str(argument.value))}  # type: ignore[attr-defined]
 
 
 class _Walk:
@@ -198,7 +195,8 @@ class _Walk:
                     bound = self._target(target, bound)
                 return bound
             case ast.AugAssign():
-                self._read_target(node.target, bound)
+                if isinstance(node.target, ast.Name):
+                    self.mention({node.target.id}, bound)
                 bound = self.expression(node.value, bound)
                 return self._target(node.target, bound)
             case ast.AnnAssign():
@@ -311,10 +309,6 @@ class _Walk:
             case ast.Starred():
                 return self._target(node.value, bound)
         return self.expression(node, bound)  # x.y = ..., x[i] = ...: reads x and i
-
-    def _read_target(self, node: ast.expr, bound: _Bound) -> None:
-        if isinstance(node, ast.Name):
-            self.mention({node.id}, bound)
 
     def _delete(self, node: ast.expr, bound: _Bound) -> _Bound:
         if isinstance(node, ast.Tuple | ast.List):

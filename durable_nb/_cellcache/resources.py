@@ -343,7 +343,10 @@ def constructions(tree: ast.Module) -> dict[str, Construction]:
     found: dict[str, Construction] = {}
     for at, statement in enumerate(tree.body):
         for target, value in _bound_by(statement):
-            call = _within(value)
+            call = value
+            match value:
+                case ast.Call(func=ast.Name(id="closing") | ast.Attribute(attr="closing"), args=[inner], keywords=[]):
+                    call = inner  # `x` of `closing(x)`, which gives just that to its block
             if isinstance(target, ast.Name) and isinstance(call, ast.Call) and len(bound[target.id]) == 1 and _is_plain(call):
                 reads = frozenset(node.id for node in ast.walk(call) if isinstance(node, ast.Name))
                 if all(len(bound[name]) <= 1 and all(place < at for place in bound[name]) for name in reads):
@@ -370,14 +373,6 @@ def _bound_by(statement: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
             ast.For(iter=ast.NamedExpr(target=target, value=value)) | ast.Expr(value=ast.NamedExpr(target=target, value=value))
         ):
             yield target, value
-
-
-def _within(value: ast.expr) -> ast.expr:
-    """`x` of `closing(x)`, which gives just that to its block."""
-    match value:
-        case ast.Call(func=ast.Name(id="closing") | ast.Attribute(attr="closing"), args=[inner], keywords=[]):
-            return inner
-    return value
 
 
 def _bindings(tree: ast.Module) -> dict[str, list[int]]:

@@ -172,11 +172,11 @@ def _change_directory(_os: Any, changes: dict[str, Any]) -> None:
 
 
 def _filters(_warnings: Any) -> dict[str, Any]:
-    return {"filters": tuple(_filter(*item) for item in warnings.filters)}
-
-
-def _filter(action: Any, message: Any, category: Any, module: Any, lineno: Any) -> tuple[Any, ...]:
-    return action, getattr(message, "pattern", message), category, getattr(module, "pattern", module), lineno
+    found = tuple(
+        (action, getattr(message, "pattern", message), category, getattr(module, "pattern", module), lineno)
+        for action, message, category, module, lineno in warnings.filters
+    )
+    return {"filters": found}
 
 
 def _filters_kept(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -213,16 +213,14 @@ def _handler(handler: logging.Handler) -> Any:
     )
     if not plain:
         return handler
-    stream = next((name for name in ("stdout", "stderr") if _is_stream(handler, getattr(sys, name))), None)
+    # Made while the cell was noted, a handler may have got what stands in for the stream then.
+    held: Any = handler.stream  # type: ignore[attr-defined]  # as `plain` says
+    streams = (held, getattr(held, "_stream", None))
+    stream = next((name for name in ("stdout", "stderr") if getattr(sys, name) in streams), None)
     if stream is None:
         return handler
     style = type(formatter._style).__name__ if formatter is not None else ""
     return stream, handler.level, formatter and (formatter._fmt, formatter.datefmt, style)
-
-
-def _is_stream(handler: Any, stream: Any) -> bool:
-    """Made while the cell was noted, it may have got what stands in for the stream then."""
-    return stream in (handler.stream, getattr(handler.stream, "_stream", None))
 
 
 _STYLES = {"PercentStyle": "%", "StrFormatStyle": "{", "StringTemplateStyle": "$"}

@@ -218,7 +218,8 @@ class Watch:
         """What was seen, now that it has ended; and why the outcome can't be kept, if it can't. `results`: displayed values."""
         with looking_away():
             files, problems = self._files()
-            used = settings_used((*self._packages, *(_package_of(value) for value in results)), self.mentions.words)
+            packages = (*self._packages, *(type(value).__module__.partition(".")[0] for value in results))
+            used = settings_used(packages, self.mentions.words)
             kept = {what: self._settings.get(what, "") for what in used} | self._given_settings
             return World(files, self._moved(), kept, self._names, self._seen_variables()), problems
 
@@ -415,10 +416,6 @@ def _imports_in(filename: str, _stat: Stat, name: str) -> tuple[str, ...]:
 def _absolute(level: int, module: str, package: str) -> str:
     above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
     return ".".join([*above, module] if module else above)
-
-
-def _package_of(value: object) -> str:
-    return type(value).__module__.partition(".")[0]
 
 
 # -- who is told -------------------------------------------------------------------------------------------------------

@@ -143,6 +143,8 @@ class CellExecution:
         await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found.manifest
         self.cache.entries.used(found.entry)
+        self.engine.savings.add(manifest.run, manifest.usage)
+        self.engine.savings.write()
         self.report.restored, self.report.opaque = True, key.opaque
         self.report.nearest = self.report.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
@@ -164,7 +166,11 @@ class CellExecution:
         turn_on_features(self.shell, self.code.tree)
         took = time.perf_counter() - began
         self.status.restored(found.variables, manifest.outputs_count, manifest.size, took, manifest.took_s)
-        show = lambda n, forms: self._display_again(found.results[n], forms)  # noqa: E731
+
+        def show(n: int, forms: Any) -> None:
+            with capture.formatted(self.shell, found.results[n], forms):
+                sys.displayhook(found.results[n])
+
         capture.show_again(self.shell, found.entry.outputs, show)
         return True
 
@@ -247,15 +253,7 @@ class CellExecution:
             if shown and value is not None:
                 self.results.append(value)
                 with self.recorder.result(value, len(self.results) - 1):
-                    self._display(value)
-
-    def _display(self, value: Any) -> None:
-        """As the value of a cell's last expression: under Out[n], and as `_`."""
-        sys.displayhook(value)
-
-    def _display_again(self, value: Any, forms: Any) -> None:
-        with capture.formatted(self.shell, value, forms):
-            self._display(value)
+                    sys.displayhook(value)  # under Out[n], and as `_`
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
@@ -272,6 +270,8 @@ class CellExecution:
             tuple(run.set_variables),
             steps=bool(run.snapshot().steps),
             problems=tuple(self.recorder.problems),
+            run=run.id,
+            usage=run.used,
         )
         saved = self.cache.save(before, after)
         self.report.changed = saved.changed

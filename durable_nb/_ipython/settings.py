@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from typing import Any
@@ -62,21 +63,19 @@ def _traits(shell: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, configurable in _configurables(shell).items():
         known = configurable._trait_values
-        for trait in _configured(type(configurable)):
+        kind = type(configurable)
+        if kind not in _names:
+            _names[kind] = tuple(name for name in kind.class_trait_names(config=True) if name not in _ITS_OWN)
+        for trait in _names[kind]:
             if trait in known and isinstance(known[trait], _PLAIN):
-                found[f"{name}.{trait}"] = _frozen(known[trait])
+                value = known[trait]
+                found[f"{name}.{trait}"] = copy.copy(value) if type(value) in (list, dict, set) else value  # changed in place
     found["traceback mode"] = shell.InteractiveTB.mode
     return found
 
 
 _PLAIN = (str, bytes, int, float, bool, type(None), list, tuple, dict, set, frozenset)
 _names: dict[type, tuple[str, ...]] = {}
-
-
-def _configured(kind: Any) -> tuple[str, ...]:
-    if kind not in _names:
-        _names[kind] = tuple(name for name in kind.class_trait_names(config=True) if name not in _ITS_OWN)
-    return _names[kind]
 
 
 def _chosen(shell: Any, before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +88,6 @@ def _chosen(shell: Any, before: dict[str, Any], found: dict[str, Any]) -> dict[s
         if known is None or value != known.default(configurables[name]):
             kept[key] = value
     return kept
-
-
-def _frozen(value: Any) -> Any:
-    """A copy, so that a change in place is seen."""
-    return type(value)(value) if type(value) in (list, dict, set) else value
 
 
 def _set_traits(shell: Any, found: dict[str, Any]) -> None:

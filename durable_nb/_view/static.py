@@ -262,12 +262,8 @@ def _aligned(rows: list[list[str]], below: dict[int, str]) -> list[str]:
     widths = {i: max(columns(row[i]) for row in rows) for i in used}
     lines = []
     for place, row in enumerate(rows):
-        cells = [_padded(row[i], widths[i], right=i > 1) for i in used]
+        spaces = {i: " " * (widths[i] - columns(row[i])) for i in used}
+        cells = [spaces[i] + row[i] if i > 1 else row[i] + spaces[i] for i in used]
         lines.append(f"  {'  '.join(cells)}".rstrip())
         lines += below.get(place, "").splitlines()
     return lines
-
-
-def _padded(cell: str, width: int, *, right: bool) -> str:
-    space = " " * (width - columns(cell))
-    return space + cell if right else cell + space
