@@ -259,7 +259,7 @@ class CellCache:
     def why(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> Why:
         """What differs between the cell and the entry most like it."""
         try:
-            notes, texts = explain.notes_of(key, code.tree, namespace, self.entries.mark)
+            notes, texts = explain.notes_of(key, code.tree, namespace, self.entries.seal)
         except Exception:  # an explanation is no reason for a cell not to run
             notes, texts = explain.Notes(), {}
         nearest, found = self._nearest(code, namespace, key)

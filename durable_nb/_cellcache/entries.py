@@ -208,10 +208,6 @@ class Entries:
             yield bytes(_aligned(buffer.nbytes) - buffer.nbytes)
         yield notes
 
-    def mark(self, text: bytes) -> str:
-        """Stands for a text in notes: six characters, which only the key's holder could try guesses with."""
-        return self.seal.mac(b"mark", text)[:3].hex()
-
     def of_key(self, scope: str, key: str) -> Iterator[Entry]:
         """The authenticated entries of a key, newest first; CorruptStoreError, UntrustedStoreError at one that isn't."""
         for name in self._names(scope, f"{key}-"):

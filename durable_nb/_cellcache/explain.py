@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
 import datetime as dt
 import decimal
 import difflib
@@ -18,11 +17,13 @@ import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from durable_nb._cellcache.keys import CellKey, said, turned
+from durable_nb._codec import Seal
 from durable_nb._fingerprint import object_of, source_of
 
 _LONGEST_SOURCE = 50_000
@@ -63,22 +64,18 @@ def decode(data: bytes) -> Notes:
     return msgspec.msgpack.decode(data, type=Notes) if data else Notes()
 
 
-def notes_of(
-    key: CellKey, tree: ast.Module, namespace: Mapping[str, Any], mark: Callable[[bytes], str]
-) -> tuple[Notes, dict[str, str]]:
+def notes_of(key: CellKey, tree: ast.Module, namespace: Mapping[str, Any], seal: Seal) -> tuple[Notes, dict[str, str]]:
     """Notes on a cell that is about to run, and the texts that its marks stand for: those are for memory only.
 
-    `mark`: a short keyed digest, so that a mark tells nothing to whom the key isn't known.
+    `seal` makes the marks, so that one tells nothing to whom its key isn't known.
     """
-    masking = _Masking(mark)
-    code = {}
-    for label, function in key.functions().items():
-        source = masking.source(source_of(function))
-        if source:
-            code[label] = source
+    masked = {label: _masked(source_of(function), seal) for label, function in key.functions().items()}
+    masked["code"] = _masked(tree, seal)
+    code = {label: found.source for label, found in masked.items() if found.source and label != "code"}
     values = {label: words for label in key.components if (words := _words_at(label, namespace))}
-    notes = Notes(masking.source(tree), code, values, list(key.opaque))
-    return notes, {mark: text for mark, text in masking.texts.items() if mark not in masking.secrets}
+    secrets = frozenset().union(*(found.secrets for found in masked.values()))
+    texts = {mark: text for found in masked.values() for mark, text in found.texts.items() if mark not in secrets}
+    return Notes(masked["code"].source, code, values, list(key.opaque)), texts
 
 
 def differences(
@@ -154,73 +151,90 @@ def _count(n: int, what: str) -> str:
 # -- sources -----------------------------------------------------------------------------------------------------------
 
 
-class _Masking(ast.NodeTransformer):
-    """Puts marks in place of all texts, and drops those that only document."""
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    """A piece of code with marks in place of its texts."""
 
-    def __init__(self, mark: Callable[[bytes], str]) -> None:
-        self._mark = mark
+    source: str
+    """In its normal form; '' where it is too long to keep."""
+    texts: Mapping[str, str]
+    """What the marks stand for."""
+    secrets: frozenset[str]
+    """Marks of texts that are not to be shown: by what they are called, or by their looks."""
+
+
+@lru_cache(maxsize=1024)  # helpers are asked for again and again
+def _masked(tree: ast.AST, seal: Seal) -> _Masked:
+    masking = _Masking(seal)
+    source = ast.unparse(masking.visit(tree))
+    return _Masked(source if len(source) <= _LONGEST_SOURCE else "", masking.texts, frozenset(masking.secrets))
+
+
+class _Masking:
+    """Copies code with marks in place of all texts, and without those that only document."""
+
+    def __init__(self, seal: Seal) -> None:
+        self._seal = seal
         self.texts: dict[str, str] = {}
         self.secrets: set[str] = set()
-        """Marks of texts that are not to be shown: by what they are called, or by their looks."""
         self._secret = False
 
-    def source(self, node: ast.AST) -> str:
-        """The code in its normal form, masked; '' where it is too long to keep."""
-        source = ast.unparse(self.visit(copy.deepcopy(node)))
-        return source if len(source) <= _LONGEST_SOURCE else ""
+    def visit(self, node: ast.AST) -> Any:
+        """The copy: the nodes themselves are shared with all who ask about this code."""
+        match node:
+            case ast.Constant(value=value):
+                masked = self._mask(value, "⟨⟩")
+                return node if masked is None else ast.Name(masked, ast.Load())
+            case ast.Expr(value=ast.Constant(value=str())):
+                return ast.Pass()
+            case ast.JoinedStr(values=parts):
+                return ast.JoinedStr([self._text(part) for part in parts])
+            case ast.Dict(keys=keys, values=values):
+                pairs = zip(keys, values, strict=True)
+                known = [self._within(value, self.visit, secret=key is not None and _is_secret(key)) for key, value in pairs]
+                return ast.Dict([key and self.visit(key) for key in keys], known)
+            case ast.keyword(arg=str(name)):
+                return self._within(node, self._copy, secret=bool(_SECRET.search(name)))
+            case ast.Assign(targets=targets):
+                return self._within(node, self._copy, secret=any(_is_secret(target) for target in targets))
+            case ast.AnnAssign(target=target):
+                return self._within(node, self._copy, secret=_is_secret(target))
+        return self._copy(node)
 
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        masked = self._mask(node.value, "⟨⟩")
-        return node if masked is None else ast.Name(masked, ast.Load())
+    def _copy(self, node: ast.AST) -> Any:
+        copy = type(node).__new__(type(node))
+        for name, value in vars(node).items():
+            parts = value if isinstance(value, list) else [value]
+            copied = [self.visit(part) if isinstance(part, ast.AST) else part for part in parts]
+            setattr(copy, name, copied if isinstance(value, list) else copied[0])
+        return copy
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
-        for part in node.values:
-            if isinstance(part, ast.Constant):
-                part.value = self._mask(part.value, "«»") or part.value
-            else:
-                self.visit(part)
-        return node
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return ast.Pass()
-        self.generic_visit(node)
-        return node
-
-    def visit_keyword(self, node: ast.keyword) -> Any:
-        return self._visit(node, secret=bool(node.arg and _SECRET.search(node.arg)))
-
-    def visit_Assign(self, node: ast.Assign) -> Any:
-        return self._visit(node, secret=any(_SECRET.search(ast.unparse(target)) for target in node.targets))
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        return self._visit(node, secret=bool(_SECRET.search(ast.unparse(node.target))))
-
-    def visit_Dict(self, node: ast.Dict) -> ast.AST:
-        secret = [key is not None and bool(_SECRET.search(ast.unparse(key))) for key in node.keys]
-        node.keys = [key and self.visit(key) for key in node.keys]
-        node.values = [
-            self._visit(value, secret=hidden, itself=True) for value, hidden in zip(node.values, secret, strict=True)
-        ]
-        return node
-
-    def _visit(self, node: Any, *, secret: bool, itself: bool = False) -> Any:
+    def _within(self, node: ast.AST, visit: Callable[[ast.AST], Any], *, secret: bool) -> Any:
         outer, self._secret = self._secret, self._secret or secret
         try:
-            return self.visit(node) if itself else self.generic_visit(node)
+            return visit(node)
         finally:
             self._secret = outer
+
+    def _text(self, part: ast.expr) -> Any:
+        if isinstance(part, ast.Constant):
+            return ast.Constant(self._mask(part.value, "«»") or part.value)
+        return self.visit(part)
 
     def _mask(self, value: object, brackets: str) -> str | None:
         if not isinstance(value, str | bytes):
             return None
         data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-        mark = self._mark(data)
+        mark = self._seal.mac(b"mark", data)[:3].hex()  # six characters, which only the key's holder could try guesses with
         self.texts[mark] = value if brackets == "«»" and isinstance(value, str) else repr(value)
         if self._secret or _GENERATED.fullmatch(data):
             self.secrets.add(mark)
         unit = "character" if isinstance(value, str) else "byte"
         return f"{brackets[0]}{_count(len(value), unit)} #{mark}{brackets[1]}"
+
+
+def _is_secret(named: ast.expr) -> bool:
+    return bool(_SECRET.search(named.id if isinstance(named, ast.Name) else ast.unparse(named)))
 
 
 def _diff(before: str, after: str, texts: Mapping[str, str]) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def differences(
     nearest = min(manifests, key=lambda m: len(changes(m.components, key.components)), default=None)
     if nearest is None:
         return None, []
-    now, texts = explain.notes_of(key, code.tree, namespace, entries.mark)
+    now, texts = explain.notes_of(key, code.tree, namespace, entries.seal)
     notes = explain.decode(entries.notes(code.scope, nearest))
     found = explain.differences(nearest.components, notes, key.components, now, texts)
     return nearest, [*found, *(explain.Difference(what) for what in nearest.world.changes(Around(namespace, entries.seal)))]

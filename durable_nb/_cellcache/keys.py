@@ -21,6 +21,7 @@ from durable_nb._fingerprint import (
     digest_of,
     globals_stored,
     nested_codes,
+    nodes,
     source_of,
 )
 
@@ -128,7 +129,7 @@ def _words(tree: ast.Module, found: Fingerprinter) -> frozenset[str]:
 
 @lru_cache(maxsize=256)  # as with `_uses`
 def _words_in(tree: ast.Module) -> frozenset[str]:
-    fields = [getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "name", "value")]
+    fields = [getattr(node, field, None) for node in nodes(tree) for field in ("id", "attr", "name", "value")]
     return frozenset(field for field in fields if isinstance(field, str) and field.isidentifier())
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from durable_nb._cellcache.environment import is_secret
 from durable_nb._cellcache.files import ABSENT, is_elsewhere, kind_of, looks_like_path
-from durable_nb._fingerprint import names_loaded, nested_codes
+from durable_nb._fingerprint import names_loaded, nested_codes, nodes
 
 MOST_TEXTS = 10_000
 LONGEST_TEXT = 1024
@@ -237,7 +237,7 @@ def _of_tree(tree: ast.AST) -> _Said:
     texts: dict[str, None] = {}
     words: set[str] = set()
     free: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         match node:
             case ast.Constant(value=str() | bytes() as value):
                 texts[os.fsdecode(value)] = None
@@ -271,7 +271,7 @@ def _of_code(code: types.CodeType) -> _Said:
 def packages_imported(tree: ast.AST) -> frozenset[str]:
     """The packages that code imports."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -12,10 +12,11 @@ import contextlib
 import importlib.machinery
 import sys
 import types
+import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from durable_nb._fingerprint import hash_value, is_installed
+from durable_nb._fingerprint import hash_value, is_installed, nodes
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 
@@ -26,9 +27,9 @@ class Modules:
     def __init__(self, tree: ast.Module, words: frozenset[str]) -> None:
         """`words`: the names that the cell's code and its helpers' mention."""
         self._held: dict[str, dict[str, tuple[int, str]]] = {}
-        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
-        for name, module in list(sys.modules.items()):
-            if (imports or name.rpartition(".")[2] in words) and _is_of_project(module):
+        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes(tree))
+        for name, module in _of_project():
+            if imports or name.rpartition(".")[2] in words:
                 self._note(name, module)
 
     @contextlib.contextmanager
@@ -63,6 +64,23 @@ class Modules:
             different = [key for key in different if (name, key) not in bound and after.get(key, (0, ""))[0] not in patched]
             found += [f"{name}.{key}" for key in different]
         return found
+
+
+_known: dict[str, tuple[weakref.ref[types.ModuleType], bool]] = {}
+"""By name, modules looked at before, and whether they are the user's own: there may be thousands."""
+
+
+def _of_project() -> Iterator[tuple[str, types.ModuleType]]:
+    """The modules of the project that are loaded."""
+    loaded: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in loaded:
+        known = _known.get(name)
+        if known is None or known[0]() is not module:
+            if not isinstance(module, types.ModuleType):  # whatever somebody has put there
+                continue
+            known = _known[name] = weakref.ref(module), _is_of_project(module)
+        if known[1]:
+            yield name, module
 
 
 def _is_of_project(module: Any) -> bool:

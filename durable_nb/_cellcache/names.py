@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from durable_nb._fingerprint import children, nodes, walk
+
 _Bound = frozenset[str] | None
 """Names bound for certain at a place in the code; None where the place is never reached."""
 
@@ -42,12 +44,12 @@ def names_of(tree: ast.Module) -> Names:
     walk = _Walk()
     end = walk.block(tree.body, frozenset())
     walk.mention(set(walk.deferred), end)
-    declared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    declared = {name for node in nodes(tree) if isinstance(node, ast.Global) for name in node.names}
     for call in _shell_calls(tree):
         # Every word of a magic's or a command's line may be a variable: `%timeit f(x)`, `!grep {word} $path`.
         words = {word for arg in call.args for word in re.findall(r"[^\W\d]\w*", str(arg.value))}  # type: ignore[attr-defined]
         walk.mention(words, frozenset())
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [node.value for node in nodes(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     walk.mention(
         {name for text in texts for name in re.findall(r"@([^\W\d]\w*)", text)}, frozenset()
     )  # pandas' query("a > @b")
@@ -58,10 +60,10 @@ def names_of(tree: ast.Module) -> Names:
 def dynamic_reads(tree: ast.Module) -> frozenset[str]:
     """Ways by which a cell can read names that nobody sees in its code, as far as the code mentions them."""
     plain = {id(call.func.value.func) for call in _shell_calls(tree)}  # type: ignore[attr-defined]
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in plain}
+    used = {node.id for node in nodes(tree) if isinstance(node, ast.Name) and id(node) not in plain}
     found = set(used & _LOOKING_UP)
-    is_main = {id(node) for test in ast.walk(tree) if isinstance(test, ast.Compare) for node in test.comparators}
-    for node in ast.walk(tree):
+    is_main = {id(node) for test in nodes(tree) if isinstance(test, ast.Compare) for node in test.comparators}
+    for node in nodes(tree):
         match node:
             case ast.Attribute(attr=name) if name in NAMESPACES:
                 found.add(name)
@@ -86,7 +88,7 @@ def _shell_calls(tree: ast.AST) -> list[ast.Call]:
     """`!command` and `%magic`, as IPython's transform writes them: get_ipython().system("...") with text arguments."""
     return [
         node
-        for node in ast.walk(tree)
+        for node in nodes(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in SHELL_METHODS
@@ -175,7 +177,7 @@ class _Walk:
             case ast.Match():
                 return self._match(node, bound)
             case ast.Return() | ast.Raise():
-                for child in ast.iter_child_nodes(node):
+                for child in children(node):
                     bound = self.expression(child, bound)
                 return None
             case ast.Break() | ast.Continue():
@@ -215,7 +217,7 @@ class _Walk:
         if type(node).__name__ == "TypeAlias":  # Python 3.12: type X = ...; its value is evaluated when it is asked for
             self.mention(_reads(node), bound)
             return self._bind({node.name.id}, bound)  # type: ignore[attr-defined]
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             bound = self.expression(child, bound)
         return bound
 
@@ -251,8 +253,8 @@ class _Walk:
         ends: list[_Bound] = []
         exhaustive = False
         for case in node.cases:
-            names = {n for p in ast.walk(case.pattern) if (n := getattr(p, "name", None) or getattr(p, "rest", None))}
-            for part in ast.walk(case.pattern):
+            names = {n for p in walk(case.pattern) if (n := getattr(p, "name", None) or getattr(p, "rest", None))}
+            for part in walk(case.pattern):
                 if isinstance(part, ast.MatchValue):
                     self.expression(part.value, bound)
                 elif isinstance(part, ast.MatchClass):
@@ -280,7 +282,7 @@ class _Walk:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
         called = {name for child in node.body if not isinstance(child, functions) for name in _reads(child)}
         self.mention(body.read | (called & self.deferred.keys()), bound)
-        later = {name for child in ast.walk(node) if isinstance(child, (*functions, ast.Lambda)) for name in _reads(child)}
+        later = {name for child in walk(node) if isinstance(child, (*functions, ast.Lambda)) for name in _reads(child)}
         if node.decorator_list or node.bases or node.keywords:  # a decorator, __init_subclass__ or a metaclass may call them
             self.mention(later, _and(bound, {node.name}))
         else:
@@ -324,7 +326,7 @@ class _Walk:
     def expression(self, node: ast.AST, bound: _Bound) -> _Bound:
         """Read what `node` reads; only walrus targets that are certainly reached count as bound after it."""
         self.mention(_reads(node), bound)
-        walrus = {n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr)}
+        walrus = {n.target.id for n in walk(node) if isinstance(n, ast.NamedExpr)}
         self.stored |= walrus
         if isinstance(node, ast.NamedExpr):
             return _and(bound, {node.target.id})
@@ -345,6 +347,10 @@ class _Reads(ast.NodeVisitor):
 
     def __init__(self, local: frozenset[str], found: set[str]) -> None:
         self._local, self._found = local, found
+
+    def generic_visit(self, node: ast.AST) -> None:
+        for child in children(node):
+            self.visit(child)
 
     def visit_Name(self, node: ast.Name) -> None:
         if node.id not in self._local and not isinstance(node.ctx, ast.Store):
@@ -383,7 +389,7 @@ class _Reads(ast.NodeVisitor):
         _Reads(self._local | _own_types(node), self._found).generic_visit(node)
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
-        names = [n for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)]
+        names = [n for g in node.generators for n in walk(g.target) if isinstance(n, ast.Name)]
         targets = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         self.visit(node.generators[0].iter)
         inner = _Reads(self._local | targets, self._found)
@@ -431,9 +437,9 @@ def _bound_in_scope(body: list[ast.AST]) -> tuple[set[str], set[str]]:
                 bound.add(node.rest)  # type: ignore[arg-type]
             case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
                 # Its targets are its own, but a walrus inside binds out here.
-                bound.update(n.target.id for n in ast.walk(node) if isinstance(n, ast.NamedExpr))
+                bound.update(n.target.id for n in walk(node) if isinstance(n, ast.NamedExpr))
                 continue
-        waiting += ast.iter_child_nodes(node)
+        waiting += children(node)
     return bound, declared
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from durable_nb._cellcache.resources import Resources, either
-from durable_nb._fingerprint import is_installed, of_value
+from durable_nb._fingerprint import is_installed, nodes, of_value
 from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of, content_of_code
 from durable_nb._pickling import References
 
@@ -83,7 +83,7 @@ _NAMED = (types.FunctionType, types.MethodType, type, type(functools.lru_cache(l
 def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str]:
     """What `from module import name` in the cell gave it, by id: `module:name`. Scalars are values like any other."""
     found: dict[int, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             module = sys.modules.get(node.module)
             names = vars(module) if module is not None and node.names[0].name == "*" else [alias.name for alias in node.names]
@@ -98,7 +98,7 @@ def attributes_set(tree: ast.AST, namespace: Mapping[str, Any]) -> list[tuple[st
     """(owner, attribute) of each attribute that the code assigns or deletes of a module, or of what an installed one holds:
     a class, an object with settings."""  # fmt: skip
     found = []
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
             owner = _owner(node.value, namespace)
             if owner and owner not in _SET_AGAIN:
@@ -137,7 +137,7 @@ def _owner(expression: ast.expr, namespace: Mapping[str, Any]) -> str:
 
 def submodules_imported_by(tree: ast.Module) -> list[str]:
     """`a.b` of each `import a.b`: binding `a` alone would not load it."""
-    aliases = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    aliases = [alias.name for node in nodes(tree) if isinstance(node, ast.Import) for alias in node.names]
     return sorted({name for name in aliases if "." in name and name in sys.modules})
 
 

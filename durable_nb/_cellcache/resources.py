@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from durable_nb._cellcache.hush import hushed
-from durable_nb._fingerprint import is_installed
+from durable_nb._fingerprint import is_installed, nodes, walk
 
 _MADE = "<made>"
 _SECRET = ("authorization", "api-key", "x-api-key", "cookie", "proxy-authorization")
@@ -348,7 +348,7 @@ def constructions(tree: ast.Module) -> dict[str, Construction]:
                 case ast.Call(func=ast.Name(id="closing") | ast.Attribute(attr="closing"), args=[inner], keywords=[]):
                     call = inner  # `x` of `closing(x)`, which gives just that to its block
             if isinstance(target, ast.Name) and isinstance(call, ast.Call) and len(bound[target.id]) == 1 and _is_plain(call):
-                reads = frozenset(node.id for node in ast.walk(call) if isinstance(node, ast.Name))
+                reads = frozenset(node.id for node in walk(call) if isinstance(node, ast.Name))
                 if all(len(bound[name]) <= 1 and all(place < at for place in bound[name]) for name in reads):
                     found[target.id] = Construction(call, reads, at)
     return found
@@ -379,7 +379,7 @@ def _bindings(tree: ast.Module) -> dict[str, list[int]]:
     """By name, the statements that may bind it, each as often as it does."""
     found: dict[str, list[int]] = collections.defaultdict(list)
     for at, statement in enumerate(tree.body):
-        for node in ast.walk(statement):
+        for node in walk(statement):
             match node:
                 case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
                     found[name].append(at)
@@ -408,7 +408,7 @@ _PLAIN = (
 
 
 def _is_plain(call: ast.Call) -> bool:
-    return all(isinstance(node, _PLAIN) for node in ast.walk(call))
+    return all(isinstance(node, _PLAIN) for node in walk(call))
 
 
 # -- storing -----------------------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ class Resources:
 
     def _refused(self, kind: Kind, made: Construction) -> str:
         """Why the call is none that may be made again; '' where it is one."""
-        for node in ast.walk(made.call):
+        for node in walk(made.call):
             if isinstance(node, ast.Call):
                 try:
                     callee = _evaluate(node.func, self.namespace, {})
@@ -499,7 +499,7 @@ _SQLITE_STATE = frozenset(
 def _touched(tree: ast.Module, name: str, value: Any) -> str:
     """State that nobody can see in the object, but the cell's code shows: '' for none."""
     sqlite = type(value).__module__.startswith("sqlite3")
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         match node:
             case ast.Attribute(attr=attribute) if sqlite and attribute in _SQLITE_STATE:
                 return f"what {attribute}() gave it"

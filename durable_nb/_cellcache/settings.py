@@ -87,8 +87,13 @@ def set_again(known: Iterable[Setting], changes: Mapping[str, dict[str, Any]]) -
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that differ, with what they hold after; GONE for nothing."""
-    found = {key: value for key, value in after.items() if key not in before or not _same(before[key], value)}
+    # Most values are the very object that was there before: among a thousand of them no other comparison is quick enough.
+    others = [key for key, value in after.items() if before.get(key, _NOTHING) is not value]
+    found = {key: after[key] for key in others if key not in before or not _same(before[key], after[key])}
     return found | dict.fromkeys(before.keys() - after.keys(), GONE)
+
+
+_NOTHING = object()
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -310,13 +315,8 @@ def _nest(_asyncio: Any, changes: dict[str, Any]) -> None:
 
 
 def _dialects(csv: Any) -> dict[str, Any]:
-    return {name: sorted((k, repr(v)) for k, v in _public(csv.get_dialect(name)).items()) for name in csv.list_dialects()} | {
-        "": csv.field_size_limit()
-    }
-
-
-def _public(obj: Any) -> dict[str, Any]:
-    return {name: getattr(obj, name) for name in dir(obj) if not name.startswith("_")}
+    """A dialect can't be changed once it is registered."""
+    return {**{name: csv.get_dialect(name) for name in csv.list_dialects()}, "": csv.field_size_limit()}
 
 
 def _set_dialects(csv: Any, changes: dict[str, Any]) -> None:
@@ -346,7 +346,13 @@ def _import_hooks(_sys: Any) -> dict[str, Any]:
 
 def _signals(signal: Any) -> dict[str, Any]:
     """Interrupts are a durable cell's own while it runs."""
-    return {str(n): signal.getsignal(n) for n in signal.valid_signals() if n != signal.SIGINT}
+    if not _numbers:
+        _numbers.update({str(int(n)): int(n) for n in signal.valid_signals() if n != signal.SIGINT})
+    return {name: signal.getsignal(number) for name, number in _numbers.items()}
+
+
+_numbers: dict[str, int] = {}
+"""All signals' but that of interrupts: to ask for them makes an enumeration's member of each."""
 
 
 def _made_modules(_sys: Any) -> dict[str, Any]:

@@ -202,9 +202,13 @@ _NUMPY_PRINTS = {
 _NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
 
+def _unusual(now: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What isn't as it is by default: most of it is the very object, which need not be compared."""
+    return {k: v for k, v in now.items() if (known := usual.get(k)) is not v and known != v}
+
+
 def _unusual_in_numpy(numpy: Any) -> dict[str, Any]:
-    usual = {**_NUMPY_PRINTS, **_NUMPY_ERRORS}
-    return {k: v for k, v in {**numpy.get_printoptions(), **numpy.geterr()}.items() if usual.get(k) != v}
+    return _unusual({**numpy.get_printoptions(), **numpy.geterr()}, {**_NUMPY_PRINTS, **_NUMPY_ERRORS})
 
 
 def _unusual_in_pandas(config: Any) -> dict[str, Any]:
@@ -219,9 +223,12 @@ def _unusual_in_pandas(config: Any) -> dict[str, Any]:
 
 
 def _unusual_in_matplotlib(matplotlib: Any) -> dict[str, Any]:
-    usual = getattr(matplotlib, "rcParamsDefault", {})
-    chosen = {"backend", "backend_fallback", "interactive"}  # by the front end
-    return {k: v for k, v in dict.items(getattr(matplotlib, "rcParams", {})) if k not in chosen and usual.get(k) != v}
+    # Not by `rcParams[...]`, which would choose a backend.
+    now, usual = (dict(dict.items(getattr(matplotlib, name, {}))) for name in ("rcParams", "rcParamsDefault"))
+    found = _unusual(now, usual)
+    for chosen in ("backend", "backend_fallback", "interactive"):  # by the front end
+        found.pop(chosen, None)
+    return found
 
 
 def _unusual_in_decimal(decimal: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from ._owners import is_installed
 from ._reductions import without_passing
 from ._source import attribute_uses, imported, names_loaded, nested_codes, normalise
 from ._tokens import FORMAT
+from ._trees import children, nodes, walk
 from ._values import lasting_parts
 from ._walk import Opaque, Unhashable
 
@@ -17,6 +18,7 @@ __all__ = [
     "Opaque",
     "Unhashable",
     "attribute_uses",
+    "children",
     "digest_of",
     "globals_stored",
     "hash_value",
@@ -27,10 +29,12 @@ __all__ = [
     "lasting_parts",
     "names_loaded",
     "nested_codes",
+    "nodes",
     "normalise",
     "object_of",
     "of_call",
     "of_value",
     "source_of",
+    "walk",
     "without_passing",
 ]

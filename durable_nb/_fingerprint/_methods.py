@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._plain import attributes_of_plain, is_plain
 from ._source import read
+from ._trees import nodes
 from ._walk import MISSING, named
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _attributes_of_self(node: ast.AST | None) -> frozenset[str] | None:
     if not arguments:
         return None
     own, names, whole = arguments[0].arg, set(), 0
-    for inner in ast.walk(node):
+    for inner in nodes(node):
         if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == own:
             names.add(inner.attr)
             whole -= 1

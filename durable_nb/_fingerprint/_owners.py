@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import functools
 import os
+import re
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from importlib import metadata
 
 _ABSENT = object()
 _HEAP_TYPE = 1 << 9  # a class made by a class statement or the like; others are C, such as NoneType
@@ -23,12 +25,19 @@ RENAMED = {("numpy", "bool_"): "bool"}
 """Public names that another version gave."""
 
 
-@functools.lru_cache(maxsize=4096)
 def is_installed_file(filename: str) -> bool:
     if filename.startswith("<frozen"):
         return True
-    path = os.path.realpath(filename)
-    if path.startswith(_HERE) or filename.startswith(_HERE):
+    folder = os.path.dirname(filename)  # noqa: PTH120
+    return _is_installed_folder(folder if os.path.isabs(folder) else os.path.abspath(folder))  # noqa: PTH117, PTH100
+
+
+@functools.lru_cache(
+    maxsize=4096
+)  # following links takes its time, and a kernel has thousands of modules in hundreds of folders
+def _is_installed_folder(folder: str) -> bool:
+    path = os.path.join(os.path.realpath(folder), "")  # noqa: PTH118
+    if path.startswith(_HERE) or os.path.join(folder, "").startswith(_HERE):  # noqa: PTH118
         return True
     parts = path.replace(os.sep, "/").split("/")
     return "site-packages" in parts or "dist-packages" in parts or path.startswith(_STDLIB)
@@ -190,13 +199,23 @@ def version(package: str) -> str | None:
     except Exception:
         found = _distributions().get(package)
     try:
-        return metadata.version(found[0]) if found else None
+        return found.version if found is not None else None
     except Exception:
         return None
 
 
 @functools.lru_cache(maxsize=1)
-def _distributions() -> Mapping[str, list[str]]:
+def _distributions() -> Mapping[str, metadata.Distribution]:
+    """By package, who has installed it. `metadata.packages_distributions()` reads the same files in ten times the time."""
     from importlib import metadata
 
-    return metadata.packages_distributions()
+    found: dict[str, metadata.Distribution] = {}
+    for distribution in metadata.distributions():
+        declared, files = (distribution.read_text(name) or "" for name in ("top_level.txt", "RECORD"))
+        for package in {*declared.split(), *_TOP_LEVEL.findall(files)}:
+            found.setdefault(package, distribution)
+    return found
+
+
+_TOP_LEVEL = re.compile(r"^([^\W\d]\w*)(?:/|\.py,|\.[^/,]+\.so,)", re.MULTILINE)
+"""Files of a package, or a module by itself, in a list of installed files."""

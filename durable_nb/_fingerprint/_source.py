@@ -14,6 +14,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from ._tokens import DIGEST_BYTES, PERSON, text
+from ._trees import children, nodes
 from ._values import constant
 from ._walk import ANNOTATIONS, DOCSTRINGS, MODULES, NAMES, SOURCE, Looks
 
@@ -100,20 +101,14 @@ def dotted(node: ast.AST) -> tuple[str, ...]:
 def _class_statements(tree: ast.AST) -> set[ast.AST]:
     """What stands directly in a class inside of `tree`: annotations there make fields."""
     found: set[ast.AST] = set()
-    for cls in _nodes(tree):
+    for cls in nodes(tree):
         pending: list[ast.AST] = list(cls.body) if isinstance(cls, ast.ClassDef) else []
         while pending:
             node = pending.pop()
             if not isinstance(node, (*_DEFINITIONS, ast.ClassDef)):
                 found.add(node)
-                pending.extend(ast.iter_child_nodes(node))
+                pending.extend(children(node))
     return found
-
-
-@functools.lru_cache(maxsize=8)
-def _nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
-    """All of `tree`, which several questions in a row are about."""
-    return tuple(ast.walk(tree))
 
 
 class _Token(bytes):
@@ -192,7 +187,7 @@ def attribute_uses(tree: ast.AST) -> dict[str, Paths]:
     """By name the attribute paths it is read by (`m.a.b` gives `("a", "b")`), or None once it is used whole."""
     uses: dict[str, set[tuple[str, ...]] | None] = {}
     consumed: set[int] = set()
-    for node in _nodes(tree):
+    for node in nodes(tree):
         if id(node) in consumed:
             continue
         if isinstance(node, ast.Name):
@@ -219,7 +214,7 @@ def attribute_uses(tree: ast.AST) -> dict[str, Paths]:
 def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
     """Modules that `tree` imports, as (level, dotted name); `from a import b` counts as `a` and `a.b`."""
     found: set[tuple[int, str]] = set()
-    for node in _nodes(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             found.update((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -236,7 +231,7 @@ def imported(tree: ast.AST) -> frozenset[tuple[int, str]]:
 def looks_of(tree: ast.AST) -> Looks:
     """What the code looks at of functions and classes beside what they do, as far as it says so."""
     words: set[str] = set()
-    for node in _nodes(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Name):
             words.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -371,7 +366,7 @@ def _annotation_names(tree: ast.AST) -> set[str]:
 def _names_said(tree: ast.AST) -> set[str]:
     """Names that code binds itself, or says in a text: renaming one of them may change what it does."""
     found: set[str] = set()
-    for node in _nodes(tree):
+    for node in nodes(tree):
         for name in ("arg", "name", "asname", "rest"):
             value = getattr(node, name, None)
             if isinstance(value, str) and not isinstance(node, ast.keyword):
@@ -388,7 +383,7 @@ def _names_said(tree: ast.AST) -> set[str]:
 def _mangles(tree: ast.AST) -> bool:
     return any(
         value.startswith("__") and not value.endswith("__")
-        for node in _nodes(tree)
+        for node in nodes(tree)
         for field in ("id", "attr", "arg", "name")
         if isinstance(value := getattr(node, field, None), str)
     )
@@ -489,20 +484,20 @@ def _index(source: str, future: int) -> _Index:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     places: dict[tuple[str, int], list[ast.AST]] = {}
-    for node in _nodes(tree):
+    for node in nodes(tree):
         if isinstance(node, _DEFINITIONS):
             first_line = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
             places.setdefault((getattr(node, "name", "<lambda>"), first_line), []).append(node)
     found: dict[str, list[tuple[CodeType, ast.AST]]] = {}
     for code in nested_codes(whole):
-        nodes = places.get((code.co_name, code.co_firstlineno), [])
-        definition = nodes[0] if len(nodes) == 1 else _containing(code, nodes)
+        begun = places.get((code.co_name, code.co_firstlineno), [])
+        definition = begun[0] if len(begun) == 1 else _containing(code, begun)
         if definition is not None:
             found.setdefault(code.co_qualname, []).append((code, definition))
     return {name: tuple(pairs) for name, pairs in found.items()}
 
 
-def _containing(code: CodeType, nodes: list[Any]) -> ast.AST | None:
+def _containing(code: CodeType, definitions: list[Any]) -> ast.AST | None:
     """The innermost of several lambdas on a line whose body holds all that `code` executes."""
     spans = [
         ((line, start), (end_line, end))
@@ -510,7 +505,7 @@ def _containing(code: CodeType, nodes: list[Any]) -> ast.AST | None:
         if line is not None and end_line is not None and start is not None and end is not None
         if (line, start) < (end_line, end)
     ]
-    if not spans or not nodes:
+    if not spans or not definitions:
         return None
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
 
@@ -518,7 +513,8 @@ def _containing(code: CodeType, nodes: list[Any]) -> ast.AST | None:
         body = node.body
         return (body.lineno, body.col_offset), (body.end_lineno, body.end_col_offset)
 
-    holding = [node for node in nodes if isinstance(node, ast.Lambda) and extent(node)[0] <= first and last <= extent(node)[1]]
+    lambdas = [node for node in definitions if isinstance(node, ast.Lambda)]
+    holding = [node for node in lambdas if extent(node)[0] <= first and last <= extent(node)[1]]
     if not holding:
         return None
     return max(holding, key=lambda node: (extent(node)[0], tuple(-part for part in extent(node)[1])))

@@ -79,13 +79,21 @@ def compile_body(shell: Any, body: str) -> Code:
 
 @lru_cache(maxsize=256)
 def _normal(source: str, features: tuple[str, ...]) -> tuple[ast.Module, Names]:
-    tree = _Timed().visit(ast.parse(source))
+    tree = _timed_in(source)
     swallows = IPython.version_info < (9, 4)  # %time showed an error and went on
-    names = names_of(_Timed(swallows=True).visit(ast.parse(source)) if swallows else tree)
+    names = names_of(_timed_in(source, swallows=True) if swallows and "run_line_magic" in source else tree)
     earlier = sorted(set(features) - _imported_features(tree))
     if earlier:  # the cell means what it would mean with this line at its top
-        tree.body.insert(0, ast.ImportFrom("__future__", [ast.alias(name) for name in earlier], 0, lineno=1, col_offset=0))
+        line = ast.ImportFrom("__future__", [ast.alias(name) for name in earlier], 0, lineno=1, col_offset=0)
+        tree = ast.Module([line, *tree.body], [])  # another one: what is known of that one is remembered
     return tree, names
+
+
+def _timed_in(source: str, *, swallows: bool = False) -> ast.Module:
+    tree = ast.parse(source)
+    if "run_line_magic" in source:
+        _Timed(swallows=swallows).visit(tree)
+    return tree
 
 
 class _Timed(ast.NodeTransformer):
