@@ -1,7 +1,8 @@
 """How the durable cells of a notebook were executed last, in its order: what `%durable plan` goes by in a new kernel.
 
-A small file of the store for each notebook. It holds names and digests, no code and no values, and nothing is restored by it:
-one that is lost or behind the times costs an answer. So it is written without waiting for the disk.
+A small file of the store for each notebook, to which each execution adds a line. It holds names and digests, no code and no
+values, and nothing is restored by it: one that is lost or behind the times costs an answer. So it is written without waiting
+for the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-FOLDER = "plans"
+FOLDER, SUFFIX = "plans", ".lines"
+_LONG_BYTES = 1 << 16
 NOT_COMPLETED = "it was not completed"
 
 
@@ -41,6 +43,10 @@ class LastExecution:
     """Its line says --rerun."""
 
 
+_Line = list[str] | dict[str, LastExecution | None]
+"""The notebook's order, or what is new of a cell: None where it is to be forgotten."""
+
+
 class LastExecutions:
     """The cells of one notebook, as far as they were executed."""
 
@@ -48,7 +54,7 @@ class LastExecutions:
         """`notebook`: what it is known by; '' shares one file with all that aren't known."""
         self.notebook = notebook
         name = hashlib.blake2b(os.fsencode(notebook), digest_size=8).hexdigest()
-        self._path = store / FOLDER / f"{name}.json"
+        self._path = store / FOLDER / f"{name}{SUFFIX}"
         self._before: str | None = None
         self._met: set[str] = set()
         self._makers: dict[str, tuple[str, str, int]] = {}
@@ -59,7 +65,7 @@ class LastExecutions:
     def elsewhere(self) -> dict[str, LastExecution]:
         """The last executions of cells that this notebook isn't known to have executed: it may have had another name."""
         found: dict[str, LastExecution] = {}
-        for path in self._path.parent.glob("[!.]*.json"):
+        for path in self._path.parent.glob(f"[!.]*{SUFFIX}"):
             for name, last in _read(path).items():
                 if name not in self.last and (name not in found or found[name].at < last.at):
                     found[name] = last
@@ -77,7 +83,7 @@ class LastExecutions:
     def enter(self, name: str) -> None:
         """A cell is about to be executed: should the kernel be killed meanwhile, its place is known."""
         if self._put_in_order(name):
-            self._write()
+            self._add(list(self.last))
 
     def note(self, name: str, last: LastExecution, namespace: MutableMapping[str, Any]) -> None:
         """A cell was executed. Where that tells anything new, it is written down."""
@@ -90,12 +96,12 @@ class LastExecutions:
             last = known  # it was executed once more, with what it or a later cell has made: no Run All does that
         if known is None or replace(known, at=last.at) != last:
             self.last[name] = last
-            self._write()
+            self._add({name: last})
 
     def forget(self, name: str) -> None:
         """The cell is not to be known any more."""
         if self.last.pop(name, None) is not None:
-            self._write()
+            self._add({name: None})
 
     def _put_in_order(self, name: str) -> bool:
         """Executed for the first time in this kernel, a cell stands after the one that was so before it; was that news?"""
@@ -110,19 +116,58 @@ class LastExecutions:
         if known:
             names.remove(name)
         names.insert(names.index(before) + 1 if before in names else len(names), name)
-        not_yet = LastExecution("", "", 0.0, unstored=NOT_COMPLETED)
-        self.last = {name: self.last.get(name, not_yet) for name in names}
+        self.last = _in_order(names, self.last)
         return True
 
-    def _write(self) -> None:
-        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+    def _add(self, line: _Line) -> None:
+        # It begins with the line's end: one that was cut short spoils no other.
+        data = b"\n" + msgspec.json.encode(line)
         with contextlib.suppress(OSError):  # a store that is only read
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            draft.write_bytes(msgspec.json.encode(self.last))
-            draft.replace(self._path)
+            try:
+                _append(self._path, data)
+            except FileNotFoundError:
+                self._path.parent.mkdir(mode=0o700, exist_ok=True)
+                _append(self._path, data)
+
+
+def _in_order(names: list[str], found: Mapping[str, LastExecution]) -> dict[str, LastExecution]:
+    """Those of these names first, and all of them."""
+    return {**{name: found.get(name, _NOT_YET) for name in names}, **{n: v for n, v in found.items() if n not in names}}
+
+
+_NOT_YET = LastExecution("", "", 0.0, unstored=NOT_COMPLETED)
+
+
+def _append(path: Path, data: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(file, data)
+    finally:
+        os.close(file)
 
 
 def _read(path: Path) -> dict[str, LastExecution]:
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, LastExecution])
-    return {}
+    """What all lines come to; where most of them say nothing any more, it is written anew as two."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return {}
+    found: dict[str, LastExecution] = {}
+    for text in data.split(b"\n"):
+        with contextlib.suppress(msgspec.MsgspecError):
+            line = msgspec.json.decode(text, type=_Line)
+            if isinstance(line, list):
+                found = _in_order(line, found)
+                continue
+            for name, last in line.items():
+                if last is None:
+                    found.pop(name, None)
+                else:
+                    found[name] = last
+    short = b"".join(b"\n" + msgspec.json.encode(line) for line in (list(found), found))
+    if len(data) > _LONG_BYTES + 4 * len(short):
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with contextlib.suppress(OSError):
+            draft.write_bytes(short)
+            draft.replace(path)
+    return found

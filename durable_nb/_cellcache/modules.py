@@ -28,7 +28,7 @@ class Modules:
         """`words`: the names that the cell's code and its helpers' mention."""
         self._held: dict[str, dict[str, tuple[int, str]]] = {}
         imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes(tree))
-        for name, module in _of_project():
+        for name, module in _loaded.of_project():
             if imports or name.rpartition(".")[2] in words:
                 self._note(name, module)
 
@@ -66,21 +66,39 @@ class Modules:
         return found
 
 
-_known: dict[str, tuple[weakref.ref[types.ModuleType], bool]] = {}
-"""By name, modules looked at before, and whether they are the user's own: there may be thousands."""
+class _Loaded:
+    """Which modules are the user's own, among thousands that each cell would have to look at."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, weakref.ref[types.ModuleType]] = {}
+        self._of_project: list[str] = []
+        self._last = (0, "")
+
+    def of_project(self) -> list[tuple[str, types.ModuleType]]:
+        """Those that are loaded, by name."""
+        loaded: dict[str, Any] = sys.modules
+        last = len(loaded), next(reversed(loaded), "")
+        if last != self._last:  # else nothing was imported since
+            for name, module in list(loaded.items()):
+                if name not in self._seen or self._seen[name]() is not module:
+                    self._look_at(name, module)
+            self._last = last
+        for name in list(self._of_project):
+            if name not in loaded or self._seen[name]() is not loaded[name]:
+                self._look_at(name, loaded.get(name))
+        return [(name, loaded[name]) for name in self._of_project]
+
+    def _look_at(self, name: str, module: Any) -> None:
+        if name in self._of_project:
+            self._of_project.remove(name)
+        self._seen.pop(name, None)
+        if isinstance(module, types.ModuleType):  # not whatever else somebody has put there
+            self._seen[name] = weakref.ref(module)
+            if _is_of_project(module):
+                self._of_project.append(name)
 
 
-def _of_project() -> Iterator[tuple[str, types.ModuleType]]:
-    """The modules of the project that are loaded."""
-    loaded: list[tuple[str, Any]] = list(sys.modules.items())
-    for name, module in loaded:
-        known = _known.get(name)
-        if known is None or known[0]() is not module:
-            if not isinstance(module, types.ModuleType):  # whatever somebody has put there
-                continue
-            known = _known[name] = weakref.ref(module), _is_of_project(module)
-        if known[1]:
-            yield name, module
+_loaded = _Loaded()
 
 
 def _is_of_project(module: Any) -> bool:

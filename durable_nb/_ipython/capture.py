@@ -12,7 +12,7 @@ import contextlib
 import html
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ class Recorder:
             with _formatting(self._shell, value, noting):
                 yield
         finally:
-            _flush()
+            _flush_written(_kernel_streams())
             self._paused = False
 
     def bar(self, shown: dict[str, Any], widget: Any) -> None:
@@ -119,7 +119,6 @@ class Recorder:
                 stack.enter_context(_wrapped(self))
             stack.enter_context(_noting_tracebacks(self._shell, self))
             yield
-            _flush()
 
 
 def encode(outputs: list[Output]) -> bytes:
@@ -172,15 +171,28 @@ def show_again(shell: Any, data: bytes, show_result: Callable[[int, Any], None])
 def _flush() -> None:
     """What was written so far is sent, and noted, when this returns."""
     streams = _kernel_streams()
-    # A flush in a kernel is two messages to the thread that sends, which has mostly nothing to send: then one is enough, to
-    # know that it is not in the midst of it.
-    written = [stream for stream in streams or (sys.stdout, sys.stderr) if getattr(stream, "_flush_pending", True)]
+    if not _flush_written(streams or (sys.stdout, sys.stderr)):  # the thread that sends may be in the midst of it
+        _on_sending_thread(streams[0], lambda: None)
+
+
+def _flush_written(streams: Iterable[Any]) -> bool:
+    """Flushes those that something was written to; was there any?"""
+    written = [stream for stream in streams if getattr(stream, "_flush_pending", True)]
     for stream in written:
         stream.flush()
-    if not written:
-        done = threading.Event()
-        streams[0].pub_thread.schedule(done.set)
-        done.wait(5)
+    return bool(written)
+
+
+def _on_sending_thread(stream: Any, do: Callable[[], None]) -> None:
+    """Returns when that was done, and all that was scheduled before it."""
+    done = threading.Event()
+
+    def on_thread() -> None:
+        do()
+        done.set()
+
+    stream.pub_thread.schedule(on_thread)
+    done.wait(5)
 
 
 @contextlib.contextmanager
@@ -296,23 +308,16 @@ def _hooked(streams: list[Any], recorder: Recorder) -> Iterator[None]:
         return message
 
     def register(method: str) -> None:
-        done = threading.Event()
+        for stream in streams:
+            getattr(stream, method)(hook)
 
-        def on_thread() -> None:
-            for stream in streams:
-                getattr(stream, method)(hook)
-            done.set()
-
-        streams[0].pub_thread.schedule(on_thread)
-        done.wait(5)
-
-    _flush()  # what earlier code wrote is not this cell's
-    register("register_hook")
+    _flush_written(streams)  # what earlier code wrote is not this cell's
+    _on_sending_thread(streams[0], lambda: register("register_hook"))
     try:
         yield
     finally:
-        _flush()
-        register("unregister_hook")
+        _flush_written(streams)
+        _on_sending_thread(streams[0], lambda: register("unregister_hook"))
 
 
 def _message_id(publisher: Any) -> str:

@@ -61,21 +61,25 @@ _ITS_OWN = {"type_printers", "singleton_printers", "deferred_printers", "active_
 def _traits(shell: Any) -> dict[str, Any]:
     """Of the configurable traits, those that have a value: the others have their defaults."""
     found: dict[str, Any] = {}
-    for name, configurable in _configurables(shell).items():
-        known = configurable._trait_values
-        kind = type(configurable)
-        if kind not in _names:
-            _names[kind] = tuple(name for name in kind.class_trait_names(config=True) if name not in _ITS_OWN)
-        for trait in _names[kind]:
-            if trait in known and isinstance(known[trait], _PLAIN):
-                value = known[trait]
-                found[f"{name}.{trait}"] = copy.copy(value) if type(value) in (list, dict, set) else value  # changed in place
+    for configurable in _configurables(shell).values():
+        configured = _configured(type(configurable))
+        for trait, value in configurable._trait_values.items():
+            if trait in configured and isinstance(value, _PLAIN):  # a copy: it may be changed in place
+                found[configured[trait]] = copy.copy(value) if type(value) in (list, dict, set) else value
     found["traceback mode"] = shell.InteractiveTB.mode
     return found
 
 
 _PLAIN = (str, bytes, int, float, bool, type(None), list, tuple, dict, set, frozenset)
-_names: dict[type, tuple[str, ...]] = {}
+_names: dict[type, dict[str, str]] = {}
+
+
+def _configured(kind: Any) -> dict[str, str]:
+    """What can be configured of it: each trait's name, and with the class's."""
+    if kind not in _names:
+        traits = kind.class_trait_names(config=True)
+        _names[kind] = {name: f"{kind.__name__}.{name}" for name in traits if name not in _ITS_OWN}
+    return _names[kind]
 
 
 def _chosen(shell: Any, before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
