@@ -79,9 +79,9 @@ class Standing:
         """A class's attributes as they were; of a function, its code under ''."""
         return self._members.get(id(obj), {})
 
-    def registered(self, cls: Any) -> set[int]:
-        """The virtual subclasses that an abstract class had."""
-        return self._registered.get(id(cls), set())
+    def registered(self, cls: Any) -> dict[int, Any]:
+        """The virtual subclasses that an abstract class had, by id."""
+        return self._registered.get(id(cls), {})
 
     def kept(self, frame: Any) -> list[bool]:
         """Of each axis: is it the very index that the frame had?"""
@@ -171,7 +171,7 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
         name for name in {**before, **now} if before.get(name, obj) is not now.get(name, obj) and name != "__slotnames__"
     ]
     others = [name for name in changed if not (_is_data(name, before.get(name)) and _is_data(name, now.get(name)))]
-    if not before or others or type(obj) not in _CLASSES or standing.registered(obj) != _registered(obj):
+    if not before or others or type(obj) not in _CLASSES or standing.registered(obj).keys() != _registered(obj).keys():
         raise UnpatchableError(obj.__name__)
     return _kind(obj), ({name: now[name] for name in changed if name in now}, [name for name in changed if name not in now])
 
@@ -179,8 +179,10 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
 _CLASSES = (type, abc.ABCMeta)
 
 
-def _registered(cls: Any) -> set[int]:
-    return {id(reference()) for reference in _get_dump(cls)[0]} if type(cls) is abc.ABCMeta else set()
+def _registered(cls: Any) -> dict[int, Any]:
+    """Held, as `abc` itself refers to them weakly: one that has died since would lend its id to the next."""
+    found = [reference() for reference in _get_dump(cls)[0]] if type(cls) is abc.ABCMeta else []
+    return {id(subclass): subclass for subclass in found}
 
 
 def _is_data(name: str, value: Any) -> bool:

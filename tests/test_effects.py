@@ -167,6 +167,7 @@ REFUSED = {
     "a module that was loaded before": ("import library\nask = library.ask\ndel library", "from library import settings\nsettings.model = 'big'", "look = ask()", "it changes library.settings"),
     "tqdm.pandas()": ("import pandas as pd", "from tqdm.auto import tqdm\ntqdm.pandas()", "import io\ntqdm.pandas(file=io.StringIO())\nlook = pd.Series([1]).progress_apply(lambda x: x + 1).tolist()", "it adds DataFrame.progress_apply"),
     "an accessor": ("import pandas as pd", "@pd.api.extensions.register_dataframe_accessor('mine')\nclass Mine:\n    def __init__(self, df): self.n = len(df)", "look = pd.DataFrame({'a': [1, 2]}).mine.n", "it adds DataFrame.mine"),
+    "an accessor in place of one": ("import pandas as pd, warnings\nwarnings.simplefilter('ignore')\n@pd.api.extensions.register_dataframe_accessor('mine')\nclass Old:\n    def __init__(self, df): self.n = -1", "@pd.api.extensions.register_dataframe_accessor('mine')\nclass Mine:\n    def __init__(self, df): self.n = len(df)", "look = pd.DataFrame({'a': [1, 2]}).mine.n", "it adds DataFrame.mine"),
     "an accessor of polars": ("", "import polars as pl\n@pl.api.register_dataframe_namespace('mine')\nclass Mine:\n    def __init__(self, df): self.n = df.height", "look = pl.DataFrame({'a': [1, 2]}).mine.n", "it adds DataFrame.mine"),
     "an attribute of a class": ("from IPython.core.interactiveshell import InteractiveShell", "InteractiveShell.ast_node_interactivity = 'all'", "look = InteractiveShell.ast_node_interactivity\nInteractiveShell.ast_node_interactivity = 'last_expr'", "it sets IPython.core.interactiveshell.InteractiveShell.ast_node_interactivity"),
     "a secret in the environment": ("import os", "os.environ['MY_API_KEY'] = 'k'", "look = os.environ['MY_API_KEY']", "it sets MY_API_KEY in the environment, which looks like a secret"),
@@ -195,6 +196,32 @@ def test_what_can_not_be_done_again_keeps_the_cell_from_being_stored(executed, b
     for _ in range(2):
         told = executed(before, body, after)
         assert [line for line in told if line.startswith(f"not stored: {why}")], told
+
+
+HELD = {
+    "an import hook": ("class Hook:\n    def find_spec(self, *a): return None\nhook = Hook()\nsys.meta_path.append(hook)", "Settings(KNOWN, {'meta_path'})", "sys.meta_path.remove(hook)"),
+    "a module of its own making": ("import types\nhook = sys.modules['stub'] = types.ModuleType('stub')", "Settings(KNOWN, {'modules'})", "del sys.modules['stub']"),
+    "a method of a library's class": ("import pandas as pd\ndef hook(df): pass\npd.DataFrame.mine = hook", "Settings(KNOWN, set())", "del pd.DataFrame.mine"),
+    "a hook of IPython": ("class Hook:\n    def __call__(self, *a): pass\nhook = Hook()\nip.events.register('pre_run_cell', hook)", "Settings(settings_of(ip), set())", "ip.events.unregister('pre_run_cell', hook)"),
+    "how a type is shown": ("class T: pass\ndef hook(o, p, c): pass\nshown = ip.display_formatter.formatters['text/plain']\nshown.for_type(T, hook);", "Settings(settings_of(ip), set())", "shown.pop(T);"),
+    "a value of a module": ("import library\nclass Value: pass\nhook = library.rate = Value()", "Modules(ast.parse('import library'), frozenset())", "del library.rate"),
+    "a virtual subclass": ("from abc import ABC\nclass Base(ABC): pass\nclass hook: pass\nBase.register(hook);", "Standing([], [Base], str)", ""),
+}  # fmt: skip
+"""An object that was there before a cell, how what was there is remembered, how the object goes."""
+
+
+@pytest.mark.parametrize(("before", "remembered", "goes"), HELD.values(), ids=HELD.keys())
+def test_what_goes_while_a_cell_runs_does_not_lend_its_address_to_what_comes(sessions, tmp_path, before, remembered, goes):
+    """What is compared by identity is held: else an object put in the place of another could be taken for it."""
+    (tmp_path / "library.py").write_text(LIBRARY)
+    names = (
+        "import ast, gc, sys, weakref\nfrom durable_nb._cellcache.modules import Modules\n"
+        "from durable_nb._cellcache.settings import KNOWN, Settings\nfrom durable_nb._ipython.settings import settings_of\n"
+        "from durable_nb._patches import Standing\nip = get_ipython()"
+    )
+    after = f"{goes}\nreference = weakref.ref(hook)\ndel hook\ngc.collect();\nlook = reference() is not None"
+    found = sessions.run([names, before, f"remembered = {remembered}", after], tmp_path)
+    assert found["state"]["look"] == '"bool True"', found["shown"]
 
 
 IN_MEMORY = "import sqlite3\ncon = sqlite3.connect(':memory:')\nx = con.execute('create table t (a)') and con.execute('insert into t values ({})') and con.commit()"

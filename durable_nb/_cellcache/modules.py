@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from durable_nb._cellcache.settings import Same
 from durable_nb._fingerprint import hash_value, is_installed, nodes
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
@@ -26,7 +27,7 @@ class Modules:
 
     def __init__(self, tree: ast.Module, words: frozenset[str]) -> None:
         """`words`: the names that the cell's code and its helpers' mention."""
-        self._held: dict[str, dict[str, tuple[int, str]]] = {}
+        self._held: dict[str, dict[str, tuple[Same, str]]] = {}
         imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes(tree))
         for name, module in _loaded.of_project():
             if imports or name.rpartition(".")[2] in words:
@@ -61,8 +62,8 @@ class Modules:
             module = sys.modules.get(name)
             after = _values(module) if module is not None else before
             different = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-            different = [key for key in different if (name, key) not in bound and after.get(key, (0, ""))[0] not in patched]
-            found += [f"{name}.{key}" for key in different]
+            kept = {key for key, (now, _) in after.items() if (name, key) in bound or id(now.held) in patched}
+            found += [f"{name}.{key}" for key in different if key not in kept]
         return found
 
 
@@ -108,8 +109,8 @@ def _is_of_project(module: Any) -> bool:
     )
 
 
-def _values(module: types.ModuleType) -> dict[str, tuple[int, str]]:
-    """By name, ids and digests of the values that a module holds, and of what its classes hold."""
+def _values(module: types.ModuleType) -> dict[str, tuple[Same, str]]:
+    """By name, which values with which digests that a module holds, and of what its classes hold."""
     found = {}
     for name, value in list(vars(module).items()):
         if name.startswith("__") or isinstance(value, _CODE):
@@ -119,7 +120,7 @@ def _values(module: types.ModuleType) -> dict[str, tuple[int, str]]:
                 methods = (*_CODE, type, property, staticmethod, classmethod)
                 named = {k: v for k, v in vars(value).items() if not k.startswith("__") and not isinstance(v, methods)}
                 own = {k: v for k, v in named.items() if not hasattr(v, "__get__")}
-                found[name] = id(value), hash_value(own)
+                found[name] = Same(value), hash_value(own)
             continue
-        found[name] = id(value), hash_value(value)
+        found[name] = Same(value), hash_value(value)
     return found

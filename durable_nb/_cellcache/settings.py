@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import operator
 import os
 import re
 import sys
@@ -20,6 +21,19 @@ from typing import Any
 
 GONE = "<gone>"
 """In place of the value of a key that is there no more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Same:
+    """One very object, equal to itself only. It is held: the id of one that has died may be another's by the next look."""
+
+    held: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 class UnsettableError(Exception):
@@ -341,7 +355,7 @@ def _hooks(_sys: Any) -> dict[str, Any]:
 
 
 def _import_hooks(_sys: Any) -> dict[str, Any]:
-    return {"meta_path": list(map(id, sys.meta_path)), "path_hooks": list(map(id, sys.path_hooks))}
+    return {"meta_path": list(map(Same, sys.meta_path)), "path_hooks": list(map(Same, sys.path_hooks))}
 
 
 def _signals(signal: Any) -> dict[str, Any]:
@@ -357,7 +371,7 @@ _numbers: dict[str, int] = {}
 
 def _made_modules(_sys: Any) -> dict[str, Any]:
     """Those that no import has found: somebody put them there."""
-    return {name: id(module) for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None) is None}
+    return {name: Same(module) for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None) is None}
 
 
 def _reducers(copyreg: Any) -> dict[str, Any]:
@@ -532,7 +546,7 @@ def _sklearn(sklearn: Any) -> dict[str, Any]:
 
 def _patched_by_others(library: str, classes: str) -> Callable[[Any], dict[str, Any]]:
     """Looks for what others have added to a library's classes: methods, and accessors that they registered."""
-    known: dict[str, tuple[int, dict[str, Any]]] = {}
+    known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def look(_module: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -541,16 +555,23 @@ def _patched_by_others(library: str, classes: str) -> Callable[[Any], dict[str, 
             cls = getattr(sys.modules.get(module), name, None)
             if cls is None:
                 continue
-            size, added = known.get(path, (0, {}))
-            if size != len(vars(cls)):  # several hundred names, looked at twice a cell
+            members = vars(cls)
+            held, added = known.get(path, ({}, {}))
+            if not _are_same(held, members):  # several hundred names, looked at twice a cell
                 added = {
-                    f"{name}.{a}": id(v) for a, v in vars(cls).items() if _root_of(v) not in (library, "builtins", "numpy")
+                    f"{name}.{a}": Same(v) for a, v in members.items() if _root_of(v) not in (library, "builtins", "numpy")
                 }
-                known[path] = len(vars(cls)), added
+                known[path] = dict(members), added
             found |= added
         return found
 
     return look
+
+
+def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Have they the same names, in one order, for the very same objects?"""
+    names = len(one) == len(other) and all(map(operator.eq, one, other))
+    return names and all(map(operator.is_, one.values(), other.values()))
 
 
 def _root_of(value: Any) -> str:

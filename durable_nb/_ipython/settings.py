@@ -7,7 +7,7 @@ import sys
 import types
 from typing import Any
 
-from durable_nb._cellcache.settings import GONE, Setting, UnsettableError
+from durable_nb._cellcache.settings import GONE, Same, Setting, UnsettableError
 
 
 def settings_of(shell: Any) -> tuple[Setting, ...]:
@@ -184,20 +184,20 @@ def _printers(shell: Any) -> dict[str, Any]:
         known = [((kind.__module__, kind.__name__), printer) for kind, printer in formatter.type_printers.items()]
         for (module, name), printer in [*known, *formatter.deferred_printers.items()]:
             if not module.startswith("matplotlib"):
-                found[f"{module}.{name} as {mime}"] = id(printer)
+                found[f"{module}.{name} as {mime}"] = Same(printer)
     return found
 
 
 def _hooks(shell: Any) -> dict[str, Any]:
     """What is called around each cell, and made of its text. Inline display has its own."""
     called = {
-        event: [id(c) for c in found if not str(getattr(c, "__module__", "")).startswith(_OURS)]
+        event: [Same(c) for c in found if not str(getattr(c, "__module__", "")).startswith(_OURS)]
         for event, found in shell.events.callbacks.items()
     }
     return {
         **{f"callbacks of {event}": found for event, found in called.items()},
-        "syntax transformers": list(map(id, shell.ast_transformers)),
-        "text transformers": list(map(id, shell.input_transformers_cleanup)) + list(map(id, shell.input_transformers_post)),
+        "syntax transformers": list(map(Same, shell.ast_transformers)),
+        "text transformers": list(map(Same, shell.input_transformers_cleanup + shell.input_transformers_post)),
         "handler of exceptions": shell.custom_exceptions,
     }
 
