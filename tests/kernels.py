@@ -15,6 +15,8 @@ from typing import Any
 
 from jupyter_client import KernelManager
 
+import durable_nb
+
 LOAD = "%load_ext durable_nb\nimport durable_nb as durable"
 
 
@@ -68,6 +70,9 @@ class Kernel:
         if self.load:
             shown = self.run(LOAD)
             assert shown.status == "ok", shown.traceback
+            # A relative PYTHONPATH leads elsewhere from the kernel's folder: to whatever version is installed.
+            met = self.value("durable.__file__")
+            assert met == durable_nb.__file__, f"the kernel imports {met}, and the tests {durable_nb.__file__}"
 
     @property
     def pid(self) -> int:
