@@ -53,7 +53,7 @@ def sleep(name: str, duration: float | str | timedelta) -> Coroutine[Any, Any, N
     """Pause for `duration`: seconds, a timedelta, or "90s" "15m" "2h" "7d" "1h30m".
 
     The deadline is written before the wait begins, so a restarted kernel waits only for the rest. Nothing wakes by itself
-    while no kernel runs: the cell goes on when it is executed again. A duration edited meanwhile counts from the beginning.
+    while no kernel runs: the cell resumes when it is executed again. A duration edited meanwhile counts from the beginning.
     """
     __tracebackhide__ = True
     name = check_name("sleep", name)

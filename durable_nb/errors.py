@@ -133,4 +133,4 @@ class UntrustedStoreError(StoreError):
 
 
 class RunSuspended(BaseException):
-    """The cell ended at a wait longer than `--max-wait`. Run it again: it goes on from there."""
+    """The cell ended at a wait longer than `--max-wait`. Run it again: it resumes from there."""

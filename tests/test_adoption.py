@@ -75,10 +75,10 @@ def test_notebooks_in_a_folder_with_a_cell_of_one_name_leave_each_others_waits_a
     assert "first run" in copy
     assert "steps come from a.ipynb" in copy
     again = told_until_interrupted("a.ipynb", 3)
-    assert "goes on" in again
+    assert "resumes" in again
     assert "come from" not in again
     (tmp_path / "a.ipynb").rename(tmp_path / "c.ipynb")
-    assert "goes on" in told_until_interrupted("c.ipynb", 4)
+    assert "resumes" in told_until_interrupted("c.ipynb", 4)
     assert (tmp_path / "paid").read_text() == "x\n"
     waits = ["run cell 'wait' again" in said for said in loaded]
     assert waits == [False, False, True, True], "told of another notebook's"

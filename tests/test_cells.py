@@ -232,7 +232,7 @@ def name():
         k.interrupt()
         assert k.wait(sent).error.startswith("KeyboardInterrupt")
         again = k.send(cell)
-        k.wait_for_text(again, "goes on")
+        k.wait_for_text(again, "resumes")
         (tmp_path / "go" / "on").touch()
         assert k.wait(again).stdout == "the rate is 3\n"
         k.restart()
@@ -934,8 +934,8 @@ def test_loading_says_what_waits_to_be_gone_on_with(tmp_path):
             one.kill()
             two.restart()
             assert two.run(LOAD).stdout == (
-                place + "durable_nb: run cell 'night' again to go on from where it stopped\n"
-                "durable_nb: durable.resume() goes on with 'order-42'\n"
+                place + "durable_nb: run cell 'night' again to resume from where it stopped\n"
+                "durable_nb: durable.resume() resumes 'order-42'\n"
             )
 
 

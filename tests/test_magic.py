@@ -365,7 +365,7 @@ def test_runs_of_workflows_are_shown_resumed_and_cancelled(tmp_path):
         assert "order-42 · order · interrupted" in tell(k, "%durable show order-42")
         assert "is not defined here" in tell(k, "%durable resume")
         k.run(code)
-        assert tell(k, "%durable resume order-42") == "order-42 · goes on (order)"
+        assert tell(k, "%durable resume order-42") == "order-42 · resumes (order)"
         k.run("import asyncio\nrun = durable.get_run('order-42')\nwhile run.status != 'sleeping': await asyncio.sleep(0.01)")
         assert k.run("run.result(timeout=0.1)").error == "TimeoutError: the run 'order-42' is sleeping after 100 ms; it goes on"
         steps = tell(k, "%durable show order")
@@ -599,12 +599,12 @@ def test_when_an_interrupted_sleep_wakes_is_told_wherever_it_is_listed(tmp_path)
         wake = asleep[1]
         k.interrupt()
         stopped = k.wait(sent)
-        assert f"next wake {wake}: run the cell again to go on" in stopped.told[-1]
+        assert f"next wake {wake}: run the cell again to resume" in stopped.told[-1]
         assert "until " in stopped.views[-1]["text/plain"]
         for restarted in (False, True):
             for command in ("%durable", "%durable runs", "%durable show nap"):
                 assert f"{wake}, no process is running this" in tell(k, command), (command, restarted)
-            assert f"goes on from where it stopped, next wake {wake}" in tell(k, "%durable plan")
+            assert f"resumes from where it stopped, next wake {wake}" in tell(k, "%durable plan")
             if not restarted:
                 k.kill()
         assert f"{wake}, no process is running this" in ls()

@@ -13,10 +13,10 @@ import pytest
 from kernels import Kernel, kernel
 
 from durable_nb._cellcache import environment, inotify
+from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.files import content_digest, state_of
 from durable_nb._cellcache.mentions import LONGEST_TEXT, MOST_TEXTS, mentions_of, places_of
 from durable_nb._cellcache.watch import Watch, prepare, watching
-from durable_nb._cellcache.world import Around, World
 from durable_nb._codec import Seal
 
 SETUP = """
@@ -300,7 +300,7 @@ def seen(around: Around, do, mentioned=()) -> dict[str, str]:
     return {file.path: file.how for file in world.files} | dict.fromkeys(problems, "problem")
 
 
-def world_of(around: Around, do, mentioned=()) -> tuple[World, list[str]]:
+def world_of(around: Around, do, mentioned=()) -> tuple[ExternalState, list[str]]:
     """What is seen while `do` is called, and why its outcome can't be kept."""
     mentions = mentions_of(mentioned)
     places = places_of(mentions, str(Path.cwd()))
@@ -308,7 +308,7 @@ def world_of(around: Around, do, mentioned=()) -> tuple[World, list[str]]:
     watch = Watch(around, mentions, places, ())
     with watching(watch):
         do()
-    return watch.world()
+    return watch.external()
 
 
 def cat(*paths) -> None:
@@ -469,7 +469,7 @@ def test_a_huge_environment_costs_little_and_is_no_input_as_a_whole(around, monk
         copied = {**os.environ, "MORE": "1"}
         os.environ.copy()
         os.getenv("HUGE_7")
-    world, _ = watch.world()
+    world, _ = watch.external()
     assert len(copied) > 5_000
     assert sorted(world.variables) == ["HUGE_7", "MODEL"]
     assert time.perf_counter() - began < 5

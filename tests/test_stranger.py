@@ -149,6 +149,6 @@ def test_a_stopped_cell_says_that_its_thread_goes_on(home):
     said = "step 'slow one' is still running in the background; run the cell again to wait for it"
     assert said in home.wait(sent).told[-1]
     again = home.run(cell)
-    assert re.search(r"goes on from \d+ s ago", again.told[0]), again.told
+    assert re.search(r"resumes from \d+ s ago", again.told[0]), again.told
     assert (home.folder / "slow").read_text() == "x\n"
     assert home.value("x") == 7

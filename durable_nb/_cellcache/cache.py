@@ -22,14 +22,14 @@ from durable_nb import _records as rec
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
+from durable_nb._cellcache.external import Around, name_digest, set_generator
 from durable_nb._cellcache.files import here
-from durable_nb._cellcache.hush import hushed
-from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, globals_held, key_of, mutated, said, stored_by
+from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, describe, globals_held, key_of, mutated, stored_by
 from durable_nb._cellcache.mentions import mentions_of, packages_imported, places_of
 from durable_nb._cellcache.names import Names
 from durable_nb._cellcache.patches import (
     attributes_set,
-    digest_if_told,
+    digest_if_whole,
     imported_by,
     links,
     patches_for,
@@ -47,8 +47,8 @@ from durable_nb._cellcache.resources import (
     standing_of,
 )
 from durable_nb._cellcache.settings import KNOWN, Setting, UnsettableError, set_again
+from durable_nb._cellcache.silence import silenced
 from durable_nb._cellcache.watch import Watch, prepare
-from durable_nb._cellcache.world import Around, name_digest, set_generator
 from durable_nb._clock import say_duration
 from durable_nb._memory import InseparableError
 from durable_nb._patches import Standing, UnpatchableError, fits, put
@@ -82,7 +82,7 @@ class CellCode:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An entry that holds in the world as it is now, decoded. Nothing of the notebook has changed yet."""
+    """An entry that holds in the external state as it is now, decoded. Nothing of the notebook has changed yet."""
 
     manifest: Manifest
     entry: Entry
@@ -109,7 +109,7 @@ class Hit:
 
     def apply(self, namespace: MutableMapping[str, Any]) -> None:
         """Leave the namespace, and what lies beyond it, as the cell left them. What imports show is among the outputs."""
-        with hushed():
+        with silenced():
             for (module, name), value in self.values[_ELSEWHERE].items():
                 setattr(importlib.import_module(module), name, value)
             for module in self.values[_MODULES]:
@@ -218,7 +218,7 @@ class CellCache:
         self._settings = (*KNOWN, *settings)
 
     def around(self, namespace: Mapping[str, Any]) -> Around:
-        """What records of the world are compared with."""
+        """What records of the external state are compared with."""
         return Around(namespace, self.entries.seal, self._own)
 
     def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
@@ -230,7 +230,7 @@ class CellCache:
             return CellKey(secrets.token_hex(20), {}, {}, (unknown,), {})
 
     def lookup(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> Hit | Miss:
-        """Is there an entry of this key that holds in the world as it is now?"""
+        """The entry of this key that holds in the external state as it is now, decoded."""
         if key.unknown:
             return Miss()
         why = ""
@@ -238,10 +238,10 @@ class CellCache:
             for entry in self.entries.of_key(code.scope, key.key):
                 stale = ruled_out(code.terms, entry.manifest)
                 why = why or stale
-                if stale or entry.manifest.world.changes(self.around(namespace)):
+                if stale or entry.manifest.external.changes(self.around(namespace)):
                     continue
                 remaker = Remaker(code.tree, namespace)
-                with hushed():
+                with silenced():
                     values = entry.values(either(remaker, resolver(key.places, namespace, lambda: code_of(key))))
                 if any(type(values.get(name)) is not Unmade for name in remaker.failed):
                     continue  # another value holds what can't be made
@@ -267,14 +267,14 @@ class CellCache:
             return Why(None, (), (), notes)
         before = explain.decode(self.entries.notes(code.scope, nearest))
         components = explain.differences(nearest.components, before, key.components, notes, texts)
-        world = nearest.world.changes(self.around(namespace))
-        return Why(nearest, tuple(found), (*components, *(explain.Difference(what) for what in world)), notes)
+        external = nearest.external.changes(self.around(namespace))
+        return Why(nearest, tuple(found), (*components, *(explain.Difference(what) for what in external)), notes)
 
     def _nearest(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> tuple[Manifest | None, list[str]]:
         nearest: Manifest | None = None
         fewest: list[str] = []
         for manifest in self.entries.manifests(code.scope) if code.name else ():
-            found = changes(manifest.components, key.components) or manifest.world.changes(self.around(namespace))
+            found = changes(manifest.components, key.components) or manifest.external.changes(self.around(namespace))
             if nearest is None or len(found) < len(fewest):
                 nearest, fewest = manifest, found
         return nearest, fewest
@@ -287,7 +287,7 @@ class CellCache:
         packages = {*key.versions, *packages_imported(code.tree)}
         watch = Watch(self.around(namespace), mentions, places, packages, displays=True)
         effects = Effects(code.tree, key.words, self._settings)
-        standing = Standing(key.places.values(), code_of(key).values(), digest_if_told)
+        standing = Standing(key.places.values(), code_of(key).values(), digest_if_whole)
         resources = standing_of({name: namespace[name] for name in code.names.read if name in namespace})
         return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, resources, notes)
 
@@ -335,16 +335,16 @@ class _Saving:
         bound = {n: namespace[n] for n in sorted(touched) if n in namespace}
         try:
             self.changed, problems = mutated(key, code.tree, names, namespace, held, terms)
-            world, unseen = watch.world(self.after.results)
+            external, unseen = watch.external(self.after.results)
             problems += unseen
-            world = replace(world, names=world.names | {n: name_digest(namespace, n) for n in sorted(alone)})
+            external = replace(external, names=external.names | {n: name_digest(namespace, n) for n in sorted(alone)})
         except Exception as error:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:
             patches = patches_for(self.changed, key.places, self.before.standing, held, code_of(key))
         except UnpatchableError as error:
-            problems.append(f"it changes {said(str(error))} in place")
-        problems += [f"{name} can't be compared" for name, digest in world.names.items() if not digest]
+            problems.append(f"it changes {describe(str(error))} in place")
+        problems += [f"{name} can't be compared" for name, digest in external.names.items() if not digest]
         problems += [f"it changes {name} in place" for name in moved_on(self.before.resources)]
         problems += [f"it sets {module}.{name}" for module, name in attributes_set(code.tree, namespace)]
         problems += [*key.sets, *self.after.problems]
@@ -364,7 +364,7 @@ class _Saving:
         values = {
             **bound,
             _RESULTS: self.after.results,
-            _STATES: watch.moved_states(world),
+            _STATES: watch.moved_states(external),
             _PATCHES: patches,
             _MODULES: submodules_imported_by(code.tree),
             _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.before.elsewhere.get(place)},
@@ -375,7 +375,7 @@ class _Saving:
         earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, code_of(key), resources)
         result = Result(
             values,
-            world,
+            external,
             deleted,
             self.after.outputs,
             self.after.outputs_count,

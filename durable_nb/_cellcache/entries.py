@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from durable_nb._cellcache.world import World
+from durable_nb._cellcache.external import ExternalState
 from durable_nb._codec import Seal
 from durable_nb._files import write_file
 from durable_nb._pickling import NO_REFERENCES, References, Unpickler
@@ -80,7 +80,7 @@ class Manifest:
     outputs_size: int
     outputs_digest: str
     outputs_count: int
-    world: World = field(default_factory=World)
+    external: ExternalState = field(default_factory=ExternalState)
     buffers: list[Buffer] = field(default_factory=list)
     format: int = FORMAT
     skipped: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Manifest:
     @property
     def file(self) -> str:
         """The name of its file."""
-        return f"{self.key}-{self.world.digest()}{SUFFIX}"
+        return f"{self.key}-{self.external.digest()}{SUFFIX}"
 
     @property
     def size(self) -> int:
@@ -109,7 +109,7 @@ class Result:
 
     values: dict[str, Any]
     """By name; besides, under names that no variable can have, what the notebook layer keeps for itself."""
-    world: World
+    external: ExternalState
     deleted: list[str]
     outputs: bytes
     outputs_count: int
@@ -178,7 +178,7 @@ class Entries:
             len(result.outputs),
             _digest(result.outputs),
             result.outputs_count,
-            result.world,
+            result.external,
             buffers,
             skipped=result.skipped,
             notes_size=len(notes),

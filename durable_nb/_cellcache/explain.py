@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from durable_nb._cellcache.keys import CellKey, said, turned
+from durable_nb._cellcache.keys import CellKey, describe, how_changed
 from durable_nb._codec import Seal
 from durable_nb._fingerprint import object_of, source_of
 
@@ -85,7 +85,7 @@ def differences(
     for label in sorted({*old, *new}, key=lambda label: (label != "code", label)):
         if old.get(label) == new.get(label):
             continue
-        what = turned(label, old, new)
+        what = how_changed(label, old, new)
         if label == "code":
             details = _diff(old_notes.source, new_notes.source, texts)
         elif label in old_notes.code or label in new_notes.code:
@@ -95,7 +95,7 @@ def differences(
             details = (f"{before or '?'} → {after or '?'}",) if before != after and what == "changed" else ()
             if before == after and before and what == "changed":
                 details = (f"{before}, with other content",)
-        yield Difference(f"{said(label)} {what}", details)
+        yield Difference(f"{describe(label)} {what}", details)
 
 
 def package_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -105,7 +105,7 @@ def package_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
-_SAID_WHOLE = (bool, int, float, complex, dt.date, dt.time, dt.timedelta, decimal.Decimal, fractions.Fraction, uuid.UUID)
+_SHOWN_WHOLE = (bool, int, float, complex, dt.date, dt.time, dt.timedelta, decimal.Decimal, fractions.Fraction, uuid.UUID)
 _COUNTED = (list, tuple, dict, set, frozenset, bytearray)
 _TABULAR = ("numpy", "pandas", "pyarrow", "polars")
 _LONGEST_NUMBER = 60
@@ -127,7 +127,7 @@ def words_of(value: object) -> str:
         return "None"
     if kind in (str, bytes):
         return f"{kind.__name__}, {_count(len(value), 'character' if kind is str else 'byte')}"  # type: ignore[arg-type]
-    if kind in _SAID_WHOLE:
+    if kind in _SHOWN_WHOLE:
         if kind is int and value.bit_length() > _LONGEST_NUMBER * 3:  # type: ignore[attr-defined]
             return f"int of {value.bit_length()} bits"  # type: ignore[attr-defined]
         return str(value)

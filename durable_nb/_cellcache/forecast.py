@@ -20,9 +20,9 @@ from durable_nb._cellcache import explain
 from durable_nb._cellcache.cache import CellCode, ruled_out
 from durable_nb._cellcache.entries import Entries, Manifest
 from durable_nb._cellcache.executions import LastExecution
+from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.keys import CellKey, Terms, changes, key_from, key_of
 from durable_nb._cellcache.report import ExecutionReport
-from durable_nb._cellcache.world import Around, World
 from durable_nb._fingerprint import Fingerprinter
 from durable_nb._records import scope_of
 
@@ -133,15 +133,15 @@ def differences(
     now, texts = explain.notes_of(key, code.tree, namespace, entries.seal)
     notes = explain.decode(entries.notes(code.scope, nearest))
     found = explain.differences(nearest.components, notes, key.components, now, texts)
-    return nearest, [*found, *(explain.Difference(what) for what in nearest.world.changes(Around(namespace, entries.seal)))]
+    return nearest, [*found, *(explain.Difference(what) for what in nearest.external.changes(Around(namespace, entries.seal)))]
 
 
 def changed_since(manifest: Manifest, entries: Entries) -> list[str]:
-    """What of the world that a new process finds as it was is not as it was when the entry was stored: what the notebook's
+    """What a new process finds otherwise than it was when the entry was stored, of what it finds at all: what the notebook's
     own cells make is not there yet, environment variables that they set among it."""  # fmt: skip
-    world = manifest.world
-    variables = {name: digest for name, digest in world.variables.items() if not digest or name in os.environ}
-    found = replace(world, names={}, generators={}, settings={}, variables=variables)
+    external = manifest.external
+    variables = {name: digest for name, digest in external.variables.items() if not digest or name in os.environ}
+    found = replace(external, names={}, generators={}, settings={}, variables=variables)
     return found.changes(Around({}, entries.seal))
 
 
@@ -241,8 +241,8 @@ def _of_executed(
     reason = ""
     for manifest in manifests:
         if manifest.key == whole:
-            world = _world_to_compare(manifest, report, clobbered)
-            found = ruled_out(code.terms, manifest) or ", ".join(world.changes(Around(namespace, entries.seal))[:3])
+            external = _state_to_compare(manifest, report, clobbered)
+            found = ruled_out(code.terms, manifest) or ", ".join(external.changes(Around(namespace, entries.seal))[:3])
             if not found:
                 return manifest, HIT, ""
             reason = reason or found
@@ -255,13 +255,13 @@ def _of_executed(
     return likest, RUN, ", ".join(changes(likest.components, now)[:3])
 
 
-def _world_to_compare(manifest: Manifest, report: ExecutionReport, clobbered: set[str]) -> World:
-    """The entry's world without what was as at the last execution then, and will be so again."""
-    world, then = manifest.world, report.kept.world if report.kept else World()
+def _state_to_compare(manifest: Manifest, report: ExecutionReport, clobbered: set[str]) -> ExternalState:
+    """The entry's external state without what was then as at the last execution, and will be so again."""
+    found, then = manifest.external, report.kept.external if report.kept else ExternalState()
     return replace(
-        world,
-        generators={name: state for name, state in world.generators.items() if then.generators.get(name) != state},
-        names={name: digest for name, digest in world.names.items() if name not in clobbered or then.names.get(name) != digest},
+        found,
+        generators={name: state for name, state in found.generators.items() if then.generators.get(name) != state},
+        names={name: digest for name, digest in found.names.items() if name not in clobbered or then.names.get(name) != digest},
     )
 
 

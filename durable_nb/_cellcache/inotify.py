@@ -66,7 +66,7 @@ class Watcher:
         self._watched: dict[str, int] = {}
         self._log: list[Event] = []
         self._dropped = 0
-        """Events that the log held once: positions go on counting."""
+        """Events that the log held once: positions keep counting."""
         self._listeners = 0
         self._listening = threading.Event()
         self._overflows = 0
@@ -122,7 +122,7 @@ class Watcher:
                             if not is_skipped(entry.name):
                                 below.append(entry.path)
                         elif telling:
-                            self._tell(Event(CREATED, entry.path))
+                            self._publish(Event(CREATED, entry.path))
                         if left <= 0:
                             break
             except OSError:  # not ours to read, or gone meanwhile
@@ -232,19 +232,19 @@ class Watcher:
                 with contextlib.suppress(OSError):
                     self._walk(path, telling=True)
             elif mask & _IN_OPEN:
-                self._tell(Event(LISTED, path))
+                self._publish(Event(LISTED, path))
         elif mask & _IN_OPEN:
-            self._tell(Event(OPENED, path))
+            self._publish(Event(OPENED, path))
         elif mask & _IN_CLOSE_NOWRITE:
-            self._tell(Event(CLOSED, path))
+            self._publish(Event(CLOSED, path))
         elif mask & _IN_CLOSE_WRITE:
-            self._tell(Event(WRITTEN, path))
+            self._publish(Event(WRITTEN, path))
         elif mask & (_IN_CREATE | _IN_MOVED_TO):
-            self._tell(Event(CREATED, path))
+            self._publish(Event(CREATED, path))
         elif mask & (_IN_DELETE | _IN_MOVED_FROM):
-            self._tell(Event(GONE, path))
+            self._publish(Event(GONE, path))
 
-    def _tell(self, event: Event) -> None:
+    def _publish(self, event: Event) -> None:
         if self._listeners and (not self._log or self._log[-1] != event):
             self._log.append(event)
 

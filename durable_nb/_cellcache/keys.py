@@ -83,13 +83,13 @@ def key_of(
     print_ = found.result()
     for label, function in found.functions().items():
         if _looks_up(function.__code__):
-            unknown.append(f"{said(label)} may look names up dynamically, which can't be followed")
+            unknown.append(f"{describe(label)} may look names up dynamically, which can't be followed")
     words, asks = _words(tree, found), _INPUT in print_.components and "input" not in namespace
     if asks or ("getpass" in words and "getuser" not in words):
         once = "input(), whose answer nobody knows beforehand; a step that calls it asks once"
         unknown.append(f"it calls {once if asks else 'getpass(), whose answer nobody knows beforehand'}")
     unknown += [
-        f"{said(o.label)} holds a {o.type_name}, which can't be compared" + _way_out(o.label)
+        f"{describe(o.label)} holds a {o.type_name}, which can't be compared" + _way_out(o.label)
         for o in print_.opaque
         if (not o.configured and not (asks and o.label == _INPUT))
         or o.type_name.startswith("_io.")
@@ -108,14 +108,15 @@ def key_of(
             for name in globals_stored(function.__code__)
         ),
         tuple(
-            f"{said(label)} sets {module}.{name}"
+            f"{describe(label)} sets {module}.{name}"
             for label, function in found.functions().items()
             for module, name in attributes_set(source_of(function), function.__globals__)
         ),
         found.functions,
         found.classes,
         tuple(
-            f"{said(o.label)}: {o.type_name}, by its type" + (" and what is known of its configuration" if o.configured else "")
+            f"{describe(o.label)}: {o.type_name}, by its type"
+            + (" and what is known of its configuration" if o.configured else "")
             for o in print_.opaque
         ),
         frozenset(found.met_ignored),
@@ -201,10 +202,10 @@ def globals_held(key: CellKey) -> dict[tuple[str, str], Any]:
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """What differs between two cells' components, in words."""
     labels = sorted({*old, *new}, key=lambda label: (label != "code", label))
-    return [f"{said(label)} {turned(label, old, new)}" for label in labels if old.get(label) != new.get(label)]
+    return [f"{describe(label)} {how_changed(label, old, new)}" for label in labels if old.get(label) != new.get(label)]
 
 
-def turned(label: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+def how_changed(label: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """What has become of a component that differs. One may count in one of them only by --ignore, too."""
     return "changed" if label in old and label in new else "counts now" if label in new else "counts no more"
 
@@ -229,7 +230,7 @@ def _fingerprint(
         try:
             found.add_name(name, namespace, uses.get(name))
         except Unhashable as error:
-            unknown.append(f"{said(error.label)} can't be compared ({error.reason})")
+            unknown.append(f"{describe(error.label)} can't be compared ({error.reason})")
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
     return found, unknown
@@ -243,7 +244,7 @@ def _way_out(label: str) -> str:
     return f" (--ignore {name} accepts it)" if kind == "global" and name.isidentifier() else ""
 
 
-def said(label: str) -> str:
+def describe(label: str) -> str:
     """A component's label as its user would say it."""
     kind, _, rest = label.partition(" ")
     match kind:

@@ -380,7 +380,7 @@ class Places:
             where = above
         return True
 
-    def said(self, where: str, base: str) -> str:
+    def as_written(self, where: str, base: str) -> str:
         """The path as it is written down: relative to the folder `base` where it lies below, if the code says it so."""
         if not where.startswith(base.rstrip(os.sep) + os.sep):
             return where

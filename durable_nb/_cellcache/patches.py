@@ -50,7 +50,7 @@ def patches_for(
     return found
 
 
-def digest_if_told(obj: Any) -> str:
+def digest_if_whole(obj: Any) -> str:
     """The digest of an object; '' where its content isn't all told."""
     found = of_value(obj)
     return "" if found.opaque else found.digest

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from durable_nb._cellcache.hush import hushed
+from durable_nb._cellcache.silence import silenced
 from durable_nb._fingerprint import is_installed, nodes, walk
 
 _MADE = "<made>"
@@ -32,7 +32,7 @@ _SECRET = ("authorization", "api-key", "x-api-key", "cookie", "proxy-authorizati
 class Kind:
     """What is known of a type whose instances are made again."""
 
-    told: Callable[[Any], Any] = lambda _: None
+    configuration: Callable[[Any], Any] = lambda _: None
     """How it is configured, and how it stands. What is made again must tell the same, or the cell runs."""
     put_in: Callable[[Any], str] = lambda _: ""
     """The state that code has put into it and that nobody can make again, in words."""
@@ -55,11 +55,11 @@ def _locked(value: Any) -> str:
 def _attributes(*names: str) -> Callable[[Any], Any]:
     """What these attributes say, waiting lines by their length: one that is missing says nothing."""
 
-    def told(value: Any) -> Any:
+    def configuration(value: Any) -> Any:
         found = (getattr(value, name, None) for name in names)
         return [len(f) if isinstance(f, (collections.deque, list, set, dict)) else f for f in found]
 
-    return told
+    return configuration
 
 
 def _set(new: Any, was_set: Any) -> None:
@@ -187,7 +187,7 @@ def _engine_held(engine: Any) -> str:
         return _sqlite_held(borrowed.driver_connection)
 
 
-def _engine_told(engine: Any) -> Any:
+def _engine_configuration(engine: Any) -> Any:
     sync = getattr(engine, "sync_engine", engine)
     return engine.url.render_as_string(hide_password=True), type(sync.pool).__name__, bool(sync.echo)
 
@@ -222,7 +222,7 @@ _queues = Kind(
 _events = Kind(end=lambda event: event.is_set(), brought_to=_set, cheap=True)
 _semaphores = Kind(_attributes("_value", "_bound_value", "_initial_value"), cheap=True, stands=_attributes("_value"))
 _barriers = Kind(_attributes("parties", "n_waiting", "broken"), cheap=True)
-_engines = Kind(_engine_told, _engine_held, factories=frozenset({"create_engine", "create_async_engine"}))
+_engines = Kind(_engine_configuration, _engine_held, factories=frozenset({"create_engine", "create_async_engine"}))
 _no_factory: frozenset[str] = frozenset()
 
 KINDS: dict[str, Kind] = {  # by the qualified name of the type or of one it inherits from
@@ -446,10 +446,10 @@ class Resources:
             if kind.cheap:
                 again = _evaluate(known[name].call, self.namespace, {})
                 kind.brought_to(again, kind.end(value))
-                if kind.told(again) != kind.told(value):
+                if kind.configuration(again) != kind.configuration(value):
                     raise NotRemadeError(f"{name} ({type(value).__name__}) holds state that the cell put into it")
             own = {read: self.bound[read] for read in sorted(known[name].reads) if read in self.bound}
-            self.references[id(value)] = (_MADE, name, own, kind.end(value), _digest(kind.told(value)))
+            self.references[id(value)] = (_MADE, name, own, kind.end(value), _digest(kind.configuration(value)))
 
     def _refused(self, kind: Kind, made: Construction) -> str:
         """Why the call is none that may be made again; '' where it is one."""
@@ -513,8 +513,8 @@ def _touched(tree: ast.Module, name: str, value: Any) -> str:
     return ""
 
 
-def _digest(told: Any) -> str:
-    return hashlib.blake2b(repr(told).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _digest(configuration: Any) -> str:
+    return hashlib.blake2b(repr(configuration).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -543,12 +543,12 @@ class Remaker:
 
     def resolve(self, written: Any) -> Any:
         """The resource for one of `Resources.references`. OtherwiseError."""
-        _, name, own, end, told = written
+        _, name, own, end, configuration = written
         if name not in self._made:
-            self._made[name] = self._make(name, own, end, told)
+            self._made[name] = self._make(name, own, end, configuration)
         return self._made[name]
 
-    def _make(self, name: str, own: Mapping[str, Any], end: Any, told: str) -> Any:
+    def _make(self, name: str, own: Mapping[str, Any], end: Any, configuration: str) -> Any:
         call = constructions(self.tree)[name].call
         try:
             if any(isinstance(value, Unmade) for value in own.values()):
@@ -556,12 +556,12 @@ class Remaker:
             made = _evaluate(call, self.namespace, own)
             kind = kind_of(made)
             if kind is not None:
-                with hushed():
+                with silenced():
                     kind.brought_to(made, end)
         except Exception as error:
             self.failed[name] = f"{type(error).__name__}: {error}"
             return Unmade(self.failed[name])
-        if kind is not None and _digest(kind.told(made)) != told:
+        if kind is not None and _digest(kind.configuration(made)) != configuration:
             raise OtherwiseError(f"{name} would be configured otherwise now")
         return made
 
@@ -570,5 +570,5 @@ def _evaluate(expression: ast.expr, namespace: Mapping[str, Any], own: Mapping[s
     """The value of a plain expression; what it shows is not shown."""
     names: MutableMapping[str, Any] = collections.ChainMap(dict(own), dict(namespace))
     code = compile(ast.Expression(expression), "<made again>", "eval")
-    with hushed():
+    with silenced():
         return eval(code, {"__builtins__": __builtins__}, names)  # noqa: S307  the user's own statement

@@ -1,4 +1,4 @@
-"""What a step sees of the world, as bytes that its record keeps: the same machinery as for cells.
+"""What a step sees of the external state, as bytes that its record keeps: the same machinery as for cells.
 
 A step's look-up has to be cheap, thousands of times over: what its function mentions is found out once per function, and a
 step that sees nothing has an empty record.
@@ -14,22 +14,22 @@ from typing import Any
 
 import msgspec
 
+from durable_nb._cellcache.external import Around, ExternalState, generators, set_generator
 from durable_nb._cellcache.files import CODE, LISTED, LOOKED_FOR, MATCHED, READ, here, looking_away
 from durable_nb._cellcache.mentions import NOWHERE, Mentions, Places, mentions_of, places_of
 from durable_nb._cellcache.watch import Watch, prepare
-from durable_nb._cellcache.world import Around, World, generators, set_generator
 
 _SEEN = (READ, LISTED, LOOKED_FOR, MATCHED, CODE)
 """Files that a step made are its doing, and no condition for taking its result; the cell's result depends on them."""
 
 
 class _Seen(msgspec.Struct, array_like=True):
-    world: World
+    external: ExternalState
     states: bytes
     """Of random generators, pickled: as the step left them."""
 
 
-class Sights:
+class StepWatches:
     """What the steps of one execution of a cell mention."""
 
     def __init__(self, around: Around) -> None:
@@ -62,29 +62,29 @@ class Sights:
 def seen_by(watch: Watch) -> bytes:
     """What it has seen, encoded; empty where there is nothing that could change."""
     try:
-        world, problems = watch.world()
-        states = watch.moved_states(world)
-        seen = _Seen(replace(world, unsure=problems), pickle.dumps(states) if states else b"")
-        return msgspec.msgpack.encode(seen) if seen.world else b""
+        external, problems = watch.external()
+        states = watch.moved_states(external)
+        seen = _Seen(replace(external, unsure=problems), pickle.dumps(states) if states else b"")
+        return msgspec.msgpack.encode(seen) if seen.external else b""
     except Exception as error:  # its outcome is paid for, and recorded; but nobody can say that it would come again
-        unsure = World(unsure=[f"what it saw can't be compared ({type(error).__name__}: {error})"])
+        unsure = ExternalState(unsure=[f"what it saw can't be compared ({type(error).__name__}: {error})"])
         return msgspec.msgpack.encode(_Seen(unsure, b""))
 
 
 def still_holds(seen: bytes, around: Around) -> bool:
     """Would the step see the same now?"""
     try:
-        world = msgspec.msgpack.decode(seen, type=_Seen).world
-        return not replace(world, files=[file for file in world.files if file.how in _SEEN]).changes(around)
+        external = msgspec.msgpack.decode(seen, type=_Seen).external
+        return not replace(external, files=[file for file in external.files if file.how in _SEEN]).changes(around)
     except Exception:  # an odd value under a name that it looked up; a record of another version
         return False
 
 
 def see_again(seen: bytes, cell: Watch) -> None:
-    """The step is restored: what it saw counts for the cell, and random generators go on from where it left them."""
+    """The step is restored: what it saw counts for the cell, and random generators continue from the states it left them in."""
     found = msgspec.msgpack.decode(seen, type=_Seen)
-    cell.saw(found.world)
+    cell.saw(found.external)
     now = generators() if found.states else {}
     for name, state in pickle.loads(found.states).items() if found.states else ():
-        if name not in now or now[name].before() == found.world.generators.get(name):
+        if name not in now or now[name].before() == found.external.generators.get(name):
             set_generator(name, state)

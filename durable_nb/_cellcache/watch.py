@@ -22,6 +22,15 @@ from functools import lru_cache
 from typing import Any
 
 from durable_nb._cellcache import environment, inotify
+from durable_nb._cellcache.external import (
+    UNSEEDED,
+    Around,
+    ExternalState,
+    generators,
+    name_digest,
+    settings,
+    settings_used,
+)
 from durable_nb._cellcache.files import (
     ABSENT,
     ADDED,
@@ -53,15 +62,6 @@ from durable_nb._cellcache.mentions import (
     Places,
     looked_up,
     modules_named,
-)
-from durable_nb._cellcache.world import (
-    UNSEEDED,
-    Around,
-    World,
-    generators,
-    name_digest,
-    settings,
-    settings_used,
 )
 from durable_nb._fingerprint import imported
 
@@ -200,28 +200,28 @@ class Watch:
         if name not in self._variables:
             self._set.add(name)
 
-    def saw(self, world: World) -> None:
+    def saw(self, external: ExternalState) -> None:
         """A step that is restored saw this when it ran."""
         with self._lock:
-            for file in world.files:
+            for file in external.files:
                 where = os.path.normpath(os.path.join(self._folder, file.path))
                 if file.how in (READ, LISTED, LOOKED_FOR, MATCHED, CODE):
                     self._given.setdefault(f"{file.how} {where}", file)
                 elif state_of(file.how, file.path) == file.digest:
                     self._touch(where, file.path, file.how, stat_of(where))
-            self._given_variables |= {n: digest for n, digest in world.variables.items() if n not in self._set}
-            self._given_settings |= world.settings
+            self._given_variables |= {n: digest for n, digest in external.variables.items() if n not in self._set}
+            self._given_settings |= external.settings
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 
-    def world(self, results: Iterable[Any] = ()) -> tuple[World, list[str]]:
+    def external(self, results: Iterable[Any] = ()) -> tuple[ExternalState, list[str]]:
         """What was seen, now that it has ended; and why the outcome can't be kept, if it can't. `results`: displayed values."""
         with looking_away():
             files, problems = self._files()
             packages = (*self._packages, *(type(value).__module__.partition(".")[0] for value in results))
             used = settings_used(packages, self.mentions.words)
             kept = {what: self._settings.get(what, "") for what in used} | self._given_settings
-            return World(files, self._moved(), kept, self._names, self._seen_variables()), problems
+            return ExternalState(files, self._moved(), kept, self._names, self._seen_variables()), problems
 
     def _moved(self) -> dict[str, str]:
         """Generators whose numbers were drawn, each with the state that it was in, or that nobody had seeded it."""
@@ -236,10 +236,10 @@ class Watch:
                 found[name] = before.before()
         return found
 
-    def moved_states(self, world: World) -> dict[str, Any]:
-        """The states that seeded generators have now, of those that were moved: what comes after must go on from there."""
-        now = generators() if world.generators else {}
-        return {name: g.state for name, g in now.items() if name in world.generators and g.seeded}
+    def moved_states(self, external: ExternalState) -> dict[str, Any]:
+        """The states that seeded generators have now, of those that were moved: what comes after must continue from there."""
+        now = generators() if external.generators else {}
+        return {name: g.state for name, g in now.items() if name in external.generators and g.seeded}
 
     def _seen_variables(self) -> dict[str, str]:
         found = dict(self._given_variables)
@@ -289,12 +289,12 @@ class Watch:
         for where, name, how in opened:
             add(where, name, how)
         for where in self._links_to({where for where, _, how in opened if how == READ}):
-            add(where, self._places.said(where, self._folder), READ)
+            add(where, self._places.as_written(where, self._folder), READ)
         for where, name, how in self._mentioned():
             if where not in self._first:
                 add(where, name, how)
         for where in self._modules():
-            add(where, self._places.said(where, self._folder), CODE)
+            add(where, self._places.as_written(where, self._folder), CODE)
         for file in self._given.values():
             where = os.path.normpath(os.path.join(self._folder, file.path))
             if state_of(file.how, where) != file.digest:
@@ -308,7 +308,7 @@ class Watch:
         for event in self._events or ():
             history.setdefault(event.path, []).append(event.what)
         for where, whats in history.items():
-            name = self._places.said(where, self._folder)
+            name = self._places.as_written(where, self._folder)
             if where in self._first or where in self._listed or not self._counts(where):
                 continue
             if whats[0] == inotify.LISTED:
@@ -343,14 +343,14 @@ class Watch:
         places = self._places
         for where in places.files:
             if not self._is_seen(where) and os.path.isfile(where) and not is_elsewhere(where):
-                name = places.said(where, self._folder)
+                name = places.as_written(where, self._folder)
                 yield where, name, READ if stat_of(where) == self._before[where] else MADE
         for where in places.folders:
             if self._is_seen(os.path.join(where, "")) or is_above(where, self._folder) or not self._counts(where):
                 continue
-            yield where, places.said(where, self._folder), LISTED
+            yield where, places.as_written(where, self._folder), LISTED
             for inner in _files_in(where):
-                yield inner, places.said(inner, self._folder), READ
+                yield inner, places.as_written(inner, self._folder), READ
         for text in places.absent:
             where = os.path.normpath(os.path.join(self._folder, os.path.expanduser(text)))
             if kind_of(where) == ABSENT:
@@ -486,7 +486,7 @@ def watching_step(watch: Watch) -> Iterator[None]:
         watch.close()
 
 
-def _told() -> Iterator[Watch]:
+def _listening() -> Iterator[Watch]:
     step = _of_step.get()
     yield from _watches
     if step is not None:
@@ -498,7 +498,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     away.on = True
     try:
-        for watch in _told():
+        for watch in _listening():
             watch.event(event, args)
     finally:
         away.on = False
@@ -506,19 +506,19 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 def _variable_read(name: str, value: str | None, is_passed: bool) -> None:
     if not getattr(away, "on", False):
-        for watch in _told():
+        for watch in _listening():
             watch.variable_read(name, value, is_passed)
 
 
 def _variables_passed() -> None:
     if not getattr(away, "on", False):
-        for watch in _told():
+        for watch in _listening():
             watch.variables_passed()
 
 
 def _variable_set(name: str) -> None:
     if not getattr(away, "on", False):
-        for watch in _told():
+        for watch in _listening():
             watch.variable_set(name)
 
 
@@ -531,7 +531,7 @@ _CLOSELY = frozenset({"getsize", "getmtime", "getctime", "getatime", "samefile",
 _ONLY_WHETHER = frozenset("exists is_file is_dir is_symlink is_mount lexists isfile isdir islink".split())
 
 
-class _Telling(types.ModuleType):
+class _AskingOs(types.ModuleType):
     """`os`, but for the two functions that ask for a file."""
 
     def __getattr__(self, name: str) -> Any:
@@ -552,19 +552,19 @@ def _asked(function: Callable[..., Any], path: Any, args: Any, options: Any) -> 
     try:
         found = function(path, *args, **options)
     except (OSError, ValueError):
-        _tell_asked(path, ABSENT, closely=False)
+        _note_asked(path, ABSENT, closely=False)
         raise
     kind = "folder" if found.st_mode & 0o170000 == 0o040000 else "file"
     frame = sys._getframe(2)
     closely = frame.f_code.co_name in _CLOSELY and (frame.f_back is None or frame.f_back.f_code.co_name not in _ONLY_WHETHER)
-    _tell_asked(path, kind, closely=closely)
+    _note_asked(path, kind, closely=closely)
     return found
 
 
-def _tell_asked(path: Any, kind: str, *, closely: bool) -> None:
+def _note_asked(path: Any, kind: str, *, closely: bool) -> None:
     away.on = True
     try:
-        for watch in _told():
+        for watch in _listening():
             watch.looked_for(path, kind, closely=closely)
     except (TypeError, ValueError):  # what is no path at all
         pass
@@ -574,7 +574,7 @@ def _tell_asked(path: Any, kind: str, *, closely: bool) -> None:
 
 @contextmanager
 def _questions_noticed() -> Iterator[None]:
-    telling = _Telling("os")
+    telling = _AskingOs("os")
     for module in _ASKING:
         module.os = telling  # type: ignore[attr-defined]
     try:

@@ -53,7 +53,7 @@ class Fingerprint:
     opaque: tuple[Opaque, ...]
     versions: dict[str, str]
     lasting: bool
-    """Nothing of it can change while the same call goes on: no mutable object was met, and no global variable."""
+    """Nothing of it can change while the same call runs: no mutable object was met, and no global variable."""
     places: Callable[[], Mapping[tuple[str, int], Any]] = field(compare=False, repr=False)
     """The mutable objects met, by component and number within it."""
     earlier: Callable[[], Iterable[Fingerprint]] = field(default=tuple, compare=False, repr=False)
@@ -173,7 +173,7 @@ class Fingerprinter:
         if sources is not None and not any(walk.memos[0] or walk.arrays for walk in self._walks):
             if len(_memo.KNOWN) >= _memo.KNOWN_LIMIT:
                 _memo.KNOWN.clear()
-            parts, said = dict(self._components), self._said()
+            parts, said = dict(self._components), self._with_roots_marked()
             lasting = not any(part.startswith("global ") for part in parts)
             labels, names, packages = dict(self._labels), dict(self._globals), set(self._packages)
             _memo.KNOWN[id(fn)] = _memo.Known(fn, *sources, parts, labels, names, packages, said, joined(said), lasting)
@@ -240,7 +240,7 @@ class Fingerprinter:
             for add in self._added:
                 add(looking)
             return looking.result()
-        components = self._said()
+        components = self._with_roots_marked()
         aliases = _aliases(self._walks, self._memory, components)
         if aliases:
             components[ALIASES] = aliases.hex()
@@ -255,7 +255,7 @@ class Fingerprinter:
             self.places,
         )
 
-    def _said(self) -> dict[str, str]:
+    def _with_roots_marked(self) -> dict[str, str]:
         return {label: found if label in self._roots else "~" + found for label, found in self._components.items()}
 
     def places(self) -> Mapping[tuple[str, int], Any]:

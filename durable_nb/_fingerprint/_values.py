@@ -424,10 +424,10 @@ def _outer(walk: Walk, obj: Any, asked: Callable[[Any], Any] | None) -> Iterator
     walk.by_type(obj, configured=not unknown)
     own = {} if asked in SAID or walk.graph.by_name(type(obj)) is not None else added(obj)
     walk.keep.append((found, own))
-    return _told(walk, obj, found, own)
+    return _configured(walk, obj, found, own)
 
 
-def _told(walk: Walk, obj: Any, found: Any, own: Mapping[str, Any]) -> Iterator[Any]:
+def _configured(walk: Walk, obj: Any, found: Any, own: Mapping[str, Any]) -> Iterator[Any]:
     yield found
     if walk.graph.by_name(type(obj)) is None:
         walk.refer(type(obj))

@@ -1,6 +1,6 @@
 """Making room: what nothing refers to any more goes, and under a size cap the entries that are worth least.
 
-Other processes may use the store meanwhile. Files are unlinked, never truncated: who has one mapped keeps it. Rows go only
+Other processes may use the store meanwhile. Files are unlinked, never truncated: whoever has one mapped keeps it. Rows go only
 while the row that made them superfluous is what it was; drafts and large values only when nobody can be about to name them.
 """
 
@@ -30,7 +30,7 @@ LIVE_S = 30 * 86400.0
 HALF_LIFE_S = 7 * 86400.0
 """An entry that nobody used for this long is worth half as much."""
 GRACE_S = 3600.0
-"""Drafts and large values that are younger may belong to a write that is going on."""
+"""Drafts and large values that are younger may belong to a write that has not ended."""
 
 _DELETES_AT_ONCE = 500
 _OF_RUN = rec.scope_of("~run ")

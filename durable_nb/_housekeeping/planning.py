@@ -19,7 +19,7 @@ from durable_nb._cellcache.forecast import (
     changed_since,
     differences,
 )
-from durable_nb._cellcache.keys import said
+from durable_nb._cellcache.keys import describe
 from durable_nb._clock import say_duration
 from durable_nb._housekeeping.listings import say_seconds
 from durable_nb._housekeeping.tables import Table, count, say_when
@@ -33,7 +33,7 @@ def plan_table(found: list[Forecast], interrupted: Mapping[str, float | None]) -
         why = forecast.why
         if why in (NOT_COMPLETED, NOTHING_STORED) and forecast.name in interrupted:
             wake_at = interrupted[forecast.name]
-            why = "goes on from where it stopped" + (f", next wake {say_when(wake_at)}" if wake_at is not None else "")
+            why = "resumes from where it stopped" + (f", next wake {say_when(wake_at)}" if wake_at is not None else "")
         rows.append((forecast.name, forecast.what, why, say_seconds(forecast.cost_s)))
     return Table("Run All, as things are now", ("cell", "would", "why", "takes"), rows, [_sum(found)])
 
@@ -50,8 +50,8 @@ def why_table(
         return Table("", notes=[f"{name} · no entry is stored, and it was not executed in this kernel", *would])
     notes = explain.decode(entries.notes(scope_of(name), newest))
     lines = [f"{name} · not executed in this kernel; its newest entry, of {say_when(newest.created_at)}, was made of:"]
-    inputs = [(said(label), tuple(filter(None, [notes.values.get(label)]))) for label in newest.components]
-    files = [(f"{file.path} ({file.how})", ()) for file in newest.world.files]
+    inputs = [(describe(label), tuple(filter(None, [notes.values.get(label)]))) for label in newest.components]
+    files = [(f"{file.path} ({file.how})", ()) for file in newest.external.files]
     packages = [(f"{package} {version}", ()) for package, version in newest.versions.items()]
     lines += _branches([*inputs, *files, *packages])
     changes = changed_since(newest, entries)

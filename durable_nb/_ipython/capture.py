@@ -197,11 +197,11 @@ def _on_sending_thread(stream: Any, do: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _noting_tracebacks(shell: Any, recorder: Recorder) -> Iterator[None]:
-    """A traceback that is shown while the cell goes on, as of a figure that fails to draw, is a message of its own."""
+    """A traceback that is shown while the cell continues, as of a figure that fails to draw, is a message of its own."""
     show = shell._showtraceback
 
     def noting(kind: Any, value: Any, trace: Any) -> Any:
-        recorder.problems.append(f"it shows a traceback ({getattr(kind, '__name__', kind)}) and goes on")
+        recorder.problems.append(f"it shows a traceback ({getattr(kind, '__name__', kind)}) and continues")
         return show(kind, value, trace)
 
     shell._showtraceback = noting

@@ -101,7 +101,7 @@ class _Timed(ast.NodeTransformer):
 
     def __init__(self, *, swallows: bool = False) -> None:
         self._swallows = swallows
-        """After an error in it the cell goes on."""
+        """The cell continues after an error in it."""
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         timed = _timed(node.value)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from durable_nb._cellcache import inotify
-from durable_nb._cellcache.world import seeds_noticed
+from durable_nb._cellcache.external import seeds_noticed
 from durable_nb._current import use_engine
 from durable_nb._ipython.session import Session, one_line_errors
 from durable_nb._ipython.transform import DurableTransformer
@@ -72,7 +72,7 @@ class Extension:
                   [--max-wait DURATION] [--time] [--quiet]
 
         Run again with nothing changed, by a new kernel too, the cell's variables and outputs are restored and no code of it
-        runs. Interrupted, failed or killed, it goes on after the last completed step: await durable.run("name", function,
+        runs. Interrupted, failed or killed, it resumes after the last completed step: await durable.run("name", function,
         ...), durable.call(...), durable.sleep(...) are its steps.
 
         --rerun      run the cell and all its steps anew; --rerun=STEP: only the steps of that name
@@ -80,7 +80,7 @@ class Extension:
         --ignore     variables, with commas between them, that don't count as inputs
         --skip       variables that are not stored, and so not restored
         --extra      an expression whose value counts as an input besides: --extra "model.version"
-        --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to go on
+        --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to resume
         --time       print the time it took
         --quiet      no line above the output, no view
         """
@@ -96,7 +96,7 @@ class Extension:
         %durable forget NAME       forget its entries, steps and runs
         %durable runs              the runs, newest first
         %durable show RUN          a run's steps; RUN is an id, or the name of a cell or workflow
-        %durable resume [RUN]      go on with a workflow's run, or with all interrupted ones
+        %durable resume [RUN]      resume a workflow's run, or all interrupted ones
         %durable cancel RUN        stop a workflow's run
         %durable gc [--max-size 2GB]   remove what nothing refers to, and the entries worth least above that size
         %durable store             where the store is, and what lies in it
@@ -121,8 +121,8 @@ def unload(shell: Any) -> None:
 
 
 def _waiting(session: Session) -> str:
-    """What there is to be gone on with, and how; a line each for cells and for runs of workflows. Cells of another notebook
-    beside this one are its own affair."""  # fmt: skip
+    """Which runs can be resumed, and how; a line each for cells and for runs of workflows. Cells of another notebook beside
+    this one are left to it."""  # fmt: skip
     from durable_nb._adoption import exists_beside, may_adopt
     from durable_nb._glance import waiting
 
@@ -136,8 +136,8 @@ def _waiting(session: Session) -> str:
         exists = partial(exists_beside, session.path)
         cells = [run for run in cells if may_adopt(run.origin, replace(here, code=run.origin.code), exists)]
     names = list(dict.fromkeys(f"cell {run.name!r}" for run in cells))
-    said = f"\ndurable_nb: run {_listed(names)} again to go on from where it stopped" if names else ""
-    return said + (f"\ndurable_nb: durable.resume() goes on with {_listed(others)}" if others else "")
+    said = f"\ndurable_nb: run {_listed(names)} again to resume from where it stopped" if names else ""
+    return said + (f"\ndurable_nb: durable.resume() resumes {_listed(others)}" if others else "")
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The notebook as the host of a run: where its steps show things, and what they see of the world."""
+"""The notebook as the host of a run: where its steps show things, and what they see of the external."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache.mentions import looks_up_anything
-from durable_nb._cellcache.steps import Sights, see_again, seen_by, still_holds
+from durable_nb._cellcache.steps import StepWatches, see_again, seen_by, still_holds
 from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._cellrun import CellRun
 from durable_nb._current import StepRequest, engine
@@ -20,7 +20,7 @@ from durable_nb._view import Detail, RunView, Source
 from durable_nb.errors import NotSupportedError
 
 if TYPE_CHECKING:
-    from durable_nb._cellcache.world import Around
+    from durable_nb._cellcache.external import Around
     from durable_nb._fingerprint import Fingerprint
     from durable_nb._ipython.status import StatusLine
 
@@ -37,17 +37,17 @@ class NotebookHost(Stage):
     def __init__(
         self, run: CellRun, shell: Any, recorder: Recorder, status: StatusLine, around: Around, *, live: bool, quiet: bool
     ) -> None:
-        """`around`: what records of the world are compared with; `live`: there is a front end; `quiet`: no view is wanted."""
+        """`around`: what records of the external state are compared with; `live`: there is a front end; `quiet`: no view."""
         self._run, self._shell, self._recorder, self._status = run, shell, recorder, status
         self._live, self._quiet = live, quiet
         self.view: RunView | None = None
-        self._sights = Sights(around)
+        self._watches = StepWatches(around)
 
     @contextlib.contextmanager
     def recording(
         self, path: str, request: StepRequest, found: Fingerprint | None
     ) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
-        watch = self._sights.watch(
+        watch = self._watches.watch(
             request.fn, (*request.args, *request.kwargs.values()), found.versions if found is not None else ()
         )
         if looks_up_anything(watch.mentions):
@@ -64,7 +64,7 @@ class NotebookHost(Stage):
             see_again(seen, self.watch)
 
     def holds(self, seen: bytes) -> bool:
-        return still_holds(seen, self._sights.around)
+        return still_holds(seen, self._watches.around)
 
     def notice(self, text: str) -> None:
         if not self._live:  # with a front end the view shows it

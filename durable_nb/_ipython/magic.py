@@ -158,7 +158,7 @@ class LineMagic:
         inventory, workflows = Inventory(self._engine), self._session.workflows()
         if arguments:
             run = inventory.find_run(arguments[0])
-            self._check_workflow(run, "run the cell again to go on with it")
+            self._check_workflow(run, "run the cell again to resume it")
             if run.status == Status.COMPLETED:
                 return Table(f"{run.id} · is completed; nothing to do")
             waiting = [run]
@@ -169,9 +169,9 @@ class LineMagic:
             if run.name in workflow_functions:
                 try:
                     workflows.resume(run.id, take_over=False)
-                except RuntimeError as error:  # a terminal has no loop that goes on between inputs
+                except RuntimeError as error:  # a terminal has no loop that runs between inputs
                     raise UsageError(f"%durable resume: {error}") from None
-                lines.append(f"{run.id} · goes on ({run.name})")
+                lines.append(f"{run.id} · resumes ({run.name})")
             else:
                 lines.append(f"{run.id} · waits: its workflow {run.name!r} is not defined here. Run the cell that defines it")
         return Table("", notes=lines or ["no interrupted run"])

@@ -84,7 +84,7 @@ class StatusLine:
             held = [f"{count(kept, 'step')} kept"] if kept else []
             held += [f"next wake {say_when(wakes)}"] if wakes is not None and status is not Status.FAILED else []
             text = f"{word} after {say_duration(took_s)}"
-            text += f", {', '.join(held)}: run the cell again to go on" if held else ""
+            text += f", {', '.join(held)}: run the cell again to resume" if held else ""
         if view is not None:
             self._text = text
             self.place.mark["state"] = status.value

@@ -39,7 +39,7 @@ class Blobs:
         except OSError as error:
             raise StoreError(
                 f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
-                "safe; free the disk, and go on from here"
+                "safe; free the disk, and run the cell again"
             ) from error
         return digest
 

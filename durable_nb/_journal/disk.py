@@ -51,7 +51,7 @@ class DiskJournal:
         """`wal`: None chooses by the file system. `must_exist`: CorruptStoreError where there is no journal; else it is made.
         `only_look`: nothing is made, written or waited for, and where that is not possible, StoreError."""  # fmt: skip
         self._blobs, self._folder = Blobs(blobs), folder
-        with _told(folder, "opened"):
+        with _as_store_errors(folder, "opened"):
             self._database = Database(folder, wal=wal, must_exist=must_exist, only_look=only_look)
 
     @property
@@ -60,7 +60,7 @@ class DiskJournal:
         return self._database.mode
 
     def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
-        with _told(self._folder, "written"), self._database.writing() as sql:
+        with _as_store_errors(self._folder, "written"), self._database.writing() as sql:
             if len(commits) == 1 and _applied_as_one_statement(sql, commits[0]):
                 return [Verdict.APPLIED]
             with _transaction(sql):
@@ -68,13 +68,13 @@ class DiskJournal:
                 return [_applied(sql, commit) for commit in commits]
 
     def get(self, key: str) -> bytes | None:
-        with _told(self._folder, "read"), self._database.reading() as sql:
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql:
             row = sql.execute(_GET, (key,)).fetchone()
         return row[0] if row and isinstance(row[0], bytes) else None
 
     def get_many(self, keys: Iterable[str]) -> dict[str, bytes]:
         wanted, found = list(keys), []
-        with _told(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
             for start in range(0, len(wanted), _AT_ONCE):
                 some = wanted[start : start + _AT_ONCE]
                 n = next(n for n in _GET_MANY if n >= len(some))
@@ -82,17 +82,17 @@ class DiskJournal:
         return {key: value for key, value in found if isinstance(value, bytes)}
 
     def scan(self, prefix: str) -> list[tuple[str, bytes]]:
-        with _told(self._folder, "read"), self._database.reading() as sql:
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql:
             rows = sql.execute(_SCAN, (prefix, _beyond(prefix))).fetchall()
         return [(key, value) for key, value in rows if isinstance(value, bytes)]
 
     def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
-        with _told(self._folder, "read"), self._database.reading() as sql:
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql:
             return [(key, size or 0) for key, size in sql.execute(_SIZES, (prefix, _beyond(prefix))).fetchall()]
 
     def problems(self) -> list[str]:
         """SQLite's own check; and are there as many rows as its triggers have counted?"""
-        with _told(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql, _transaction(sql, "BEGIN"):
             found = [str(row[0]) for row in sql.execute("PRAGMA integrity_check").fetchall()]
             (counted,) = sql.execute("SELECT value FROM Settings WHERE key = 'count'").fetchone() or (None,)
             (there,) = sql.execute("SELECT count(*) FROM Cache").fetchone()
@@ -169,7 +169,7 @@ def _beyond(prefix: str) -> str:
 
 
 @contextmanager
-def _told(folder: Path, what: str) -> Iterator[None]:
+def _as_store_errors(folder: Path, what: str) -> Iterator[None]:
     """SQLite's and the file system's errors as one sentence that a user can act on."""
     try:
         yield
@@ -178,8 +178,8 @@ def _told(folder: Path, what: str) -> Iterator[None]:
     except HeldTooLongError as error:
         raise StoreError(
             f"the journal {folder} could not be {what}: {error} holds its lock, and did so for too long. Let that process "
-            f"go on (a stopped one by 'kill -CONT {error.pid}') or end it, and run the cell again; steps acknowledged before "
-            "are safe"
+            f"continue (a stopped one by 'kill -CONT {error.pid}') or end it, and run the cell again; steps "
+            "acknowledged before are safe"
         ) from error
     except Exception as error:  # a damaged schema makes diskcache raise whatever comes
         raise StoreError(

@@ -40,7 +40,7 @@ class _Job:
     def is_commit(self) -> bool:
         return isinstance(self.work, Commit)
 
-    def tell(self) -> None:
+    def resolve(self) -> None:
         if self.future.done():  # cancelled meanwhile: the commit is durable all the same
             return
         if self.error is None:
@@ -109,7 +109,7 @@ class Writer:
                 else:
                     for job in jobs:
                         _do(job)
-                _tell(jobs)
+                _resolve_all(jobs)
         self.journal.close()  # this thread's connection
 
     def _take(self) -> list[_Job | None]:
@@ -158,12 +158,12 @@ def _do(job: _Job) -> None:
         job.error = error
 
 
-def _tell(jobs: list[_Job]) -> None:
+def _resolve_all(jobs: list[_Job]) -> None:
     """Resolve the futures, with one wake-up for each loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
     for job in jobs:
         if job.loop is None:
-            job.tell()
+            job.resolve()
         else:
             by_loop.setdefault(job.loop, []).append(job)
     for loop, told in by_loop.items():
@@ -176,4 +176,4 @@ def _tell(jobs: list[_Job]) -> None:
 
 def _resolve(jobs: list[_Job]) -> None:
     for job in jobs:
-        job.tell()
+        job.resolve()

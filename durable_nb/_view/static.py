@@ -16,7 +16,7 @@ from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, to
 from durable_nb._view.state import Detail, Source, saved, since
 from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, clipped, columns, counted, plain, word
 
-UNFINISHED = "Saved while the run was going on: run the cell again and it goes on from its last completed step."
+UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
 
 FIRST = 20
 LAST = 30

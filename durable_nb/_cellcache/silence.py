@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class _Hushed:
+class _Silenced:
     """A stream that drops what the restoring thread writes. Whoever keeps it writes to the real one afterwards."""
 
     def __init__(self, stream: Any) -> None:
@@ -30,10 +30,10 @@ class _Hushed:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Meanwhile nothing that the calling thread prints is seen."""
     before = sys.stdout, sys.stderr
-    streams = _Hushed(before[0]), _Hushed(before[1])
+    streams = _Silenced(before[0]), _Silenced(before[1])
     sys.stdout, sys.stderr = streams
     try:
         yield

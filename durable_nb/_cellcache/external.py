@@ -48,7 +48,7 @@ class Around:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ExternalState:
     """All of it, for one execution of a cell or step."""
 
     files: list[FileState] = field(default_factory=list)
@@ -74,7 +74,7 @@ class World:
         return hashlib.blake2b("\0\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
     def changes(self, around: Around) -> list[str]:
-        """What is different now, in words; empty where whoever ran in this world would see the same again."""
+        """What is different now, in words; empty where what is executed now would see the same again."""
         with looking_away():
             return self._changes(around)
 
