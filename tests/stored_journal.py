@@ -1,4 +1,4 @@
-"""Writes a store that all later releases must keep replaying: `python tests/stored_journal.py` makes `tests/journals/VERSION.zip`.
+"""Writes a store that all later releases must keep replaying: `python tests/stored_journal.py` makes `journals/VERSION.zip`.
 
 A real kernel executes CELLS, is interrupted in one of them and killed in the end. The archive holds the store, the signing key,
 and `cells.json`: the cells as they were, and what they gave. An archive of a release is never written again.
