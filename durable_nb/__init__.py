@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
     from durable_nb._ledger import ledger as ledger
+    from durable_nb._secrets import secret as secret
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
@@ -48,12 +49,15 @@ if TYPE_CHECKING:
     from durable_nb.errors import StoreError as StoreError
     from durable_nb.errors import UnserializableError as UnserializableError
     from durable_nb.errors import UntrustedStoreError as UntrustedStoreError
+    from durable_nb.http import AsyncClient as AsyncClient
+    from durable_nb.http import Client as Client
     from durable_nb.http import call as call
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "call": "durable_nb.http",
+    **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
+    "secret": "durable_nb._secrets",
     "dashboard": "durable_nb._housekeeping.dashboard",
     "identify": "durable_nb._fingerprint",
     "ledger": "durable_nb._ledger",

@@ -240,6 +240,8 @@ class CellRun(Run):
 
     async def _give_up(self, asked: Request, attempt: int, began: float, error: BaseException) -> Ended:  # noqa: ARG002
         """A failed step isn't kept: the next execution tries anew."""
+        if asked.request.is_continued:
+            self._occurrences.give_back(asked.key.identity, int(asked.key.outcome.rpartition("/")[2]))
         if asked.key.attempts in self._attempts:
             await self._commit(Commit(self._held.guard, deletes=(asked.key.attempts,)))
             self._learn_attempts(asked.key, None)

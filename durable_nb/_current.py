@@ -18,6 +18,7 @@ from durable_nb import _usage
 from durable_nb._clock import Clock
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
+from durable_nb._secrets import holds_secret, revealed
 from durable_nb._usage import Usage
 from durable_nb.errors import NestedStepError, NotInRunError, NotSupportedError
 
@@ -64,9 +65,13 @@ class StepRequest:
     """So many worker threads may be at work for it and its like; 0: as many as usual."""
     path: str = ""
     """Of an item: what `Run.expect` has called it."""
+    is_continued: bool = False
+    """When it has failed, the next request that is equal to it goes on with it: it takes no place of its own among equals."""
 
     def body(self) -> Any:
-        """Calls the function."""
+        """Calls the function, with values in place of references to secrets among its arguments."""
+        if any(map(holds_secret, self.args)) or (self.kwargs and any(map(holds_secret, self.kwargs.values()))):
+            return self.fn(*map(revealed, self.args), **{key: revealed(value) for key, value in self.kwargs.items()})
         return self.fn(*self.args, **self.kwargs)
 
 
@@ -96,6 +101,11 @@ class Run(Protocol):
 
     is_replayed: bool
     """Is its code repeated from a history? Then it may look at nothing that a replay would not see."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that executes its steps."""
+        ...
 
     @property
     def runs(self) -> Engine:

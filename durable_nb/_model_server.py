@@ -193,6 +193,7 @@ class ModelServer:
             await _send(writer, 200, json.dumps({"count": self.count}).encode())
             return
         self.requests.append(request)
+        number = f"{self.count:06d}"
         digest = hashlib.blake2b(request.body, digest_size=8).hexdigest()
         self._seen[digest] += 1
         fault = self._faults.popleft() if self._faults else self._chance(digest)
@@ -214,7 +215,7 @@ class ModelServer:
             return
         try:
             asked = json.loads(request.body) if request.body else {}
-            answer = handler(self, asked, f"{self.count:06d}")
+            answer = handler(self, asked, number)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             await _send(writer, 400, _error(path, 400, f"{type(error).__name__}: {error}"))
             return

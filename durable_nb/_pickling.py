@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from durable_nb._memory import Frames, Sharing, is_frame, share
+from durable_nb._redaction import without_credentials
 from durable_nb._reducers import reduced_by_itself, reduction_of
 
 Key = Any
@@ -242,6 +243,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             self._unproven.append(obj)  # its constructor is called with `args`, which may not be what it takes
         reduced = obj.__reduce_ex__(5)
         is_usual = isinstance(reduced, tuple) and len(reduced) <= 3
+        if is_usual and len(reduced) == 3 and type(reduced[2]) is dict:  # a client's error has the request, and the key in it
+            reduced = *reduced[:2], {name: without_credentials(held) for name, held in reduced[2].items()}
         if not is_usual or (obj.__cause__ is None and not obj.__suppress_context__):
             return reduced
         made_from, state = reduced[:2], reduced[2] if len(reduced) == 3 else None

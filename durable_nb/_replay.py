@@ -98,6 +98,10 @@ class Occurrences:
         self._next[identity] = number + 1
         return number
 
+    def give_back(self, identity: str, number: int) -> None:
+        """What took this number came to nothing: the next request that is equal to it takes it."""
+        self._free[identity] = sorted({*self._free.get(identity, ()), number})
+
     def leave_out(self, identity: str, number: int) -> None:
         """This record doesn't count any more."""
         self._free[identity].remove(number)

@@ -210,6 +210,11 @@ class Run:
         self._stopped: BaseException | None = None
         self._ended = self._step_failed = False
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        assert self._main is not None  # noqa: S101  its code asks
+        return self._main.get_loop()
+
     # -- facts ---------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:

@@ -218,6 +218,10 @@ class WorkflowRun:
     def runs(self) -> Any:
         return self.engine.workflows
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._host
+
     # -- facts ---------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
