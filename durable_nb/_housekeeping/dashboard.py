@@ -12,6 +12,9 @@ from durable_nb._workflows import Workflows
 from durable_nb.errors import DurableError, NotSupportedError, StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from durable_nb._facts import Step
     from durable_nb._view.listing import Page, Query, RunFacts
 
 _ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
@@ -44,6 +47,9 @@ class _Store:
         if not store.is_in_place():  # who looks makes no new one
             raise StoreError(f"the store {store.path} was deleted or replaced; display the dashboard again")
         return self._inventory().page(query)
+
+    def steps(self, run_id: str) -> Sequence[Step]:
+        return self._workflows.snapshot(run_id).steps
 
     def actions(self, run: RunFacts) -> list[Action]:
         return actions_of(run)

@@ -45,17 +45,26 @@ function mount({ model, el }) {
   let heard = Date.now() / 1000;
   let query = {};
   let asked = 0;
+  let gone = false;
   const pressed = new Map(); // runs whose buttons were, and the version of the state then
 
   const look = (change = {}) => {
     query = { ...query, ...change };
     asked = Date.now() / 1000;
-    model.send({ ask: "look", query });
+    tell({ ask: "look", query });
   };
   const act = (run, action) => {
     pressed.set(run, state.version);
-    model.send({ ask: action, run });
+    tell({ ask: action, run });
     draw();
+  };
+  const tell = (message) => {
+    try {
+      model.send(message);
+      gone = false;
+    } catch {
+      gone = true; // the kernel was restarted, and knows nothing of this display
+    }
   };
 
   const head = make("header", "dnb-board-head");
@@ -72,7 +81,8 @@ function mount({ model, el }) {
 
   const filters = filterBar(look);
   const cells = list("Cells", CELL_COLUMNS, cellLine, (page) => look({ cells_page: page }));
-  const runs = list("Runs", RUN_COLUMNS, (key) => runLine(key, act, pressed), (page) => look({ page }));
+  const unfold = (run) => look({ open: query.open === run ? "" : run });
+  const runs = list("Runs", RUN_COLUMNS, (key) => runLine(key, act, unfold, pressed), (page) => look({ page }));
   root.append(head, trouble, notice, empty, filters.node, cells.node, runs.node);
   el.append(root);
 
@@ -95,16 +105,17 @@ function mount({ model, el }) {
     filters.draw(state, query);
     cells.draw(state.cells, query.cells_page, "");
     const unread = state.unread ? `${count(state.unread)} that can't be read: see “durable-nb doctor”` : "";
-    runs.draw(state.runs, query.page, unread);
+    runs.draw(state.runs, query.page, unread, state.steps);
     if (nothing && unread) show(empty, unread);
     tick();
   };
   const tick = () => {
     if (!state) return;
     const here = Date.now() / 1000;
-    const silent = here - heard > SILENCE_S;
+    const silent = gone || here - heard > SILENCE_S;
     root.classList.toggle("dnb-silent", silent);
-    put(word, silent ? `no word from the kernel for ${clock(Math.floor(here - heard))}` : "");
+    const since = gone ? "the kernel was restarted: run the cell again" : `no word from the kernel for ${clock(Math.floor(here - heard))}`;
+    put(word, silent ? since : "");
     const now = state.now + (here - heard); // by the kernel's clock, whatever the time is here
     cells.tick(now, silent);
     runs.tick(now, silent);
@@ -234,14 +245,14 @@ function list(name, columns, makeLine, turn) {
   const lines = new Map();
   return {
     node,
-    draw(told, page, remark) {
+    draw(told, page, remark, steps) {
       const few = told.matched !== undefined && told.matched < told.total;
       put(about, [few ? `${count(told.matched)} of ${count(told.total)}` : count(told.total), remark].filter(Boolean).join(" · "));
       const kept = new Map();
       for (const row of told.rows) {
         const key = row.id ?? row.name;
         const line = lines.get(key) ?? makeLine(key);
-        line.draw(row);
+        line.draw(row, steps?.run === key ? steps : undefined);
         kept.set(key, line);
       }
       lines.clear();
@@ -323,8 +334,16 @@ function cellLine(key) {
   };
 }
 
-function runLine(key, act, pressed) {
+function runLine(key, act, unfold, pressed) {
   const shown = line();
+  const opener = make("button", "dnb-unfold");
+  opener.type = "button";
+  opener.setAttribute("aria-label", `Steps of run ${key}`);
+  opener.addEventListener("click", () => unfold(key));
+  const steps = make("div", "dnb-unfolded");
+  steps.setAttribute("role", "cell");
+  const told = make("p", "dnb-quiet");
+  shown.node.append(steps);
   const name = make("span", "dnb-name");
   const id = make("span", "dnb-quiet dnb-cut", key);
   id.title = key;
@@ -333,7 +352,7 @@ function runLine(key, act, pressed) {
   const summary = make("summary", "dnb-cut");
   const whole = make("pre", "dnb-code");
   details.append(summary, whole);
-  shown.name.append(name, id, labels, details);
+  shown.name.append(opener, name, id, labels, details);
   const buttons = new Map();
   let row;
   const drawActions = (silent) => {
@@ -351,8 +370,15 @@ function runLine(key, act, pressed) {
   };
   return {
     node: shown.node,
-    draw(next) {
+    draw(next, unfolded) {
       row = next;
+      opener.setAttribute("aria-expanded", String(Boolean(unfolded)));
+      steps.hidden = !unfolded;
+      if (unfolded) {
+        const hidden = unfolded.total - unfolded.rows.length;
+        put(told, unfolded.total ? (hidden ? `${count(hidden)} more, completed before` : "") : "No steps recorded.");
+        steps.replaceChildren(told, ...unfolded.rows.map((step) => stepLine(step)));
+      }
       sign(shown.badge, row.status);
       put(name, row.kind === "cell" ? `cell ${row.name}` : row.name);
       name.title = row.name;
@@ -376,13 +402,26 @@ function runLine(key, act, pressed) {
   };
 }
 
+function stepLine(step) {
+  const node = make("div", "dnb-step");
+  const badge = make("span", "dnb-badge");
+  sign(badge, step.status);
+  const took = step.started !== undefined && step.ended !== undefined ? length(step.ended - step.started) : "";
+  const attempts = step.attempts ? `${step.attempts} attempts` : "";
+  const facts = make("span", "dnb-quiet", [attempts, step.status === "restored" ? "" : took].filter(Boolean).join(" · "));
+  node.append(badge, make("span", "dnb-cut", step.name), facts);
+  if (step.error) node.append(make("pre", "dnb-code", step.error));
+  return node;
+}
+
 /* -- words */
 
-/* When something was: how long ago, and on demand which moment. */
+/* When something was: roughly how long ago, and on demand which moment. */
 function moment(node, at, now) {
   if (at === undefined) return put(node, "");
   const past = Math.max(now - at, 0);
-  put(node, past < 60 ? "just now" : `${length(past < 3600 ? past - (past % 60) : past - (past % 3600 % 60), true).replace(/ 0 (s|min|h)$/, "")} ago`);
+  const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"]].find(([seconds]) => past >= seconds) ?? [];
+  put(node, size ? `${Math.floor(past / size)} ${unit} ago` : "just now");
   node.title = new Date(at * 1000).toLocaleString();
 }
 

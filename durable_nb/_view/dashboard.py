@@ -8,6 +8,7 @@ model without a view finds that html in the page and draws the live form in its 
      "cells": {"total": 1, "pages": 1, "rows": [{"name": "load", "status": "completed", "at": 1699999990.0, ...}]},
      "runs": {"total": 9, "matched": 2, "pages": 1, "most": 25, "rows": [{"id": "order-42", "actions": [...], ...}]},
      "counts": {"running": 2}, "names": [["workflow", "order", 9]], "labels": [["shop", 4]],
+     "steps": {"run": "order-42", "total": 3, "rows": [{"i": 0, "name": "charge", "status": "completed", ...}]},
      "unread": 0, "trouble": "", "notice": {"n": 1, "text": "...", "bad": false}}
 
 Times are unix seconds; what is unknown is left out. It hears `{"ask": "look", "query": {...}}`, which it also takes for a sign
@@ -30,19 +31,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
-from durable_nb._facts import Status
+from durable_nb._facts import Status, Step
 from durable_nb._view import terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.listing import KINDS, Page, Query, RunFacts
 from durable_nb._view.printed import blocks, html, shown_path, text
-from durable_nb._view.words import clipped, plain
+from durable_nb._view.words import clipped, plain, word
 from durable_nb.errors import DurableError
 
 log = logging.getLogger("durable_nb")
 
 LIMIT = 40 * 1024
 """Bytes of a state. The message that opens the model holds the JavaScript too, and 64 KiB have to suffice for both."""
-_NAME, _ERROR, _LABELS = 160, 300, 8
+_NAME, _ERROR, _LABELS, _STEPS = 160, 300, 8, 40
 _EVERY_S = 1.0
 """Between two looks at the store."""
 _SHARE = 20
@@ -75,6 +76,10 @@ class Source(Protocol):
 
     def page(self, query: Query) -> Page:
         """What there is now; StoreError."""
+        ...
+
+    def steps(self, run_id: str) -> Sequence[Step]:
+        """Those of a run, in the order in which they were asked for; RunNotFoundError, StoreError."""
         ...
 
     def actions(self, run: RunFacts) -> Sequence[Action]:
@@ -197,9 +202,12 @@ class _Live:
     def _look(self) -> None:
         try:
             page = _seen(self._source, self._query)
-        except RuntimeError:  # a run that is executed here changed while its steps were gone through
-            self._wanted.set()
-            return
+        except RuntimeError as error:
+            if "changed size during iteration" in str(error):  # a run that is executed here went on meanwhile: look again
+                self._wanted.set()
+                return
+            log.exception("the dashboard could not look at the store")
+            page = Page("", time.time(), self._query, trouble=f"{type(error).__name__}: {error}")
         old = self._panel.now
         new = self._state(page, old["version"] + 1)
         passing = {"version": 0, "now": 0}
@@ -210,7 +218,11 @@ class _Live:
         self._panel.send_state("state")
 
     def _state(self, page: Page, version: int) -> State:
-        return state_of(page, self._source.actions, version=version, notice=self._notice)
+        steps: Sequence[Step] = ()
+        if page.query.open and not page.trouble:
+            with contextlib.suppress(DurableError):  # it is gone, or damaged: it has none to show
+                steps = self._source.steps(page.query.open)
+        return state_of(page, self._source.actions, version=version, notice=self._notice, steps=steps)
 
 
 class _Cells:
@@ -255,13 +267,20 @@ def _query_of(asked: dict[Any, Any]) -> Query:
 
 
 def state_of(
-    page: Page, actions: Callable[[RunFacts], Sequence[Action]], *, version: int, notice: State | None = None
+    page: Page,
+    actions: Callable[[RunFacts], Sequence[Action]],
+    *,
+    version: int,
+    notice: State | None = None,
+    steps: Sequence[Step] = (),
 ) -> State:
     """Return what the JavaScript is told, with as much of long texts and of the names to choose from as fits into `LIMIT`."""
     length, named = _ERROR, 60
     while True:
         state = _state(page, actions, length, named)
         state |= {"version": version, "now": round(page.at, 3), "notice": notice or {}}
+        if page.query.open:
+            state["steps"] = _steps(page.query.open, steps, length)
         if len(json.dumps(state, ensure_ascii=False).encode()) <= LIMIT or length < 4:
             return state
         length, named = length * 2 // 3, named // 2
@@ -322,6 +341,30 @@ def _state(page: Page, actions: Callable[[RunFacts], Sequence[Action]], length: 
         "labels": [[label, n] for label, n in page.labels if len(label) <= _NAME][:named],
         "unread": page.unread,
         "trouble": clipped(page.trouble, 4 * _ERROR),
+    }
+
+
+def _steps(run_id: str, steps: Sequence[Step], length: int) -> State:
+    """Of many steps those that are not done with, and the last ones."""
+    places = [i for i, step in enumerate(steps) if step.status not in (Status.COMPLETED, Status.PENDING)][-_STEPS:]
+    room = _STEPS - len(places)
+    places = sorted({*places, *range(max(len(steps) - room, 0), len(steps))})
+    return {
+        "run": run_id,
+        "total": len(steps),
+        "rows": [
+            _known(
+                i=i,
+                name=clipped(step.path, min(_NAME, length)),
+                status=word(step),
+                started=step.started_at,
+                ended=step.ended_at,
+                attempts=step.attempts if step.attempts > 1 else None,
+                wake=step.wake_at,
+                error=clipped(step.error, length) if step.error else None,
+            )
+            for i, step in ((i, steps[i]) for i in places)
+        ],
     }
 
 

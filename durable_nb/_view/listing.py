@@ -69,6 +69,8 @@ class Query:
     page: int = 0
     cells_page: int = 0
     with_cells: bool = True
+    open: str = ""
+    """A run whose steps are asked for as well."""
 
     @property
     def chooses(self) -> bool:
