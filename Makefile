@@ -42,6 +42,7 @@ matrix: $(VENV)/wheel
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/basics.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/cells.py
 
 # Twenty notebooks, each in a new kernel plainly, durably, again, by halves and edited: half an hour on two cores.
