@@ -67,6 +67,8 @@ class StepRequest:
     """Of an item: what `Run.expect` has called it."""
     is_continued: bool = False
     """When it has failed, the next request that is equal to it goes on with it: it takes no place of its own among equals."""
+    awaited_at_once: bool = False
+    """Nothing can happen between the request and the wait for it: what identifies the step needn't be looked at again."""
 
     def body(self) -> Any:
         """Calls the function, with values in place of references to secrets among its arguments."""

@@ -77,7 +77,8 @@ def map(  # noqa: A001  the word users say
 
     def ask(place: int) -> Coroutine[Any, Any, Any]:
         given = (*before, rows[place])
-        return step.ask("map", name, given, options, limit=throttle, threads=concurrency, path=paths[place])
+        more = {"limit": throttle, "threads": concurrency, "path": paths[place], "awaited_at_once": not run.is_replayed}
+        return step.ask("map", name, given, options, **more)
 
     if run.is_replayed:
         asked = [ask(place) for place in range(len(rows))]

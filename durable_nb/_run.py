@@ -476,7 +476,7 @@ class Run:
     async def _step(self, asked: Request) -> Any:
         engine = self.engine
         performed = False
-        if asked.objects:
+        if asked.objects and not asked.request.awaited_at_once:
             asked = self._renewed(asked)
         while True:
             work = self._work_on(asked)
