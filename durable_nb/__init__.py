@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.resources import remake as remake
+    from durable_nb._chat import ChatResult as ChatResult
+    from durable_nb._chat import chat as chat
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
@@ -59,6 +61,8 @@ _HOMES = {
     **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
     "secret": "durable_nb._secrets",
     "dashboard": "durable_nb._housekeeping.dashboard",
+    "ChatResult": "durable_nb._chat",
+    "chat": "durable_nb._chat",
     "identify": "durable_nb._fingerprint",
     "ledger": "durable_nb._ledger",
     "map": "durable_nb._fanout",

@@ -7,7 +7,7 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +91,16 @@ def call(
     has_secret = any(map(_secrets.holds_secret, (json, data, content)))
     sent, credentials = _exchange.as_data(request, keyed=method.upper() != "GET", body_secrets=has_secret, limit_s=limit_s)
     redact_log_of("httpx")
-    step = run.step(
-        StepRequest(
-            kind="call",
-            name=name,
-            fn=_exchange.exchange,
-            args=(sent, credentials, Line()),
-            described=_exchange.described(request, vary),
-            policy=RetryPolicy(retries, retry_on=_is_worth_retrying),
-        )
-    )
+    step = ask(run, "call", name, _exchange.exchange, (sent, credentials, Line()), _exchange.described(request, vary), retries)
     return _answer(run, step, name, request, credentials)
+
+
+def ask(
+    run: Run, kind: str, name: str, fn: Callable[..., Any], args: tuple[Any, ...], described: Any, retries: int
+) -> Coroutine[Any, Any, Any]:
+    """A step that sends a request by `fn(*args)`: what it has recorded. StatusError for a status of 400 or more."""
+    policy = RetryPolicy(retries, retry_on=_is_worth_retrying)
+    return run.step(StepRequest(kind=kind, name=name, fn=fn, args=args, described=described, policy=policy))
 
 
 def _is_worth_retrying(error: BaseException) -> bool:
@@ -109,6 +108,8 @@ def _is_worth_retrying(error: BaseException) -> bool:
 
     if isinstance(error, StatusError):
         return error.recorded["status"] in (408, 429) or error.recorded["status"] >= 500
+    if isinstance(error, httpx.DecodingError):  # half an answer, or a proxy's page in place of one
+        return True
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol) and is_transient(error)
 
 
