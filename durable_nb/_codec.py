@@ -20,10 +20,11 @@ from typing import Any
 
 from durable_nb import _pickling, _readback
 from durable_nb._files import write_new
+from durable_nb._packed import packed, unpacked
 from durable_nb._readback import DriftError
 from durable_nb.errors import CorruptStoreError, StepFailed, StoreError, UntrustedStoreError
 
-JSON, PICKLE = "json", "pickle"
+JSON, PICKLE, PACKED = "json", "pickle", "packed"
 
 _MAGIC = b"dnb1"
 _ID_BYTES, _MAC_BYTES, _KEY_BYTES = 4, 16, 32
@@ -33,18 +34,22 @@ _MAX_INT_BITS = 4096
 
 
 def encode(value: object) -> tuple[str, bytes]:
-    """(`json` or `pickle`, bytes). Raises whatever the value's own pickling raises, and PicklingError where it would come back
-    as another value."""  # fmt: skip
-    if _json_exact(value, set(), 0):
+    """(`json`, `pickle` or `packed`, bytes). Raises whatever the value's own pickling raises, and PicklingError where it would
+    come back as another value."""  # fmt: skip
+    if not _pickling.is_bulk(value) and _json_exact(value, set(), 0):
         return JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     try:
-        return PICKLE, _readback.pickled(value).stream
+        done = _readback.pickled(value, apart=True)
     except DriftError as error:
         raise pickle.PicklingError(f"a {error} does not come back whole from its own pickle") from error
+    return (PACKED, packed(done.stream, done.buffers)) if done.buffers else (PICKLE, done.stream)
 
 
 def decode(form: str, data: bytes) -> Any:
     """What `encode` was given. `data` must have been authenticated."""
+    if form == PACKED:
+        stream, buffers = unpacked(data)
+        return _pickling.Unpickler(stream, buffers=buffers).load()
     return json.loads(data.decode()) if form == JSON else _pickling.loads(data)
 
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from durable_nb._memory import Frames, Sharing, is_frame, share
+from durable_nb._packed import LARGE_BYTES
 from durable_nb._redaction import without_credentials
 from durable_nb._reducers import reduced_by_itself, reduction_of
 
@@ -91,7 +92,8 @@ def pickled(
     """Pickle `value` by protocol 5; raises whatever its own pickling raises.
 
     `copied` tells which of the notebook's classes and functions are stored by value, because nothing else
-    will define them. `apart`: large buffers go out of band. `live_classes` takes in the classes of users that the pickle
+    will define them. `apart`: buffers go out of band, those of arrays and long texts and bytes that `value` is, or that it
+    holds as a dict. `live_classes` takes in the classes of users that the pickle
     then refers to instead of holding them.
     """
     frames = Frames()
@@ -112,18 +114,29 @@ def _pickled(
     live_classes: dict[str, type] | None,
 ) -> Pickler:
     pickler = Pickler(references.keys, sharing, frames, copied, apart, live_classes)
+    if apart:
+        inner = value.value if isinstance(value, _Together) else value
+        pickler.put_apart(found for found in (inner, *(inner.values() if type(inner) is dict else ())) if is_bulk(found))
     pickler.dump(value)
     return pickler
+
+
+def is_bulk(value: object) -> bool:
+    """A long text, or long bytes?"""
+    return type(value) in (str, bytes) and len(value) >= LARGE_BYTES  # type: ignore[arg-type]
+
+
+_BULK = "<bulk>"
 
 
 class _Together:
     """A value, and which of its frames share columns."""
 
     def __init__(self, value: Any, groups: list[list[tuple[Any, int]]]) -> None:
-        self._made_from = value, groups
+        self.value, self._groups = value, groups
 
     def __reduce__(self) -> Any:
-        return _together, self._made_from
+        return _together, (self.value, self._groups)
 
 
 def _together(value: Any, groups: list[list[tuple[Any, int]]]) -> Any:
@@ -151,7 +164,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         # Asked for every single object, numbers included: one look into one dict.
         modules = ((number, sys.modules.get(module), name) for number, (module, name) in enumerate(_SINGLES))
         singles = {id(getattr(module, name)): number for number, module, name in modules if module is not None}
-        self._known = {**references, id(self._namespace): _NAMESPACE, **singles}.get
+        self._keys: dict[int, Any] = {**references, id(self._namespace): _NAMESPACE, **singles}
+        self._known = self._keys.get
+        self._bulk: list[memoryview] = []
         self._refers, self._referred = bool(references), False
         self._sharing, self._frames = sharing, frames
         self._copied, self._live_classes = copied, live_classes
@@ -161,12 +176,20 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         self.arrays: list[Any] = []
         """Arrays met, references left out."""
 
+    def put_apart(self, values: Iterable[str | bytes]) -> None:
+        """These texts and bytes go out of band, behind the buffers of arrays, the last one first."""
+        for value in values:
+            if id(value) not in self._keys:
+                self._keys[id(value)] = _BULK, type(value) is str, len(self._bulk)
+                self._bulk.append(memoryview(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value))
+
     def done(self) -> Pickled:
-        return Pickled(self._file.getvalue(), self._buffers, self._unproven, self._classes, self._referred)
+        buffers = [*self._buffers, *reversed(self._bulk)]
+        return Pickled(self._file.getvalue(), buffers, self._unproven, self._classes, self._referred)
 
     def persistent_id(self, obj: object) -> Any:
         key = self._known(id(obj))
-        if key is not None and type(key) is not int:
+        if key is not None and type(key) is not int and key[0] != _BULK:
             self._referred = True
         return key
 
@@ -256,7 +279,8 @@ class Unpickler(pickle.Unpickler):
 
     def __init__(self, stream: bytes, *, resolve: Callable[[Key], object] | None = None, buffers: Any = None) -> None:
         super().__init__(io.BytesIO(stream), buffers=buffers)
-        self._resolve = resolve
+        self._resolve, self._buffers = resolve, buffers
+        self._bulk: dict[int, str | bytes] = {}
 
     def persistent_load(self, pid: Any) -> object:
         if pid == _NAMESPACE:
@@ -264,6 +288,12 @@ class Unpickler(pickle.Unpickler):
         if isinstance(pid, int):
             module, name = _SINGLES[pid]
             return getattr(importlib.import_module(module), name)
+        if type(pid) is tuple and pid[0] == _BULK:
+            _, is_text, number = pid
+            if number not in self._bulk:
+                data = self._buffers[-1 - number]
+                self._bulk[number] = str(data, "utf-8", "surrogatepass") if is_text else bytes(data)
+            return self._bulk[number]
         if self._resolve is not None:
             return self._resolve(pid)
         raise pickle.UnpicklingError(f"unknown reference {pid!r}")

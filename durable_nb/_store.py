@@ -4,7 +4,7 @@
         .gitignore      *
         store.json      format, and the store's own id
         journal/        rows (diskcache, SQLite)
-        values/         large results of steps
+        values/         large results of steps, which entries of cells may refer to
         cells/          restored cells
         locks/          one file for each live process, held by an OS lock
 

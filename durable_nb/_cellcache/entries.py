@@ -5,8 +5,9 @@
 The manifest carries digests of the pickle and the outputs, so its HMAC vouches for all that is decoded. The buffers of
 arrays and frames lie out of band (pickle protocol 5): large ones come back as private copy-on-write maps of the file, at no
 cost until they are touched, and writing to them never reaches it. A file is written to a draft, fsynced and renamed; it is
-never changed after that, only unlinked, since truncating a mapped file kills whoever reads it. The notes explain what the
-key was made of; a hit never reads them. When an entry was used last is the file's access time.
+never changed after that, only unlinked, since truncating a mapped file kills whoever reads it. A large buffer that lies in the
+file of a step's result already is referred to there, by name and offset. The notes explain what the key was made of; a hit
+never reads them. When an entry was used last is the file's access time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import xxhash
 from durable_nb._cellcache.external import ExternalState
 from durable_nb._codec import Seal
 from durable_nb._files import write_file
+from durable_nb._journal.blobs import Blobs
 from durable_nb._pickling import NO_REFERENCES, References, Unpickler
 from durable_nb._readback import pickled
 from durable_nb._usage import Usage
@@ -60,6 +62,8 @@ class Buffer:
     size: int
     digest: str
     readonly: bool
+    blob: str = ""
+    """The large value that holds it, a step's: `offset` is in its file then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class Entries:
     """All entries of a store: `FOLDER/SCOPE/KEY-WORLD.cell`. One key has an entry for each state of the files it read."""
 
     def __init__(self, folder: Path, seal: Seal) -> None:
-        self._folder, self.seal = folder, seal
+        self._folder, self.seal, self._blobs = folder, seal, Blobs(folder.parent / "values")
 
     def store(
         self,
@@ -160,9 +164,16 @@ class Entries:
         the classes and functions that the cell defines."""
         stream, raw, *_ = pickled(result.values, references, copied=copied, apart=True)
         buffers: list[Buffer] = []
+        own: list[memoryview] = []
         offset = 0
         for buffer in raw:
-            buffers.append(Buffer(offset, buffer.nbytes, xxhash.xxh3_128_hexdigest(buffer), buffer.readonly))
+            digest = xxhash.xxh3_128_hexdigest(buffer)
+            held = self._blobs.holding(buffer, digest) if buffer.nbytes >= MAPPED_BYTES else None
+            if held is not None:
+                buffers.append(Buffer(held[1], buffer.nbytes, digest, buffer.readonly, held[0]))
+                continue
+            buffers.append(Buffer(offset, buffer.nbytes, digest, buffer.readonly))
+            own.append(buffer)
             offset += _aligned(buffer.nbytes)
         manifest = Manifest(
             name,
@@ -189,7 +200,7 @@ class Entries:
         path = self._folder / scope / manifest.file
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Without its name, after a power cut, the cell runs again, and its steps are restored.
-        write_file(path, self._parts(manifest, stream, result.outputs, raw, notes), lasting=False)
+        write_file(path, self._parts(manifest, stream, result.outputs, own, notes), lasting=False)
         return manifest
 
     def _parts(
@@ -326,8 +337,8 @@ class Entries:
             raise CorruptStoreError("another version of durable-nb wrote it")
         start = _HEAD.size + packed_size
         data = start + manifest.pickle_size + manifest.outputs_size
-        buffers = sum(_aligned(b.size) for b in manifest.buffers)
-        if size != (_aligned(data) + buffers if manifest.buffers else data) + manifest.notes_size:
+        buffers = sum(_aligned(b.size) for b in manifest.buffers if not b.blob)
+        if size != (_aligned(data) + buffers if buffers else data) + manifest.notes_size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         return manifest, start
 
@@ -339,7 +350,43 @@ class Entries:
         if _digest(stream) != manifest.pickle_digest or _digest(outputs) != manifest.outputs_digest:
             raise CorruptStoreError("its file is damaged: its bytes are not what was written")
         first = _aligned(start + manifest.pickle_size + manifest.outputs_size)
-        return stream, outputs, _buffers(file, first, manifest.buffers, checked)
+        return stream, outputs, self._buffers(file, first, manifest.buffers, checked)
+
+    def _buffers(self, file: io.BufferedReader, start: int, wanted: list[Buffer], checked: int | None) -> list[Any]:
+        found: list[Any] = []
+        maps: dict[str, mmap.mmap] = {}
+        for buffer in wanted:
+            begin = buffer.offset if buffer.blob else start + buffer.offset
+            data: Any
+            if buffer.size >= MAPPED_BYTES:
+                if buffer.blob not in maps:
+                    maps[buffer.blob] = self._mapped(file, buffer.blob)
+                data = memoryview(maps[buffer.blob])[begin : begin + buffer.size]
+                if data.nbytes != buffer.size:
+                    raise CorruptStoreError(f"the large value {buffer.blob} is damaged: it is cut short")
+            else:
+                file.seek(begin)
+                data = bytearray(file.read(buffer.size))
+            if (checked is None or buffer.size <= checked) and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
+                raise CorruptStoreError("its file is damaged: its bytes are not what was written")
+            if buffer.size >= MAPPED_BYTES and begin % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_DONTNEED"):
+                # Nobody has written to it: it is read again when touched.
+                maps[buffer.blob].madvise(mmap.MADV_DONTNEED, begin, buffer.size)
+            found.append(memoryview(data).toreadonly() if buffer.readonly else data)
+        return found
+
+    def _mapped(self, file: io.BufferedReader, blob: str) -> mmap.mmap:
+        """All of an entry's own file, or of a large value."""
+        if not blob:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        with open(self._blobs.path(blob), "rb", opener=_without_a_trace) as held:
+            return mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def heads(self) -> Iterator[bytes]:
+        """What every entry says of itself, as it is written, also of those that can't be read: large values are named there."""
+        for path in self._folder.glob(f"*/[!.]*{SUFFIX}"):
+            with contextlib.suppress(OSError, struct.error), open(path, "rb", opener=_without_a_trace) as file:
+                yield file.read(min(_HEAD.unpack(file.read(_HEAD.size))[1], path.stat().st_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,27 +405,6 @@ class Entry:
         """The values by name, references given to `resolve`. Raises whatever unpickling raises."""
         values: dict[str, Any] = Unpickler(self._stream, resolve=resolve, buffers=self._buffers).load()
         return values
-
-
-def _buffers(file: io.BufferedReader, start: int, wanted: list[Buffer], checked: int | None) -> list[Any]:
-    whole: mmap.mmap | None = None
-    found: list[Any] = []
-    for buffer in wanted:
-        data: Any
-        begin = start + buffer.offset
-        if buffer.size >= MAPPED_BYTES:
-            if whole is None:
-                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            data = memoryview(whole)[begin : begin + buffer.size]
-        else:
-            file.seek(begin)
-            data = bytearray(file.read(buffer.size))
-        if (checked is None or buffer.size <= checked) and xxhash.xxh3_128_hexdigest(data) != buffer.digest:
-            raise CorruptStoreError("its file is damaged: its bytes are not what was written")
-        if whole is not None and buffer.size >= MAPPED_BYTES and begin % mmap.PAGESIZE == 0 and hasattr(mmap, "MADV_DONTNEED"):
-            whole.madvise(mmap.MADV_DONTNEED, begin, buffer.size)  # nobody has written to it: it is read again when touched
-        found.append(memoryview(data).toreadonly() if buffer.readonly else data)
-    return found
 
 
 def _notes(file: io.BufferedReader, manifest: Manifest) -> bytes:

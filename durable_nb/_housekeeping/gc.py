@@ -212,7 +212,7 @@ def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:
 
 
 def _needed(engine: Engine) -> Callable[[str], bool]:
-    """Tells whether any row names a large value. Whatever looks like a name counts, in rows that can't be read too."""
+    """Tells whether any row or entry names a large value. Whatever looks like a name counts, in what can't be read too."""
     named: set[bytes] | None = None
 
     def is_needed(digest: str) -> bool:
@@ -221,6 +221,8 @@ def _needed(engine: Engine) -> Callable[[str], bool]:
             journal, named = engine.store.journal, set()
             for key, _ in journal.sizes():
                 named.update(_DIGEST.findall(journal.get(key) or b""))
+            for head in Entries(engine.store.cells, engine.store.seal).heads():
+                named.update(_DIGEST.findall(head))
         return digest.encode() in named
 
     return is_needed

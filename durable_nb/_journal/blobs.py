@@ -10,7 +10,10 @@ from pathlib import Path
 
 from durable_nb._files import write_file
 from durable_nb._locks import LockFile
+from durable_nb._packed import LARGE_BYTES, places
 from durable_nb.errors import CorruptStoreError, StoreError
+
+_CHUNK = 1 << 22
 
 
 def blob_digest(data: bytes) -> str:
@@ -18,11 +21,45 @@ def blob_digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
+_MOST_BUFFERS = 10_000
+_buffers: dict[tuple[str, int, str], tuple[str, int]] = {}
+"""Large buffers that this process has written or read here, by folder, size and digest: the file, and where in it."""
+
+
 class Blobs:
     """A folder of them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def path(self, digest: str) -> Path:
+        """Of its file."""
+        return self._folder / digest
+
+    def holding(self, buffer: memoryview, digest: str) -> tuple[str, int] | None:
+        """The file that holds just these bytes, and where in it; None where this process has met none. It stays for the time
+        that it takes to write down who refers to it."""  # fmt: skip
+        name, offset = _buffers.get((str(self._folder), buffer.nbytes, digest), ("", 0))
+        if not name:
+            return None
+        try:
+            with self._locked(shared=True), self.path(name).open("rb") as file:
+                os.utime(self.path(name))
+                file.seek(offset)
+                plain = buffer.cast("B")
+                for start in range(0, plain.nbytes, _CHUNK):
+                    expected = plain[start : start + _CHUNK]
+                    if file.read(expected.nbytes) != expected:
+                        return None
+        except OSError:  # it is gone, or is another user's
+            return None
+        return name, offset
+
+    def _note(self, name: str, data: bytes) -> None:
+        if len(_buffers) > _MOST_BUFFERS:
+            _buffers.clear()
+        large = [place for place in places(data) if place.size >= LARGE_BYTES]
+        _buffers.update({(str(self._folder), at.size, at.digest): (name, at.offset) for at in large})
 
     def put(self, data: bytes) -> str:
         digest = blob_digest(data)
@@ -36,6 +73,7 @@ class Blobs:
                     write_file(path, [data])
                 else:
                     os.utime(path)  # a row that names it is about to be written
+            self._note(digest, data)
         except OSError as error:
             raise StoreError(
                 f"a large value could not be written to {self._folder} ({error.strerror}). Steps acknowledged before are "
@@ -76,4 +114,5 @@ class Blobs:
             raise CorruptStoreError(f"the large value {digest} can't be read ({error.strerror})") from error
         if blob_digest(data) != digest:
             raise CorruptStoreError(f"the large value {digest} is damaged: its bytes are not what was written")
+        self._note(digest, data)
         return data
