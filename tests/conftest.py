@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["lab"]
+pytest_plugins = ["lab", "twin_sessions"]
 
 MAY_BE_SKIPPED = {
     "pickle refuses it": "some values that have a fingerprint have no pickle, so there is nothing to compare",

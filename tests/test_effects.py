@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from pathlib import Path
 
 import pytest
 from kernels import kernel
-from twins import twins
+from twin_sessions import comparing
 
 LIBRARY = """
 class Settings:
@@ -22,38 +21,12 @@ def ask(): return settings.model
 """
 
 
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-    with twins(tmp_path_factory.mktemp("sessions")) as started:
-        yield started
-
-
 @pytest.fixture
 def executed(sessions, tmp_path):
-    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
+    """Compares what `look` is, after plain execution and after a durable cell; gives what the durable cell said."""
     (tmp_path / "library.py").write_text(LIBRARY)
     (tmp_path / "setting.py").write_text("import os\nos.environ['DURABLE_NB_MODE'] = 'fast'\nVALUE = 3\n")
-
-    def cleared():
-        for name in ("made.db",):
-            (tmp_path / name).unlink(missing_ok=True)
-
-    @functools.cache
-    def plainly(*cells):
-        found = sessions.run(cells, tmp_path)
-        cleared()
-        return found
-
-    def run(before, body, after):
-        plain = plainly(before, f"# plain\n{body}", after)
-        assert not plain["shown"][-1][2], plain["shown"][-1]
-        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
-        assert durable["shown"] == plain["shown"]
-        assert durable["state"].get("look") == plain["state"].get("look")
-        assert "look" in plain["state"]
-        return durable["told"]
-
-    return run
+    return comparing(sessions, tmp_path, only="look", made="made.db")
 
 
 REMADE = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 from kernels import Kernel, kernel
-from twins import twins
+from twin_sessions import comparing
 
 pytestmark = pytest.mark.kernel
 
@@ -441,27 +439,12 @@ def test_a_hit_executes_none_of_the_users_code(home):
 LIBRARY = "L = []\nvalue = 1\ndef put(v):\n    global value\n    value = v\ndef f(x):\n    return x + 1\n"
 
 
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-    with twins(tmp_path_factory.mktemp("sessions")) as started:
-        yield started
-
-
 @pytest.fixture
 def executed(sessions, tmp_path):
-    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
+    """Compares all variables, after plain execution and after a durable cell; gives the last line of the durable cell."""
     (tmp_path / "library.py").write_text(LIBRARY)
-
-    plainly = functools.cache(lambda *cells: sessions.run(cells, tmp_path))
-
-    def run(before, body, after=""):
-        plain = plainly(before, f"# plain\n{body}", after)
-        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
-        assert durable["state"] == plain["state"]
-        assert durable["shown"] == plain["shown"]
-        return durable["told"][-1]
-
-    return run
+    run = comparing(sessions, tmp_path)
+    return lambda *cells: run(*cells)[-1]
 
 
 RESTORED = {

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernels import kernel
-from twins import twins
 
 BEFORE = """
 import numpy as np, pandas as pd, warnings
@@ -111,12 +110,6 @@ def cells(draw, kinds):
 def notebooks(draw):
     kinds = dict(KINDS)
     return [draw(cells(kinds)) for _ in range(draw(st.integers(1, 3)))]
-
-
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-    with twins(tmp_path_factory.mktemp("home")) as started:
-        yield started
 
 
 numbers = itertools.count()

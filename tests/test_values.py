@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import types
 
 import pytest
-from twins import twins
+from twin_sessions import comparing
 
 from durable_nb import _patches
 
 
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-    with twins(tmp_path_factory.mktemp("sessions")) as started:
-        yield started
-
-
 @pytest.fixture
 def executed(sessions, tmp_path):
-    """Executes before, body and after, plainly and as a durable cell: what differs is an error. What the durable cell said."""
-    plainly = functools.cache(lambda *cells: sessions.run(cells, tmp_path))
-
-    def run(before, body, after=""):
-        plain = plainly(before, f"# plain\n{body}", after)
-        durable = sessions.run([before, f"%%durable cell\n{body}", after], tmp_path)
-        assert durable["state"] == plain["state"]
-        assert durable["shown"] == plain["shown"]
-        return durable["told"][-1]
-
-    return run
+    """Compares all variables, after plain execution and after a durable cell; gives the last line of the durable cell."""
+    run = comparing(sessions, tmp_path)
+    return lambda *cells: run(*cells)[-1]
 
 
 PLT = "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt"
