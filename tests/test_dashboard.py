@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -13,9 +14,11 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from lab import Lab
+from rich.cells import cell_len
 
 import durable_nb as durable
 from durable_nb import _records as rec
@@ -28,11 +31,14 @@ from durable_nb._journal import Commit
 from durable_nb._records import RunRecord
 from durable_nb._store import Store
 from durable_nb._view import dashboard as live
-from durable_nb._view import printed
+from durable_nb._view import printed, terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.dashboard import LIMIT, state_of
 from durable_nb._view.listing import CellFacts, Query, RunFacts, page_of
 from durable_nb._workflows import Workflows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NOW = 1_800_000_000.0
 HOSTILE = '<img src=x onerror="window.hacked=1"> \x1b[31mred\x1b[0m \u202eright\u202c \x00'
@@ -122,6 +128,23 @@ def test_a_state_fits_into_a_message_however_long_the_texts_are():
     assert len(json.dumps(state, ensure_ascii=False).encode()) <= LIMIT
     assert len({row["id"] for row in state["runs"]["rows"]}) == 25
     assert "too long" in state["runs"]["rows"][0]["actions"][0]["refusal"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_in_a_narrow_terminal_the_widest_columns_give_way_and_the_spare_ones_go(width):
+    """Nothing wraps; with 80 columns every status is whole."""
+    from rich.console import Console
+
+    names = ("a workflow of a long name", "漢字漢字漢字漢字漢字漢字")
+    runs = [run_of(i, name=names[i % 2], status="failed", error="E: " + "x" * 200, labels=("shop", "weekly")) for i in range(4)]
+    written = io.StringIO()
+    console = Console(file=written, width=width, color_system=None, **terminal._LITERAL)
+    terminal._write(printed.blocks(page(runs)), console)
+    lines = written.getvalue().splitlines()
+    assert max(cell_len(line.rstrip()) for line in lines) <= width
+    assert len([line for line in lines if "r-" in line]) == 4
+    if width >= 80:
+        assert sum(" failed " in line for line in lines) == 4
 
 
 def test_a_sleeping_run_that_nobody_executes_says_so_and_when_it_was_to_wake():
@@ -544,24 +567,42 @@ def kept(lab: Lab) -> None:
 # -- without scripts ------------------------------------------------------------------------------------------------------
 
 
+def read_without_scripts(lab: Lab, html: str, file: Path, read: Callable[[Any], None]) -> None:
+    """Open a page with scripts off, and read it; nothing of it is fetched from elsewhere."""
+    file.write_text(html)
+    asked: list[str] = []
+
+    def look(page: Any) -> None:
+        context = page.context.browser.new_context(java_script_enabled=False, viewport={"width": 1000, "height": 900})
+        try:
+            still = context.new_page()
+            still.on("request", lambda request: asked.append(request.url))
+            still.goto(file.as_uri())
+            read(still)
+        finally:
+            context.close()
+
+    lab.on_page(look)
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
 @pytest.mark.browser
-def test_a_saved_notebook_shows_it_where_no_script_runs_and_where_styles_are_stripped(lab: Lab, engine: Engine) -> None:
-    """nbconvert's page with scripts off, also where a site lets pass what GitHub does: tables to read, folds to open."""
+def test_a_saved_dashboard_is_read_where_no_script_runs_and_where_styles_are_stripped(lab: Lab, engine: Engine) -> None:
+    """nbconvert's page, also with no more than GitHub lets pass: tables to read, folds to open."""
     import bleach
     import nbformat
     from nbconvert import HTMLExporter
 
     for i in range(30):
         record(engine, i, labels=("<script>window.hacked=1</script>",), error="ValueError: " + "long " * 60, status="failed")
-    workflows = Workflows(engine)
-    data, metadata = dashboard_of(workflows)._repr_mimebundle_()
+    data, metadata = dashboard_of(Workflows(engine))._repr_mimebundle_()
     tags = {*bleach.ALLOWED_TAGS, *"div p br pre span details summary table thead tbody tr th td".split()}
     stripped = bleach.clean(data["text/html"], tags=tags, attributes={"details": ["open"]}, strip=True)
-    asked: list[str] = []
 
-    def read(page) -> str:
-        body = page.locator("body").inner_text()
-        assert page.locator("details >> text=ValueError").first.is_visible()
+    def read(page: Any) -> None:
+        text = page.locator("body").inner_text()
+        assert "Durable cells and runs" in text
+        assert "<script>window.hacked=1</script>" in text
         assert page.get_by_text("1 to 25 of 30 runs").is_visible()
         fold = page.locator("details", has_text="long long").locator("details").first
         assert not fold.locator("pre").is_visible()
@@ -569,29 +610,36 @@ def test_a_saved_notebook_shows_it_where_no_script_runs_and_where_styles_are_str
         assert fold.locator("pre").is_visible()
         page.locator("summary", has_text="Runs").first.click()
         assert not page.get_by_text("1 to 25 of 30 runs").is_visible()
-        return body
 
     for n, shown in enumerate((data["text/html"], stripped)):
         output = nbformat.v4.new_output("display_data", data={**data, "text/html": shown}, metadata=metadata)
         cell = nbformat.v4.new_code_cell("%durable", outputs=[output], execution_count=1)
         html, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-        file = engine.store.path.parent / f"saved-{n}.html"
-        file.write_text(html)
+        read_without_scripts(lab, html, engine.store.path.parent / f"saved-{n}.html", read)
 
-        def look(page, file=file) -> str:
-            context = page.context.browser.new_context(java_script_enabled=False, viewport={"width": 1000, "height": 900})
-            try:
-                plain = context.new_page()
-                plain.route("**/*", lambda route: (asked.append(route.request.url), route.continue_())[1])
-                plain.goto(file.as_uri())
-                return read(plain)
-            finally:
-                context.close()
 
-        text = lab.on_page(look)
-        assert "Durable cells and runs" in text
-        assert "<script>window.hacked=1</script>" in text
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+@pytest.mark.browser
+def test_a_notebook_of_the_package_is_read_where_no_script_runs(lab: Lab, tmp_path: Path) -> None:
+    """Its figures are seen, its views and its dashboard are read, and whatever folds, unfolds."""
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter().from_filename(str(Path(__file__).parent.parent / "notebooks" / "02_coffee.ipynb"))
+
+    def read(page: Any) -> None:
+        figures = page.locator(".jp-OutputArea img")
+        assert figures.count() == 3
+        assert all(figures.nth(i).bounding_box()["height"] > 100 for i in range(3))
+        folded = page.locator(".jp-OutputArea details:not([open]) > summary:visible")
+        for _ in range(1000):  # one that is opened leaves the list, and may bring others into it
+            if not folded.count():
+                break
+            folded.first.click()
+        assert folded.count() == 0
+        assert "bootstrap" in page.locator(".durable-nb-still").inner_text()
+        if folder := os.environ.get("DURABLE_NB_SCREENSHOTS"):
+            page.screenshot(path=str(Path(folder) / "coffee.png"), full_page=True)
+
+    read_without_scripts(lab, html, tmp_path / "coffee.html", read)
 
 
 @pytest.mark.browser

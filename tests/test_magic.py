@@ -102,9 +102,12 @@ def test_it_is_an_html_table_for_a_front_end_and_text_in_a_terminal_and_under_nb
     assert "durable cells in" in done.stdout, done.stdout + done.stderr
     assert "a hit saves" in done.stdout
 
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in (LOAD, source, "%durable plan")])
+    sources = (LOAD, source, "%durable plan", "%durable")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
     NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert "would be restored" in notebook.cells[2].outputs[0]["data"]["text/plain"]
+    assert notebook.cells[3].outputs[0]["data"].keys() == {"text/html", "text/plain"}
+    assert "widgets" not in notebook.metadata
 
 
 def test_why_tells_what_changed_since_the_nearest_entry(shared):

@@ -19,6 +19,7 @@ _PATH = 160
 _FOLDED = 1200
 
 CELLS = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
+_SPARE = ("labels", "variables", "stored", "steps", "took")
 RUNS = ("run", "of", "status", "began", "took", "steps", "next wake", "labels", "error")
 
 
@@ -42,11 +43,13 @@ def blocks(page: Page, *, dated: bool = False) -> list[terminal.Block]:
     below = [f"  {_where(page.query.cells_page, page.most, page.cells_total, 'cells')}"] if page.cells_pages > 1 else []
     if page.query.with_cells:
         found.append(
-            terminal.Block(f"durable cells in {shown_path(page.path)}", CELLS, cells, below if cells else none, _TERMINAL)
+            terminal.Block(
+                f"durable cells in {shown_path(page.path)}", CELLS, cells, below if cells else none, _TERMINAL, _SPARE
+            )
         )
     below = [f"  {_where(page.query.page, page.most, page.matched, 'runs')}"] if page.pages > 1 else []
     found.append(
-        terminal.Block(f"runs in {shown_path(page.path)}", RUNS, runs, [*(below if runs else none), *notes], _TERMINAL)
+        terminal.Block(f"runs in {shown_path(page.path)}", RUNS, runs, [*(below if runs else none), *notes], _TERMINAL, _SPARE)
     )
     return found
 

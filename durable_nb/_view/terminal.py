@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from durable_nb._view.words import plain
+from durable_nb._view.words import columns, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +17,9 @@ LONGEST = 80
 """Characters of one cell."""
 _WIDE = 2000
 """Columns where no terminal limits them."""
+_NARROW = 18
+"""Columns below which none gives way before the spare ones have gone."""
+_INDENT = _BETWEEN = 2
 _NUMERIC = frozenset("0123456789")
 
 
@@ -32,6 +35,8 @@ class Block:
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
     styles: dict[str, str] | None = None
+    spare: Sequence[str] = ()
+    """Columns that a narrow terminal does without, the first of them first."""
 
 
 def text(blocks: Iterable[Block]) -> str:
@@ -65,15 +70,36 @@ def _write(blocks: Iterable[Block], console: Console) -> None:
     for block in blocks:
         if block.title:
             console.print(Text(plain(block.title, _WIDE), "bold"), overflow="fold")
-        filled = [n for n in range(len(block.columns)) if any(row[n] for row in block.rows)]
-        if filled:
-            table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-            for n in filled:
+        widths = _fitted(block, console.width - _INDENT)
+        if widths:
+            table = Table(box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False, header_style="dim")
+            for n, width in widths.items():
                 right = all(row[n][0] in _NUMERIC and not {"-", ","} & set(row[n]) for row in block.rows if row[n])
-                table.add_column(block.columns[n], justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+                justify: Any = "right" if right else "left"
+                table.add_column(block.columns[n], width=width, justify=justify, no_wrap=True, overflow="ellipsis")
             for row in block.rows:
-                cells = (plain(row[n], LONGEST) for n in filled)
+                cells = (plain(row[n], LONGEST) for n in widths)
                 table.add_row(*(Text(cell, (block.styles or {}).get(cell, "")) for cell in cells))
-            console.print(Padding(table, (0, 0, 0, 2)))
+            console.print(Padding(table, (0, 0, 0, _INDENT)))
         for note in block.notes:
             console.print(Text(note), overflow="fold")
+
+
+def _fitted(block: Block, room: int) -> dict[int, int]:
+    """The columns that are shown, and how wide: of too many the spare ones go, of the others the widest give way."""
+    filled = [n for n in range(len(block.columns)) if any(row[n] for row in block.rows)]
+    widths = {n: max(columns(plain(row[n], LONGEST)) for row in (block.columns, *block.rows)) for n in filled}
+    spare = [n for name in block.spare for n in filled if block.columns[n] == name]
+
+    def too_wide() -> bool:
+        return sum(widths.values()) + _BETWEEN * (len(widths) - 1) > room
+
+    while too_wide():
+        widest = max(widths, key=lambda n: widths[n])
+        if widths[widest] <= _NARROW and spare:
+            widths.pop(spare.pop(0))
+        elif widths[widest] > 1:
+            widths[widest] -= 1
+        else:
+            break
+    return widths
