@@ -355,6 +355,7 @@ function runLine(key, act, unfold, pressed) {
   shown.name.append(opener, name, id, labels, details);
   const buttons = new Map();
   let row;
+  let drawnSteps = "";
   const drawActions = (silent) => {
     for (const action of row.actions) {
       if (!buttons.has(action.name)) {
@@ -375,9 +376,13 @@ function runLine(key, act, unfold, pressed) {
       opener.setAttribute("aria-expanded", String(Boolean(unfolded)));
       steps.hidden = !unfolded;
       if (unfolded) {
-        const hidden = unfolded.total - unfolded.rows.length;
-        put(told, unfolded.total ? (hidden ? `${count(hidden)} more, completed before` : "") : "No steps recorded.");
-        steps.replaceChildren(told, ...unfolded.rows.map((step) => stepLine(step)));
+        const said = JSON.stringify(unfolded);
+        if (drawnSteps !== said) {
+          drawnSteps = said; // what is drawn again loses what is selected in it
+          const hidden = unfolded.total - unfolded.rows.length;
+          put(told, unfolded.total ? (hidden ? `${count(hidden)} more, completed before` : "") : "No steps recorded.");
+          steps.replaceChildren(told, ...unfolded.rows.map((step) => stepLine(step)));
+        }
       }
       sign(shown.badge, row.status);
       put(name, row.kind === "cell" ? `cell ${row.name}` : row.name);

@@ -145,6 +145,7 @@ class _Live:
     def close(self) -> None:
         self._closed = True
         self._wanted.set()
+        self._panel.layout.close()
         self._panel.close()
 
     def _heard(self, _widget: object, content: object, _buffers: object) -> None:
