@@ -246,6 +246,12 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
         async def order(cart):
             await durable.sleep("a week", "7d")
 
+        @durable.workflow(name="board looks")
+        async def looks():
+            durable.dashboard()
+
+        with pytest.raises(durable.NotSupportedError, match="Do it in a step"):
+            await looks.start(id="looks-1")
         run = order.start("cart", id="order-1", labels=["shop"])
         while run.status != "sleeping":  # noqa: ASYNC110  a run has no event for it
             await asyncio.sleep(0.01)

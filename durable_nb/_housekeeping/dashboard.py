@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from durable_nb._current import engine, workflow_functions
+from durable_nb._current import engine, refuse_in_workflow, workflow_functions
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._view.dashboard import Action, Dashboard
@@ -26,6 +26,7 @@ def dashboard() -> Dashboard:
 
     Display it, as a cell's last expression does, or print it. It shows what other kernels and programs execute, too.
     """
+    refuse_in_workflow("durable.dashboard()")
     return dashboard_of(engine())
 
 
