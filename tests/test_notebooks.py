@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import nbformat
 import pytest
 
 from durable_nb._demo.shop import Shop
+from durable_nb.testing import ModelServer
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 DURABLE = ["load", "clean", "profile", "bootstrap", "model", "themes", "letter"]
@@ -85,7 +88,7 @@ class Desk:
                 ours = output.get("metadata", {}).get("durable_nb", {})
                 if "cell" in ours:
                     told[ours["cell"]] = output.data["text/plain"]
-        return Ran(outputs, told, log.read_text().splitlines()[before:])
+        return Ran(outputs, told, log.read_text().splitlines()[before:] if log.exists() else [])
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +110,11 @@ def unchanged(ran: Ran, first: Ran) -> None:
 
 
 def test_every_notebook_has_its_test():
-    assert sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")) == ["01_order.ipynb", "02_coffee.ipynb"]
+    names = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+    assert names == ["01_order.ipynb", "02_coffee.ipynb", "03_llm_pipeline.ipynb"]
 
 
-@pytest.mark.parametrize(("name", "figures"), [("01_order.ipynb", 0), ("02_coffee.ipynb", 3)])
+@pytest.mark.parametrize(("name", "figures"), [("01_order.ipynb", 0), ("02_coffee.ipynb", 3), ("03_llm_pipeline.ipynb", 0)])
 def test_it_is_saved_with_what_it_shows_and_names_no_place_and_no_person(name, figures):
     """People who look at it on the web see figures and views without running it. `make notebooks` saves them anew."""
     text = (NOTEBOOKS / name).read_text()
@@ -122,7 +126,7 @@ def test_it_is_saved_with_what_it_shows_and_names_no_place_and_no_person(name, f
     assert kinds.count("image/png") == figures
     assert "application/vnd.jupyter.widget-view+json" not in kinds
     views = [output for output in outputs if "view" in output.get("metadata", {}).get("durable_nb", {})]
-    assert len(views) == sum("durable.run(" in cell.source for cell in cells)
+    assert len(views) == sum(bool(re.search(r"await durable\.(run|map)\(", cell.source)) for cell in cells)
     assert all("completed" in view["data"]["text/html"] for view in views)
     assert not re.search(r"/(home|root|tmp|Users|work|private|var)/|ipykernel_\d", text)
     assert getpass.getuser() == "root" or getpass.getuser() not in text
@@ -217,6 +221,50 @@ class TestCoffee:
         assert "12 of 24 steps restored" in again.told["themes"]
         assert again.executed == [line for line in first.executed if line.startswith("ask: Comment:")]
         assert without_stderr(again) == without_stderr(first)
+
+
+class TestPipeline:
+    """210 messages sorted by a model and summed up by topic, against a server of the test's own."""
+
+    KEY = "sk-test-0123456789abcdef"
+    EDITED = ("sharing service in two sentences.", "sharing service in two sentences, with an example.")
+
+    def test_each_question_is_paid_for_once_and_an_edited_prompt_asks_its_own_step_only(self, tmp_path, home):
+        """Then a message more, which is sorted, and summed up with those of its topic; last everything again, with the server
+        stopped."""
+        spec = spec_from_file_location("bikes", NOTEBOOKS / "bikes.py")
+        bikes = module_from_spec(spec)
+        spec.loader.exec_module(bikes)
+        with ModelServer(reply=bikes.reply, api_key=self.KEY) as server:
+            desk = Desk(tmp_path / "notebooks", home, OPENAI_BASE_URL=server.openai_url, OPENAI_API_KEY=self.KEY)
+
+            def asked(*edits):
+                """How often each prompt was asked."""
+                before = server.count
+                ran = desk.run_all("03_llm_pipeline.ipynb", *edits)
+                prompts = (request.json["messages"][0]["content"].split()[0] for request in server.requests[before:])
+                return ran, dict(Counter(prompts))
+
+            first, prompts = asked()
+            assert prompts == {"Sort": 210, "Sum": 5}
+            assert first.told.keys() == {"review"}
+            assert "not stored" not in first.told["review"]
+            again, prompts = asked()
+            assert (again.not_restored, prompts) == ([], {})
+            unchanged(Ran(again.outputs[:-1], {}, []), Ran(first.outputs[:-1], {}, []))
+            assert "215" in str(again.outputs[-1])
+            edited, prompts = asked(self.EDITED)
+            assert prompts == {"Sum": 5}
+            assert "210 of 215 steps restored" in edited.told["review"]
+            assert "One writes:" in str(edited.outputs[-2])
+            with (desk.folder / "bike_messages.txt").open("a") as file:
+                file.write("The brake of the bike is loose.\n")
+            more, prompts = asked(self.EDITED)
+            assert prompts == {"Sort": 1, "Sum": 1}
+            assert "214 of 216 steps restored" in more.told["review"]
+        assert desk.run_all("03_llm_pipeline.ipynb", self.EDITED).not_restored == []
+        with_key = [path for path in desk.folder.rglob("*") if path.is_file() and self.KEY.encode() in path.read_bytes()]
+        assert with_key == []
 
 
 def without_stderr(ran: Ran) -> list[list[Any]]:
