@@ -6,10 +6,13 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import kernels
 import pytest
 
 from durable_nb._facts import Snapshot, Status, Step
@@ -19,6 +22,8 @@ from durable_nb._view.state import LIMIT, Look, size, whole
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    from lab import Lab
 
 
 pytest_plugins = ["lab"]
@@ -312,7 +317,10 @@ class Desk(Place):
     def run(self, story: Callable[[], Awaitable[None]]) -> None:
         async def told() -> None:
             await story()
+            desk.view.close()
+            await asyncio.sleep(6)
 
+        desk = self
         with asyncio.Runner(loop_factory=FastLoop) as runner:
             runner.run(told())
 
@@ -343,7 +351,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     before = set(alive)
     yield desk
     desk.view.close()
-    widget.forget("nightly")
+    widget.forget("run-1")
     assert set(alive) == before, "a closed view leaves widgets behind"
 
 
@@ -485,7 +493,7 @@ class TestLive:
         assert desk.orders == []
         assert len([text for text in caplog.messages if "was refused" in text]) == len(forged)
 
-    def test_what_can_not_be_sent_is_logged_and_may_be_asked_again(self, desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    def test_what_could_not_be_sent_may_be_asked_again(self, desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
         def fail(*_: Any, **__: Any) -> None:
             desk.orders.append(("cancel", "", None, ""))
             raise OSError("disk full")
@@ -530,7 +538,7 @@ class TestLive:
             desk.view.open()
 
         desk.run(story)
-        (live,) = desk.shown
+        live, _ = desk.shown
         assert live["text/plain"].startswith("a · running: first run\n")
         assert "run the cell again" in live["text/plain"]
         assert "step 0" in live["text/html"]
@@ -578,3 +586,375 @@ class TestLive:
         desk.view.changed()
         desk.view.close()
         assert (desk.shown, desk.sent) == ([], [])
+
+
+LOAD = "%load_ext durable_nb\nimport durable_nb as durable"
+
+
+@pytest.mark.kernel
+def test_a_button_acts_while_the_cell_runs(tmp_path: Path) -> None:
+    """Whatever ipykernel does with a widget's messages meanwhile. A forged one does nothing, two presses no more than one."""
+    with kernels.kernel(tmp_path) as k:
+        k.run("import logging\nlogging.getLogger('durable_nb').addHandler(logging.FileHandler('log'))")
+        cell = k.send("%%durable slow\nprint(await durable.run('one', lambda: 1))\nawait durable.sleep('a week', '7d')")
+        widget, run = "", ""
+        while not (widget and run):
+            message = k.client.get_iopub_msg(timeout=60)
+            content = message["content"]
+            if message["msg_type"] == "comm_open" and "_esm" in content["data"].get("state", {}):
+                widget = content["comm_id"]
+            if message["msg_type"] == "update_display_data" and "view" in content["metadata"].get("durable_nb", {}):
+                run = content["metadata"]["durable_nb"]["view"]
+        for ask in ({"ask": "explode", "run": run}, {"ask": "cancel", "run": "another"}, *[{"ask": "cancel", "run": run}] * 2):
+            data = {"method": "custom", "content": ask}
+            k.client.shell_channel.send(k.client.session.msg("comm_msg", {"comm_id": widget, "data": data}))
+        shown = k.wait(cell)
+        assert shown.error.startswith("RunCancelled: the run")
+        assert shown.told[-1].startswith("slow · stopped after")
+        assert (tmp_path / "log").read_text().count("was refused") == 2
+        k.run("1 + 1")
+        assert k.value("str(durable.runs()[0].status)") == "cancelled"
+
+
+# Steps that wait until a file is there, so that a page can be looked at meanwhile.
+HELPERS = f"""
+{LOAD}
+import asyncio, pathlib, time
+async def until(path):
+    while not pathlib.Path(path).exists():
+        await asyncio.sleep(0.02)
+def fold(n):
+    time.sleep(0.01 * n)
+    return n
+async def score(go):
+    for epoch in range(3):
+        print("epoch", epoch)
+    await until(go)
+    return {{"score": 0.93}}
+@durable.step(retries=1, backoff=3600)
+async def flaky():
+    raise OSError("no route <b>to</b> host")
+"""
+
+NIGHTLY = """%%durable nightly
+folds = await asyncio.gather(*(durable.run("fold", fold, n) for n in range(20)))
+evil = "<img src=x onerror=window.pwned=1>\\u202e<script>window.pwned=1</script>" + "x" * 500
+await durable.run(evil, fold, 1)
+async with asyncio.timeout(None) as patience:
+    async def give_up():
+        await until("nightly-go")
+        task.cancel()
+    task = asyncio.create_task(flaky())
+    asyncio.create_task(give_up())
+    await durable.run("score", score, "nightly-go")
+    await asyncio.gather(task, return_exceptions=True)
+sum(folds)"""
+
+THREE_HUNDRED = """%%durable many
+rows = []
+for n in range(300):
+    rows.append(await durable.run(f"row {n}", fold, n / 1000))
+await durable.run("score", score, "many-go")
+"the result of " + str(len(rows))"""
+
+# A run of fakes with everything that a view can show, driven through it as the engine drives it.
+DRIVE = '''
+import asyncio, pathlib, time
+from dataclasses import replace
+from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source
+
+class Run(Source):
+    def __init__(self, name, steps=(), **options):
+        self.facts = Snapshot("run-1", name, Status.RUNNING, time.time(), None, tuple(steps))
+        self.waits = {}
+        super().__init__(lambda: self.facts)
+        said = {"send": self.send, "why": lambda: "helper clean changed"}
+        self.view = RunView(self, live=True, place=Place(cell=name), **said, **options)
+        self.view.open()
+    def extras(self):
+        return self.waits
+    def detail(self, path):
+        return Detail("cart=<b>7</b>", "'paid'", ("line one", "line two"), "") if path == "charge" else Detail()
+    def actions(self, status):
+        return Actions(retry="the run has not ended")
+    def send(self, action, run_id, step=None, comment=""):
+        with open("sent", "a") as file:
+            file.write(f"{action} {step} {comment}\\n")
+        self.waits = {}
+        self.step(step, status=Status.COMPLETED, ended_at=time.time()) if step else None
+    def step(self, name, **facts):
+        """Add a step, or change it."""
+        steps = {step.path: step for step in self.facts.steps}
+        steps[name] = replace(steps.get(name, Step(name, name, "call", Status.PENDING)), **facts)
+        self.facts = replace(self.facts, steps=tuple(steps.values()))
+        self.view.changed()
+
+async def until(path):
+    while not pathlib.Path(path).exists():
+        await asyncio.sleep(0.02)
+'''
+
+ASKING = """
+run = Run("release")
+now = time.time()
+run.step("charge", status=Status.COMPLETED, started_at=now - 2, ended_at=now)
+run.step("cool down", kind="sleep", status=Status.SLEEPING, started_at=now, wake_at=now + 300)
+run.waits = {"publish": Extra(prompt="Publish <b>it</b>?", deadline=now + 7200)}
+run.step("publish", kind="approve", status=Status.WAITING, started_at=now)
+await until("release-go")
+"""
+
+LONG = """
+now = time.time()
+rows = [Step(f"row {i}", f"row {i}", "call", Status.COMPLETED, 1, now, now + 1, restored=i < 9000) for i in range(10_000)]
+run = Run("long", rows)
+run.step("the last", status=Status.RUNNING, started_at=now)
+await until("long-go")
+"""
+
+CELL = ".jp-Cell:nth-child(2)"
+VIEW = f"{CELL} .dnb-run"
+LIST = f"{VIEW} .dnb-list"
+OUTPUT = f"{CELL} .jp-OutputArea"
+
+
+def shoot(lab: Lab, name: str, selector: str = f"{CELL} .jp-Cell-outputWrapper") -> None:
+    """Take pictures in both themes, if somebody wants to look at them."""
+    if folder := os.environ.get("DURABLE_NB_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for theme in ("Dark", "Light"):
+            lab.theme(f"JupyterLab {theme}")
+            lab.screenshot(Path(folder) / f"{name}-{theme.lower()}.png", selector)
+
+
+def errors(lab: Lab) -> list[str]:
+    # anywidget allows a widget two seconds to load, which a busy machine exceeds
+    return [text for kind, text in lab.console if kind == "error" and "Failed to initialize model" not in text]
+
+
+def top(lab: Lab, selector: str) -> float:
+    """Return where on the screen the first element that matches begins, in pixels."""
+    return float(lab.evaluate("(selector) => document.querySelector(selector).getBoundingClientRect().top", selector))
+
+
+def press(lab: Lab, name: str, cell: int = 1) -> None:
+    """Press the button of that name in a cell's output, as a user does."""
+    lab.on_page(lambda page: page.locator(".jp-Cell").nth(cell).get_by_role("button", name=name).click(timeout=10_000))
+
+
+def button(lab: Lab, name: str, *, disabled: bool) -> int:
+    """Return how many buttons of that accessible name there are."""
+    return int(lab.on_page(lambda page: page.get_by_role("button", name=name, disabled=disabled).count()))
+
+
+@pytest.mark.browser
+class TestBrowser:
+    """In a real JupyterLab, by what is to be seen and where."""
+
+    def test_a_run_from_its_first_line_to_the_saved_notebook(self, lab: Lab) -> None:
+        name = lab.write_notebook([HELPERS, NIGHTLY, "print('after')"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("retrying", VIEW)
+        lab.wait_text("running", f"{LIST} [data-status=running]")
+        head = lab.text(f"{VIEW} .dnb-head")
+        assert all(words in head for words in ("running", "nightly", "first run", "21 of 23"))
+        lines = lab.evaluate(
+            "(output) => document.querySelector(output).innerText.split('\\n').filter((line) => line === 'nightly')", OUTPUT
+        )
+        assert lines == ["nightly"], "one header, not two"
+        rows = lab.text(LIST)
+        assert "fold × 20\n· median" in rows
+        assert "retries in " in rows
+        assert "OSError: no route <b>to</b> host" in rows
+        assert "<img src=x onerror=window.pwned=1>" in rows
+        assert lab.evaluate("() => window.pwned") is None
+        assert (button(lab, "Cancel", disabled=False), button(lab, "Retry: the run has not ended", disabled=True)) == (1, 1)
+        assert (
+            lab.on_page(lambda page: page.get_by_role("progressbar", name="Steps done").get_attribute("aria-valuenow")) == "21"
+        )
+        self.unfolds_by_keyboard(lab)
+        self.fits_into_400_pixels(lab)
+        shoot(lab, "running", f"{CELL}")
+
+        at = top(lab, f"{VIEW} .dnb-name")
+        lab.evaluate("() => { const list = document.querySelector('.jp-WindowedPanel-outer'); window.was = list.scrollTop; }")
+        (lab.root / "nightly-go").touch()
+        lab.wait_idle()
+        lab.wait_text("nightly · ran in", OUTPUT)
+        assert abs(top(lab, f"{CELL} summary") - at) < 12, "the header stays where it was"
+        assert lab.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollTop === window.was")
+        assert top(lab, f"{CELL} .jp-OutputArea-executeResult") - at < 120, "the result stands below one line"
+        assert "fold" not in lab.text(f"{CELL} .jp-OutputArea-output"), "the rest is folded"
+        shoot(lab, "completed", f"{CELL}")
+        assert errors(lab) == []
+        lab.save()
+        self.stays_without_a_kernel(lab, name)
+        assert lab.outside == []
+
+    def unfolds_by_keyboard(self, lab: Lab) -> None:
+        """The rows are a tree grid; JupyterLab's own keys don't get in between."""
+        lab.on_page(lambda page: page.locator(LIST).focus())
+        cells = lab.evaluate("() => document.querySelectorAll('.jp-Cell').length")
+        for key in ("Home", "ArrowRight"):
+            lab.on_page(lambda page, key=key: page.keyboard.press(key))
+        lab.wait("(list) => document.querySelector(list).getAttribute('aria-rowcount') === '24'", arg=LIST)
+        lab.on_page(lambda page: page.keyboard.press("ArrowLeft"))
+        lab.wait("(list) => document.querySelector(list).getAttribute('aria-rowcount') === '4'", arg=LIST)
+        for key in ("End", "Enter"):
+            lab.on_page(lambda page, key=key: page.keyboard.press(key))
+        lab.wait_text("epoch 0\nepoch 1\nepoch 2", f"{LIST} .dnb-panel")
+        lab.on_page(lambda page: page.keyboard.press("Enter"))
+        assert lab.evaluate("() => document.querySelectorAll('.jp-Cell').length") == cells
+
+    def fits_into_400_pixels(self, lab: Lab) -> None:
+        lab.on_page(lambda page: page.set_viewport_size({"width": 700, "height": 900}))
+        lab.wait("(view) => document.querySelector(view).clientWidth < 420", arg=VIEW)
+        lab.wait(
+            """(view) => {
+              const edge = document.querySelector(view).getBoundingClientRect().right + 1;
+              const kinds = ["button", ".dnb-row", ".dnb-time", ".dnb-far"].map((kind) => `${view} ${kind}`);
+              const parts = [...document.querySelectorAll(kinds.join())];
+              return parts.length > 8 && parts.every((part) => part.getBoundingClientRect().right <= edge);
+            }""",
+            arg=VIEW,
+        )
+        assert "fold × 20" in lab.text(LIST)
+        shoot(lab, "narrow", f"{CELL}")
+        lab.on_page(lambda page: page.set_viewport_size({"width": 1300, "height": 900}))
+
+    def stays_without_a_kernel(self, lab: Lab, name: str) -> None:
+        """Loaded again, with the kernel's end, by a fresh kernel, and as a page without scripts."""
+        for again in (lab.reload, lab.restart_kernel, lambda: lab.open(name)):
+            again()
+            lab.wait_text("nightly · ran in", OUTPUT)
+            page = lab.text("body").lower()
+            assert "model not found" not in page
+            assert "error displaying" not in page
+        lab.click(f"{OUTPUT} summary")
+        lab.wait_text("fold × 20 · median", OUTPUT)
+        assert errors(lab) == []
+
+    def test_three_hundred_steps_never_push_the_result_off_the_screen(self, lab: Lab) -> None:
+        name = lab.write_notebook([HELPERS, THREE_HUNDRED])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("epoch 2", OUTPUT, 60)
+        lab.wait_text("300 done", VIEW)
+        lab.evaluate("(cell) => document.querySelector(cell).scrollIntoView()", CELL)
+        height = lab.evaluate("() => window.innerHeight")
+        bottom = f"() => document.querySelector('{CELL}').getBoundingClientRect().bottom"
+        assert lab.evaluate(bottom) < height, "the live view is no higher than the screen"
+        (lab.root / "many-go").touch()
+        lab.wait_text("the result of 300", OUTPUT)
+        lab.wait_text("many · ran in", OUTPUT)
+        assert lab.evaluate(bottom) < height
+        assert top(lab, f"{CELL} .jp-OutputArea-executeResult") < height - 100
+        assert errors(lab) == []
+
+    def test_questions_are_answered_and_ten_thousand_rows_scroll(self, lab: Lab) -> None:
+        name = lab.write_notebook([DRIVE, ASKING, LONG])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("Publish <b>it</b>?", VIEW)
+        assert lab.on_page(lambda page: page.get_by_role("group", name="Decision: Publish <b>it</b>?").count()) == 1
+        assert "times out in " in lab.text(f"{VIEW} .dnb-asks")
+        lab.on_page(lambda page: page.locator(f"{LIST} .dnb-row").first.click())
+        lab.wait_text("cart=<b>7</b>", f"{LIST} .dnb-panel")
+        assert "line one\nline two" in lab.text(f"{LIST} .dnb-panel")
+        assert lab.text(f"{VIEW} [role=status]") == "release running, waits for a decision"
+        shoot(lab, "waiting")
+        before = lab.text(LIST).partition("wakes in ")[2][:4]
+        lab.wait("([list, was]) => !document.querySelector(list).innerText.includes(was)", 5, [LIST, f"wakes in {before}"])
+        lab.on_page(lambda page: page.get_by_label("Comment on publish").fill("fine by me"))
+        lab.on_page(lambda page: page.get_by_role("button", name="Approve").dblclick(timeout=10_000))
+        lab.wait("(view) => !document.querySelector(view).innerText.includes('Publish')", arg=VIEW)
+        assert (lab.root / "sent").read_text() == "approve publish fine by me\n"
+        (lab.root / "release-go").touch()
+
+        rows = ".jp-Cell:nth-child(3) .dnb-list"
+        lab.wait_text("the last", rows)
+        assert lab.on_page(lambda page: page.locator(rows).get_attribute("aria-rowcount")) == "10001"
+        lab.evaluate("(rows) => { document.querySelector(rows).scrollTop = 26 * 5000; }", rows)
+        lab.wait_text("row 5003", rows)
+        assert self.slowest_frame_ms(lab, rows) < 100
+        assert lab.evaluate("(rows) => document.querySelectorAll(rows + ' .dnb-row').length", rows) < 60
+        lab.evaluate("(rows) => document.querySelector(rows).scrollIntoView()", rows)
+        shoot(lab, "ten-thousand", ".jp-Cell:nth-child(3)")
+        lab.save()
+        lab.reload()
+        lab.wait_text("row 9999", rows)
+        assert errors(lab) == []
+        lab.kill_kernel()
+        lab.evaluate("() => { const now = Date.now; Date.now = () => now() + 60_000; }")
+        # A last message may arrive after the clock was set; then the silence is counted from there.
+        lab.wait_text("no word from the kernel for ", ".jp-Cell:nth-child(3) .dnb-head", patience_s=60)
+        assert lab.outside == []
+
+    def slowest_frame_ms(self, lab: Lab, rows: str) -> float:
+        """Of the quietest of three scrolls through all rows: the machine has other things to do."""
+        scroll = """async (rows) => {
+          const list = document.querySelector(rows);
+          const times = [];
+          for (let last, i = 0; i <= 60; i += 1) {
+            list.scrollTop = (i * list.scrollHeight) / 60;
+            const now = await new Promise((resolve) => requestAnimationFrame(resolve));
+            if (last !== undefined) times.push(now - last);
+            last = now;
+          }
+          return Math.max(...times);
+        }"""
+        return min(float(lab.evaluate(scroll, rows)) for _ in range(3))
+
+    def test_cancel_and_retry(self, lab: Lab) -> None:
+        failing = (
+            "%%durable pay\nawait durable.run('fold', fold, 1)\nawait until('pay-go')\nawait durable.run('charge', charge, 7)"
+        )
+        charge = "\ndef charge(n):\n    if not pathlib.Path('paid').exists():\n        raise ValueError(f'declined <b>{n}</b>')"
+        name = lab.write_notebook([HELPERS + charge, failing, "%%durable week\nawait durable.sleep('a week', '7d')"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("fold", VIEW)
+        (lab.root / "pay-go").touch()
+        lab.wait_idle()
+        lab.wait_text("pay · failed after", OUTPUT)
+        lab.click(f"{OUTPUT} summary")
+        lab.wait_text("ValueError: declined <b>7</b>", f"{OUTPUT} table")
+        shoot(lab, "failed", CELL)
+        (lab.root / "paid").touch()
+        press(lab, "Retry")
+        lab.wait_text("1 of 2 steps restored", OUTPUT)
+        assert button(lab, "Retry", disabled=False) == 0
+        lab.on_page(lambda page: page.locator(".jp-Cell").nth(2).locator(".jp-InputArea").click())
+        lab.command("notebook:run-cell")
+        lab.wait_text("sleeping", ".jp-Cell:nth-child(3) .dnb-run")
+        press(lab, "Cancel", 2)
+        lab.wait_text("week · stopped after", ".jp-Cell:nth-child(3) .jp-OutputArea")
+        lab.wait("() => document.querySelectorAll('.dnb-again button').length === 1")
+        lab.save()
+        lab.reload()
+        lab.wait("() => document.querySelectorAll('.dnb-again button').length === 1")
+        assert errors(lab) == []
+        lab.restart_kernel()
+        lab.wait("() => document.querySelectorAll('.dnb-again button').length === 0")
+        assert "week · stopped after" in lab.text(".jp-Cell:nth-child(3) .jp-OutputArea")
+
+    def test_a_workflows_run_is_live_between_cells(self, lab: Lab) -> None:
+        flow = """
+@durable.workflow
+async def order(n):
+    await asyncio.gather(*(durable.run("charge", fold, i) for i in range(n)))
+    await durable.run("wait", until, "truck")
+    return await durable.run("ship", fold, 1)
+"""
+        name = lab.write_notebook([HELPERS + flow, "order.start(5, id='order-42')", "print('the next cell')"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_idle()
+        lab.wait_text("charge × 5", VIEW)
+        (lab.root / "truck").touch()
+        lab.wait_text("order · completed in", OUTPUT)
+        (output,) = lab.outputs(1)
+        assert output["data"].keys() == {"text/html", "text/plain"}
+        assert errors(lab) == []

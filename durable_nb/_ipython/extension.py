@@ -34,6 +34,8 @@ class Extension:
         self._noticing.enter_context(seeds_noticed())
         inotify.start(str(session.folder))
         use_engine(session.workflows)
+        self._displays = shell.display_formatter.ipython_display_formatter
+        self._displays.for_type_by_name("durable_nb._workflow", "Run", _show_run)
         from durable_nb._disks import file_system_of
 
         advice = file_system_of(session.path).advice
@@ -52,6 +54,7 @@ class Extension:
         del shell._durable_run, shell._durable_wait
         self._noticing.close()
         use_engine(None)
+        self._displays.pop("durable_nb._workflow.Run", None)
         self._session.close()
 
     def _enter_cell(self) -> None:
@@ -118,6 +121,12 @@ def unload(shell: Any) -> None:
     """Undo `load`."""
     shell._durable_extension.unload()
     del shell._durable_extension
+
+
+def _show_run(run: Any) -> None:
+    from durable_nb._ipython.runs import show
+
+    show(run)
 
 
 def _waiting(session: Session) -> str:

@@ -10,14 +10,14 @@ from durable_nb._cellcache.mentions import looks_up_anything
 from durable_nb._cellcache.steps import StepWatches, see_again, seen_by, still_holds
 from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._cellrun import CellRun
-from durable_nb._current import StepRequest, engine
+from durable_nb._current import StepRequest
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
+from durable_nb._ipython.runs import send
 from durable_nb._muting import Muting
 from durable_nb._preview import last_lines
 from durable_nb._run import Stage
 from durable_nb._view import Detail, RunView, Source
-from durable_nb.errors import NotSupportedError
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.external import Around
@@ -87,7 +87,7 @@ class NotebookHost(Stage):
                 _CellSource(self._run, self._recorder),
                 live=self._live,
                 place=self._status.place,
-                send=_send,
+                send=send,
                 line=self._status.line,
                 why=lambda: self._status.why,
                 again="cell",
@@ -105,16 +105,6 @@ class _CellSource(Source):
 
     def detail(self, path: str) -> Detail:
         return Detail(log=tuple(last_lines(self._recorder.written_by(path), _LINES, _LINE)))
-
-
-def _send(action: str, run_id: str, step: str | None = None, comment: str = "") -> None:  # noqa: ARG001
-    """What a button of a view asks for."""
-    if action == "cancel":
-        engine().cancel(run_id, comment or "cancelled in the notebook")
-    elif action == "retry":
-        engine().resume(run_id, take_over=False)
-    else:
-        raise NotSupportedError(f"{action}: no step of the run {run_id!r} waits for a decision")
 
 
 class NotebookMuting(Muting):

@@ -47,12 +47,18 @@ function offerRetry(model, { ended, again }) {
     frame ??= requestAnimationFrame(find);
   };
   const watch = new MutationObserver(later);
+  const withdraw = () => {
+    watch.disconnect();
+    cancelAnimationFrame(frame);
+    frame = undefined;
+    for (const box of document.querySelectorAll(place)) box.parentElement.querySelector(":scope > .dnb-again")?.remove();
+  };
+  model.on("comm_live_update", withdraw); // the kernel that knew of it is gone
   watch.observe(document.body, { childList: true, subtree: true });
   later();
   return () => {
-    watch.disconnect();
-    cancelAnimationFrame(frame);
-    for (const box of document.querySelectorAll(place)) box.parentElement.querySelector(":scope > .dnb-again")?.remove();
+    model.off("comm_live_update", withdraw);
+    withdraw();
   };
 }
 
@@ -457,6 +463,9 @@ function rowLine(own, toggle) {
   const step = cell("dnb-step");
   const status = cell("dnb-status");
   const time = cell("dnb-time");
+  const verb = make("span", "dnb-verb");
+  const value = make("span");
+  time.append(verb, value);
   const when = cell("dnb-when");
   const twist = make("span", "dnb-twist");
   twist.setAttribute("aria-hidden", "true");
@@ -497,7 +506,7 @@ function rowLine(own, toggle) {
       if (!row) {
         // it scrolls by before the kernel has told of it
         put(name, "…");
-        for (const part of [more, error, time]) put(part, "");
+        for (const part of [more, error, verb, value]) put(part, "");
         sign(badge, "pending", "");
         node.removeAttribute("aria-expanded");
         track.hidden = true;
@@ -525,7 +534,9 @@ function rowLine(own, toggle) {
     },
     tick(now, state) {
       if (!row) return;
-      put(time, timeOf(row, now));
+      const [before, words] = timeOf(row, now);
+      put(verb, before);
+      put(value, words);
       const started = row.started !== undefined && row.status !== "restored";
       track.hidden = row.strip === undefined && !started && !row.progress;
       bar.hidden = row.strip !== undefined;
@@ -583,15 +594,16 @@ function wordsOf(row) {
   return row.attempts === undefined ? row.status : `${row.status} · ${row.attempts} attempts`;
 }
 
+/* A verb, for which a narrow page has no room, and how long. */
 function timeOf(row, now) {
-  if (row.progress?.[1]) return `${count(row.progress[0])} of ${count(row.progress[1])}`;
+  if (row.progress?.[1]) return ["", `${count(row.progress[0])} of ${count(row.progress[1])}`];
   if (row.wake !== undefined && ["sleeping", "retrying", "waiting"].includes(row.status)) {
-    const verb = { sleeping: "wakes", retrying: "retries", waiting: "times out" }[row.status];
-    return row.wake > now ? `${verb} in ${clock(row.wake - now)}` : `${verb} now`;
+    const verb = { sleeping: "wakes ", retrying: "retries ", waiting: "times out " }[row.status];
+    return [verb, row.wake > now ? `in ${clock(row.wake - now)}` : "now"];
   }
-  if (row.started === undefined || row.status === "restored") return "";
-  if (ACTIVE.has(row.status)) return length(now - row.started, true);
-  return row.ended === undefined ? "" : length(row.ended - row.started);
+  if (row.started === undefined || row.status === "restored") return ["", ""];
+  if (ACTIVE.has(row.status)) return ["", length(now - row.started, true)];
+  return ["", row.ended === undefined ? "" : length(row.ended - row.started)];
 }
 
 /* The states of many steps as one background: however many there are, one element. */

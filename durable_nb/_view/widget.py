@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from durable_nb._view import static
 from durable_nb._view.assets import script, style
+from durable_nb._view.listening import listening
 from durable_nb._view.place import Place
 from durable_nb._view.state import Look, Source, State, same, whole
 
@@ -26,6 +27,8 @@ _BEAT_S = 10.0
 """With nothing new the state is told again this often: a front end that hears nothing for long says so."""
 _SOON_S = 0.15
 """A run that is over by then is only shown as it ended: a widget costs more than it tells."""
+_AT_LEAST_S = 5.0
+"""A widget that was made lives so long."""
 
 ACTIONS = frozenset({"cancel", "retry", "approve", "reject"})
 _COMMENT = 2000
@@ -83,7 +86,8 @@ class RunView:
         self._context = contextvars.copy_context()
         snapshot = self._source.snapshot()
         self._run_id = snapshot.id
-        forget(snapshot.name)
+        self._stay_as = f"cell {snapshot.name}" if self._again == "cell" else snapshot.id
+        forget(self._stay_as)
         if not self._live:
             return
         self._loop = asyncio.get_running_loop()
@@ -126,7 +130,9 @@ class RunView:
             now = time.time()
             self._state = whole(self._source, self._look, version=0, now=now, why=self._why())
             self._panel = panel_class()(self._state)
+            self._appeared = self._loop.time()
             self._panel.on_msg(self._heard)
+            listening.begin(self)
             self._beat_in(_BEAT_S)
             view = {"version_major": 2, "version_minor": 0, "model_id": self._panel.model_id}
             forms = static.bundle(self._source, line=self._line(), now=now, note=static.UNFINISHED)
@@ -220,19 +226,27 @@ class RunView:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _leave(self) -> None:
+        listening.end(self)
         for timer in (self._timer, self._beat, self._show):
             if timer is not None:
                 timer.cancel()
         self._place.show(static.bundle(self._source, line=self._line()), view=self._run_id)
-        if self._panel is None:
-            return
-        snapshot = self._source.snapshot()
-        if self._source.actions(snapshot.status).retry:
-            self._panel.leave()
-        else:
+        may_retry = self._live and not self._source.actions(self._source.snapshot().status).retry
+        if may_retry:
             # A widget that is shown in a saved notebook says 'model not found' for ever: what is shown is html, and the page
             # puts the button into it as long as this kernel lives.
-            self._panel.stay(snapshot.name, {"ended": snapshot.id, "again": self._again})
+            ended = {"ended": self._run_id, "again": self._again}
+            if self._panel is None:
+                self._panel = panel_class()(ended)
+                self._panel.on_msg(self._heard)
+            self._panel.stay(self._stay_as, ended)
+        elif self._panel is not None:
+            # a page that is still loading the widget says 'failed to initialize' of one that is closed meanwhile
+            left = self._appeared + _AT_LEAST_S - self._loop.time()
+            if left > 0 and not self._loop.is_closed():
+                self._loop.call_later(left, self._panel.leave)
+            else:
+                self._panel.leave()
 
 
 def _is_order(rest: dict[Any, Any]) -> bool:
