@@ -765,7 +765,7 @@ class TestBrowser:
         )
         assert lines == ["nightly"], "one header, not two"
         rows = lab.text(LIST)
-        assert "fold × 20\n· median" in rows
+        assert "fold × 20 · median" in rows
         assert "retries in " in rows
         assert "OSError: no route <b>to</b> host" in rows
         assert "<img src=x onerror=window.pwned=1>" in rows

@@ -469,10 +469,14 @@ function rowLine(own, toggle) {
   const when = cell("dnb-when");
   const twist = make("span", "dnb-twist");
   twist.setAttribute("aria-hidden", "true");
-  const name = make("span", "dnb-cut dnb-title");
+  // one piece of text, as it is read aloud and copied: fold × 20 · median 1.5 s
+  const label = make("span", "dnb-cut dnb-said");
+  const name = make("span", "dnb-title");
+  const times = make("span");
   const more = make("span", "dnb-quiet dnb-more");
+  label.append(name, times, more);
   const error = make("span", "dnb-error dnb-cut");
-  step.append(twist, name, more, error);
+  step.append(twist, label, error);
   const badge = make("span", "dnb-badge");
   status.append(badge);
   const track = make("div", "dnb-track");
@@ -506,7 +510,7 @@ function rowLine(own, toggle) {
       if (!row) {
         // it scrolls by before the kernel has told of it
         put(name, "…");
-        for (const part of [more, error, verb, value]) put(part, "");
+        for (const part of [times, more, error, verb, value]) put(part, "");
         sign(badge, "pending", "");
         node.removeAttribute("aria-expanded");
         track.hidden = true;
@@ -516,8 +520,9 @@ function rowLine(own, toggle) {
       node.setAttribute("aria-level", String((row.depth ?? 0) + 1));
       node.setAttribute("aria-expanded", String(Boolean(row.open)));
       step.style.paddingLeft = `${8 + 16 * (row.depth ?? 0)}px`;
-      put(name, row.n ? `${row.name} × ${count(row.n)}` : row.name);
-      name.title = row.path ?? row.name;
+      put(name, row.n && row.name.length > 40 ? `${row.name.slice(0, 39)}…` : row.name);
+      put(times, row.n ? ` × ${count(row.n)}` : "");
+      label.title = row.path ?? row.name;
       const notes = [];
       if (row.median !== undefined) notes.push(`median ${length(row.median)}`);
       if (row.note) notes.push(row.note);
