@@ -199,7 +199,7 @@ def _misread(recorded: Recorded, error: Exception) -> str:
     content = recorded["content"]
     text = content if isinstance(content, str) else content[:100].decode("utf-8", "replace")
     begins = f"{' '.join(text.split())[:60]!r}"
-    found = "is no JSON" if isinstance(error, ValueError) else "holds no model's message"
+    found = "is not JSON" if isinstance(error, ValueError) else "holds no model's message"
     return f"the answer {found}, it begins with {begins}" if text else "the answer is empty"
 
 

@@ -98,7 +98,9 @@ def parse_duration(value: object) -> timedelta:
         text = value.replace(" ", "")
         parts = _PART.findall(text)
         if not parts or "".join(n + u for n, u in parts) != text:
-            raise ValueError(f"{value!r} is no duration: write seconds as a number, or text like '90s', '15m', '1h30m', '7d'")
+            raise ValueError(
+                f"{value!r} is not a duration: write seconds as a number, or text like '90s', '15m', '1h30m', '7d'"
+            )
         seconds = sum(float(n) * _UNITS[u[0]] for n, u in parts)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
@@ -106,13 +108,13 @@ def parse_duration(value: object) -> timedelta:
         except OverflowError:
             seconds = math.inf
     else:
-        raise ValueError(f"{value!r} is no duration: write seconds, a timedelta, or text like '90s'")  # noqa: TRY004  one error for one mistake
+        raise ValueError(f"{value!r} is not a duration: write seconds, a timedelta, or text like '90s'")  # noqa: TRY004  one error for one mistake
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"{value!r} is no duration: it must be finite and not negative")
+        raise ValueError(f"{value!r} is not a duration: it must be finite and not negative")
     try:
         return timedelta(seconds=seconds)
     except OverflowError:
-        raise ValueError(f"{value!r} is no duration: it is longer than {timedelta.max.days} days") from None
+        raise ValueError(f"{value!r} is not a duration: it is longer than {timedelta.max.days} days") from None
 
 
 def parse_rate(value: object) -> float:
@@ -124,7 +126,7 @@ def parse_rate(value: object) -> float:
             each_s = parse_duration(each if each[0].isdigit() else f"1{each}").total_seconds()
             if count > 0 and each_s > 0:
                 return each_s / count
-    raise ValueError(f"{value!r} is no rate: write how many in what time, such as '60/min', '5/s' or '1000/h'")
+    raise ValueError(f"{value!r} is not a rate: write how many in what time, such as '60/min', '5/s' or '1000/h'")
 
 
 def parse_when(value: object) -> datetime:
@@ -141,7 +143,7 @@ def parse_when(value: object) -> datetime:
             return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError):
         pass
-    raise ValueError(f"{value!r} is no point in time: write a datetime, ISO text like '2027-01-31T09:00', or unix seconds")
+    raise ValueError(f"{value!r} is not a point in time: write a datetime, ISO text like '2027-01-31T09:00', or unix seconds")
 
 
 def say_duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ class HeldTooLongError(Exception):
         self.pid, self.state = pid, state
 
     def __str__(self) -> str:
-        return f"process {self.pid} ({self.state})" if self.pid else "a process that can't be told"
+        return f"process {self.pid} ({self.state})" if self.pid else "an unknown process"
 
 
 class LockFile:

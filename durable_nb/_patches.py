@@ -360,7 +360,7 @@ def apply(packed: bytes, places: Mapping[Place, Any], value: Any) -> Any:
     try:
         linked, returned, patches = Unpickler(packed, resolve=places.__getitem__).load()
     except ValueError as error:
-        raise KeyError("an array that lies otherwise in memory") from error
+        raise KeyError("an array with another memory layout") from error
     live = [(places[place], content) for place, content in patches]
     if not all(fits(obj, content) for obj, content in live):
         raise KeyError("an object of another kind, or an array of another shape")

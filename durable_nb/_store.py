@@ -51,7 +51,7 @@ class Store:
         where a part of it is gone; then nothing in it is changed.
         """
         if not str(path):
-            raise StoreError("'' is no folder; nothing was made. Name the store's folder, as in open('.durable_nb')")
+            raise StoreError("'' is not a folder; nothing was made. Name the store's folder, as in open('.durable_nb')")
         self.path = Path(path).absolute()
         self.cells = self.path / "cells"
         self.seal = Seal(load_key())

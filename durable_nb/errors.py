@@ -53,7 +53,7 @@ class RetryAfter(DurableError):  # noqa: N818  the name is a contract, and says 
     """Raise it in a step's body to be tried again after `delay` (seconds, timedelta or "90s"), instead of the backoff.
 
     The attempt counts like any other; after the last one this exception is what the step raises. ValueError for a delay that
-    is no duration.
+    is not a duration.
     """  # fmt: skip
 
     def __init__(self, delay: float | timedelta | str, message: str = "") -> None:

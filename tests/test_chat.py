@@ -181,8 +181,8 @@ def test_a_missing_key_is_told_and_nothing_is_sent(tmp_path, server, monkeypatch
 
 
 NO_ANSWERS = {
-    "no JSON": (b"<html>\n<body>Bad gateway", "is no JSON, it begins with '<html> <body>Bad gateway'"),
-    "half of it": (b'{"choices": [{"mess', "is no JSON"),
+    "no JSON": (b"<html>\n<body>Bad gateway", "is not JSON, it begins with '<html> <body>Bad gateway'"),
+    "half of it": (b'{"choices": [{"mess', "is not JSON"),
     "nothing": (b"", "is empty"),
     "another thing": (b'{"error": "no credits"}', 'holds no model\'s message, it begins with \'{"error": "no credits"}\''),
     "a list": (b"[1, 2]", "holds no model's message"),
@@ -237,7 +237,7 @@ NONSENSE = [
     ({"api": "bard"}, ValueError, "write 'openai' or 'anthropic'"),
     ({"api_key": 7}, TypeError, "api_key is a int; give a text"),
     ({"base_url": "localhost:8000"}, ValueError, "needs http:// or https:// and a host"),
-    ({"timeout": "soon"}, ValueError, "'soon' is no duration"),
+    ({"timeout": "soon"}, ValueError, "'soon' is not a duration"),
     ({"name": ""}, ValueError, "the step's name is empty"),
 ]
 

@@ -110,7 +110,7 @@ def test_sizes_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 GBs", "lots", "1e9", "2PB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size: write it like"):
+    with pytest.raises(ValueError, match="is not a size: write it like"):
         parse_size(text)
 
 
@@ -296,7 +296,7 @@ def test_the_cap_comes_from_the_environment_where_none_is_given(folder, capsys, 
     with pytest.raises(SystemExit) as stopped:
         main(["gc"])
     assert stopped.value.code == 2
-    assert "DURABLE_NB_MAX_SIZE: 'some' is no size" in capsys.readouterr().err
+    assert "DURABLE_NB_MAX_SIZE: 'some' is not a size" in capsys.readouterr().err
 
 
 def test_a_used_entry_is_kept_before_an_unused_one(folder, capsys):
@@ -409,7 +409,7 @@ def test_the_installed_program_knows_the_commands(folder):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "'lots' is no size" in done.stderr
+    assert "'lots' is not a size" in done.stderr
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_retry_after_says_when(delay, seconds):
 
 def test_a_delay_or_a_rule_that_is_none_is_told_where_it_is_written():
     """Not when the step has failed, instead of its error."""
-    with pytest.raises(ValueError, match="'90x' is no duration"):
+    with pytest.raises(ValueError, match="'90x' is not a duration"):
         RetryAfter("90x")
     for rule in ("OSError", ("OSError",)):
         with pytest.raises(TypeError, match="give exception types, or a function"):

@@ -172,7 +172,7 @@ def test_a_folder_that_is_something_else_is_refused_and_not_touched(path, filled
 def test_no_name_is_no_folder(tmp_path, monkeypatch):
     """The working directory isn't meant, even where it is empty."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match="'' is no folder"):
+    with pytest.raises(StoreError, match="'' is not a folder"):
         durable.open("")
     assert list(tmp_path.iterdir()) == []
 

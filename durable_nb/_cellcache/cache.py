@@ -60,7 +60,7 @@ from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 _RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE = "<results>", "<generators>", "<patches>", "<modules>", "<elsewhere>"
 _SETTINGS, _VARIABLES = "<settings>", "<context variables>"
 _OWN = (_RESULTS, _STATES, _PATCHES, _MODULES, _ELSEWHERE, _SETTINGS, _VARIABLES)
-"""Names under which an entry keeps what is no variable."""
+"""Names under which an entry keeps what is not a variable."""
 _HIDDEN = re.compile(r"_{1,3}|_\d+|_i{1,3}|_i\d+|_[ioh]h|_dh|In|Out|get_ipython|exit|quit")
 
 
@@ -298,7 +298,7 @@ class CellCache:
         try:
             return _Saving(self.entries, before, after).save()
         except Exception as error:
-            return NotStored(f"what it left can't be looked at ({type(error).__name__}: {error})")
+            return NotStored(f"what it left can't be examined ({type(error).__name__}: {error})")
 
 
 def ruled_out(terms: Terms, manifest: Manifest) -> str:

@@ -27,7 +27,7 @@ from durable_nb._fingerprint import Fingerprinter
 from durable_nb._records import scope_of
 
 HIT, RUN, DEPENDS, UNKNOWN = "hit", "run", "depends", "?"
-NOTHING_STORED = "nothing is stored of it"
+NOTHING_STORED = "nothing of it is stored"
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def _close(new: Any, closed: Any) -> None:
         except StopIteration:
             return
         ending.close()
-        raise RuntimeError("closing it takes an await")
+        raise RuntimeError("closing it needs an await")
 
 
 def _headers(headers: Any) -> list[tuple[str, str]]:
@@ -106,7 +106,7 @@ def _is_idle(executor: Any) -> str:
     deadline = time.monotonic() + 0.05
     while _is_busy(executor):
         if time.monotonic() > deadline:
-            return "work that isn't done"
+            return "unfinished work"
         time.sleep(0.001)
     return ""
 
@@ -254,7 +254,7 @@ KINDS: dict[str, Kind] = {  # by the qualified name of the type or of one it inh
     ),
     "concurrent.futures.process.ProcessPoolExecutor": Kind(
         _attributes("_max_workers"),
-        lambda e: "work that isn't done" if e._pending_work_items else "",
+        lambda e: "unfinished work" if e._pending_work_items else "",
         lambda e: bool(e._shutdown_thread),
         _shut_down,
     ),
@@ -562,7 +562,7 @@ class Remaker:
             self.failed[name] = f"{type(error).__name__}: {error}"
             return Unmade(self.failed[name])
         if kind is not None and _digest(kind.configuration(made)) != configuration:
-            raise OtherwiseError(f"{name} would be configured otherwise now")
+            raise OtherwiseError(f"{name} would be configured differently now")
         return made
 
 

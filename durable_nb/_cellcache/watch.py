@@ -566,7 +566,7 @@ def _note_asked(path: Any, kind: str, *, closely: bool) -> None:
     try:
         for watch in _listening():
             watch.looked_for(path, kind, closely=closely)
-    except (TypeError, ValueError):  # what is no path at all
+    except (TypeError, ValueError):  # what is not a path at all
         pass
     finally:
         away.on = False

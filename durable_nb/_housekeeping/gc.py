@@ -125,7 +125,7 @@ def parse_size(text: str) -> int:
     """Bytes: '2GB', '500 MB', '1.5GiB', '1000000'. ValueError otherwise."""
     found = _SIZE.fullmatch(text.strip())
     if not found:
-        raise ValueError(f"{text!r} is no size: write it like '500MB' or '2GB'")
+        raise ValueError(f"{text!r} is not a size: write it like '500MB' or '2GB'")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 

@@ -29,7 +29,7 @@ def origin_of(code: str, namespace: Mapping[str, Any], folder: Path, store: Path
         path = os.path.relpath(absolute, store)
     except ValueError:  # another drive, on Windows
         path = absolute
-    return Origin(path, os.path.exists(absolute), code)  # noqa: PTH110  False for what is no path at all
+    return Origin(path, os.path.exists(absolute), code)  # noqa: PTH110  False for what is not a path at all
 
 
 def file_of(namespace: Mapping[str, Any], folder: Path) -> str:

@@ -120,7 +120,9 @@ def _names(option: str, value: str) -> frozenset[str]:
     names = [name.strip() for name in value.split(",") if name.strip()]
     for name in names:
         if not name.isidentifier() or keyword.iskeyword(name):
-            raise UsageError(f"%%durable {option}: {name!r} is no variable's name; nothing was run. It needs {_VALUES[option]}")
+            raise UsageError(
+                f"%%durable {option}: {name!r} is not a variable's name; nothing was run. It needs {_VALUES[option]}"
+            )
     return frozenset(names)
 
 
@@ -129,7 +131,7 @@ def _expression(value: str) -> str:
         compile(value, "--extra", "eval")
     except (SyntaxError, ValueError) as error:
         raise UsageError(
-            f"%%durable --extra: {value!r} is no expression ({error.args[0]}); nothing was run. Put it in double quotes"
+            f"%%durable --extra: {value!r} is not an expression ({error.args[0]}); nothing was run. Put it in double quotes"
         ) from None
     return value
 
