@@ -24,7 +24,7 @@ from typing import Protocol
 _POLL_S = 0.0002
 """How often a process that waits for a lock asks for it, in the first second; after that, a hundred times less often."""
 _COURTESY_S = 0.001
-"""How long a process that wants its turn lets those go first who wait already."""
+"""How long a process that wants a lock lets those go first that wait already."""
 
 if sys.platform == "win32":
     import msvcrt
@@ -128,11 +128,11 @@ class LockFile:
     __del__ = close
 
 
-class Turn:
-    """Whose turn it is among processes and threads, by a lock on the file `path`; nobody waits for others without end.
+class FairLock:
+    """A lock on the file `path`, exclusive among processes and threads, for which none waits without end.
 
-    Two who take turns must not overtake a third for ever. Who waits shows it by a shared lock on a second file; who comes
-    while somebody waits steps back for a moment. For a moment only, since a process that was stopped goes on waiting.
+    Two that lock by turns must not overtake a third for ever. One that waits shows it by a shared lock on a second file; one
+    that comes meanwhile steps back for a moment. For a moment only, since a process that was stopped keeps waiting.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,10 +142,10 @@ class Turn:
         let_go_in_children(self)
 
     @contextlib.contextmanager
-    def taken(self, patience_s: float) -> Iterator[None]:
-        """Have the turn for a while. HeldTooLongError where it doesn't come within that time, OSError.
+    def locked(self, patience_s: float) -> Iterator[None]:
+        """Holds the lock. HeldTooLongError where it is not to be had within that time, OSError.
 
-        Not to be taken again by the thread that has it.
+        A thread that holds it must not lock it again.
         """
         # An interrupt may come after any line. Giving back what one hasn't got does no harm, the other way round would.
         deadline = time.monotonic() + patience_s
@@ -153,7 +153,7 @@ class Turn:
             if not self._thread.acquire(timeout=patience_s):
                 raise HeldTooLongError(os.getpid(), "this one, in another thread")
             try:
-                while not self._has_taken(deadline):
+                while not self._has_locked(deadline):
                     self._close()
                 yield
             finally:
@@ -163,7 +163,7 @@ class Turn:
             with contextlib.suppress(RuntimeError):
                 self._thread.release()
 
-    def _has_taken(self, deadline: float) -> bool:
+    def _has_locked(self, deadline: float) -> bool:
         """False where the files were removed, so that others would lock other ones."""
         if self._files is None:
             self._files = LockFile(self._path), LockFile(self._path.with_suffix(".waiting"))
@@ -188,7 +188,7 @@ class Turn:
         return lock.is_in_place()
 
     def close(self) -> None:
-        """Close the files, unless a thread has the turn or waits for it; taking the turn opens them again."""
+        """Close the files, unless a thread holds the lock or waits for it; locking opens them again."""
         if self._thread.acquire(blocking=False):
             try:
                 self._close()
@@ -201,7 +201,7 @@ class Turn:
             file.close()
 
     def let_go(self) -> None:
-        """In a forked child, which may have been forked while another thread had the turn."""
+        """In a forked child, which may have been forked while another thread held the lock."""
         self._thread, self._files = threading.RLock(), None
 
 

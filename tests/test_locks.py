@@ -13,12 +13,12 @@ import pytest
 
 from durable_nb import _disks, _locks
 from durable_nb._disks import FileSystem, file_system_of
-from durable_nb._locks import HeldTooLongError, LockFile, Turn, is_locked, process_state
+from durable_nb._locks import FairLock, HeldTooLongError, LockFile, is_locked, process_state
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "the.turn"
+    return tmp_path / "the.lock"
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -53,14 +53,14 @@ def test_a_closed_file_locks_nothing(path):
 
 
 def test_a_forked_child_keeps_no_lock_and_frees_none(path):
-    turn, file = Turn(path), LockFile(path.with_name("other"))
+    fair, file = FairLock(path), LockFile(path.with_name("other"))
     assert file.try_lock()
-    with turn.taken(1):
+    with fair.locked(1):
         told, tell = os.pipe()
         child = os.fork()
         if not child:
             try:
-                os.write(tell, b"open" if file.is_open or turn._files else b"let go")
+                os.write(tell, b"open" if file.is_open or fair._files else b"let go")
                 signal.pause()
             finally:
                 os._exit(0)
@@ -76,16 +76,16 @@ def test_a_forked_child_keeps_no_lock_and_frees_none(path):
     os.close(tell)
 
 
-# -- the turn ----------------------------------------------------------------------------------------------------------
+# -- the fair lock -----------------------------------------------------------------------------------------------------
 
 
-def test_threads_take_turns(path):
-    turns = [Turn(path), Turn(path)]
+def test_threads_lock_by_turns(path):
+    turns = [FairLock(path), FairLock(path)]
     inside, most = [], []
 
     def work(n):
         for _ in range(30):
-            with turns[n % 2].taken(30):
+            with turns[n % 2].locked(30):
                 inside.append(n)
                 most.append(len(inside))
                 inside.remove(n)
@@ -100,59 +100,59 @@ def test_threads_take_turns(path):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_who_has_the_turn_for_too_long_is_named(path, same):
-    one = Turn(path)
-    two = one if same else Turn(path)
+def test_who_holds_the_lock_for_too_long_is_named(path, same):
+    one = FairLock(path)
+    two = one if same else FairLock(path)
     heard = []
 
     def wait():
         try:
-            with two.taken(0.05):
+            with two.locked(0.05):
                 pass
         except HeldTooLongError as error:
             heard.append(error)
 
-    with one.taken(1):
+    with one.locked(1):
         thread = threading.Thread(target=wait)
         thread.start()
         thread.join()
     assert [error.pid for error in heard] == [os.getpid()]
-    with two.taken(1):
+    with two.locked(1):
         pass
 
 
-def test_an_exception_gives_the_turn_back(path):
-    one, two = Turn(path), Turn(path)
-    with pytest.raises(KeyboardInterrupt), one.taken(1):
+def test_an_exception_frees_the_lock(path):
+    one, two = FairLock(path), FairLock(path)
+    with pytest.raises(KeyboardInterrupt), one.locked(1):
         raise KeyboardInterrupt
-    with two.taken(0.1), pytest.raises(HeldTooLongError), one.taken(0.05):
+    with two.locked(0.1), pytest.raises(HeldTooLongError), one.locked(0.05):
         pass
-    with one.taken(0.1):
+    with one.locked(0.1):
         pass
 
 
 def test_a_lock_file_that_somebody_removed_excludes_all_the_same(path):
     """Who had it open goes over to the file that others make."""
-    one, two = Turn(path), Turn(path)
-    with one.taken(1):
+    one, two = FairLock(path), FairLock(path)
+    with one.locked(1):
         pass
     path.unlink()
-    with two.taken(1), pytest.raises(HeldTooLongError), one.taken(0.05):
+    with two.locked(1), pytest.raises(HeldTooLongError), one.locked(0.05):
         pass
-    with one.taken(1), pytest.raises(HeldTooLongError), two.taken(0.05):
+    with one.locked(1), pytest.raises(HeldTooLongError), two.locked(0.05):
         pass
 
 
-def test_closing_leaves_a_turn_that_is_taken(path):
-    one, two = Turn(path), Turn(path)
-    with one.taken(1):
+def test_closing_leaves_a_lock_that_is_held(path):
+    one, two = FairLock(path), FairLock(path)
+    with one.locked(1):
         closer = threading.Thread(target=one.close)
         closer.start()
         closer.join()
-        with pytest.raises(HeldTooLongError), two.taken(0.05):
+        with pytest.raises(HeldTooLongError), two.locked(0.05):
             pass
     one.close()
-    with one.taken(1):
+    with one.locked(1):
         assert is_locked(path)
 
 
@@ -160,11 +160,11 @@ def test_who_waits_is_let_go_first(path, monkeypatch):
     """A process that comes while another one waits steps back for a moment."""
     pauses = []
     monkeypatch.setattr(_locks.time, "sleep", pauses.append)
-    newcomer, waiting = Turn(path), LockFile(path.with_suffix(".waiting"))
-    with newcomer.taken(1):
+    newcomer, waiting = FairLock(path), LockFile(path.with_suffix(".waiting"))
+    with newcomer.locked(1):
         assert pauses == []
     assert waiting.try_lock(shared=True)
-    with newcomer.taken(1):
+    with newcomer.locked(1):
         assert pauses == [_locks._COURTESY_S]
     waiting.close()
 

@@ -1,9 +1,9 @@
 """Connections to the journal's database, which other threads and other processes use at the same time.
 
 SQLite 3.7.0 to 3.51.2 can corrupt a database in WAL mode when two connections write or checkpoint at the same moment
-(https://sqlite.org/wal.html#walresetbug). So here whoever writes, checkpoints, opens or closes has the turn, a lock among
-processes (`_locks.Turn`). One connection of a process writes, and checkpoints as it commits. All others read: in WAL mode
-they are read-only, so that SQLite doesn't let them checkpoint, not even where the last one closes. The turn is taken with
+(https://sqlite.org/wal.html#walresetbug). So here whoever writes, checkpoints, opens or closes holds a lock among
+processes (`_locks.FairLock`). One connection of a process writes, and checkpoints as it commits. All others read: in WAL mode
+they are read-only, so that SQLite doesn't let them checkpoint, not even where the last one closes. The lock is taken with
 every SQLite and in every mode: another process may have another SQLite, and SQLite's own waiting lets a writer starve.
 
 diskcache makes the schema and the settings. Its defaults make a cache, which may forget: eviction and culling are off.
@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from durable_nb._disks import file_system_of
-from durable_nb._locks import HeldTooLongError, Turn, let_go_in_children
+from durable_nb._locks import FairLock, HeldTooLongError, let_go_in_children
 from durable_nb.errors import CorruptStoreError, StoreError
 
 PATIENCE_S = 60.0
-"""How long a commit waits for its turn, and SQLite for programs that don't take turns."""
+"""How long a commit waits for the lock, and SQLite for programs that don't take it."""
 _PATIENCE_OF_LOOKING_S = 0.1
 _PATIENCE_OF_CLOSING_S = 2.0
 
@@ -45,7 +45,7 @@ _inherited: list[sqlite3.Connection] = []
 
 
 def has_race(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
-    """Can this SQLite corrupt a database in WAL mode when two write at once, as a program that takes no turns may?"""
+    """Can this SQLite corrupt a database in WAL mode when two write at once, as a program that does not take the lock may?"""
     fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
     return version >= (3, 7, 0) and not fixed
 
@@ -65,7 +65,7 @@ class Database:
         self.mode = "wal" if (file_system_of(folder).is_fit if wal is None else wal) else "persist"
         """SQLite's journal mode in force: `wal` or `persist`."""
         self._only_look = only_look
-        self._turn = Turn(folder / "cache.db.turn")  # a name that diskcache's own check knows
+        self._lock = FairLock(folder / "cache.db.lock")  # a name that diskcache's own check knows
         self._writer: sqlite3.Connection | None = None
         self._idle: list[sqlite3.Connection] = []
         self._place = self._log_place = _place_of(self._name)
@@ -74,15 +74,15 @@ class Database:
             raise CorruptStoreError(f"{self.file} is missing or empty")
         if not only_look:
             folder.mkdir(mode=0o700, exist_ok=True)
-            with self._in_turn():
+            with self._locked():
                 self._open(must_exist=must_exist)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """The connection that writes, while it is this process's turn: no other connection writes, opens or closes."""
+        """The connection that writes, under the lock: no other connection writes, opens or closes meanwhile."""
         if self._only_look:
             raise StoreError("the journal was opened to look at it only; nothing was written")
-        with self._in_turn():
+        with self._locked():
             writer = self._writer if self._is_in_place() else None
             yield writer or self._reopen()
 
@@ -90,7 +90,7 @@ class Database:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that only reads, for the calling thread alone."""
         if not self._is_in_place():
-            with self._in_turn():
+            with self._locked():
                 self._reopen()
         idle = self._idle
         try:
@@ -112,21 +112,21 @@ class Database:
         self._close_readers()
         if self._writer is not None:
             try:
-                with self._in_turn(_PATIENCE_OF_CLOSING_S):
+                with self._locked(_PATIENCE_OF_CLOSING_S):
                     self._close_writer()
             except StoreError:  # the folder is gone
                 self._close_writer()
             except HeldTooLongError as error:
-                # The turn is for the last connection, which checkpoints in closing. Where another process has it, this one
+                # The lock is for the last connection, which checkpoints in closing. Where another process holds it, this one
                 # isn't the last.
                 if error.pid != os.getpid():
                     self._close_writer()
-        self._turn.close()
+        self._lock.close()
 
     @contextlib.contextmanager
-    def _in_turn(self, patience_s: float | None = None) -> Iterator[None]:
+    def _locked(self, patience_s: float | None = None) -> Iterator[None]:
         try:
-            with self._turn.taken(PATIENCE_S if patience_s is None else patience_s):
+            with self._lock.locked(PATIENCE_S if patience_s is None else patience_s):
                 yield
         except FileNotFoundError:
             raise self._gone() from None
@@ -136,7 +136,7 @@ class Database:
         _inherited.extend(filter(None, (self._writer, *self._idle)))
         self._writer, self._idle = None, []
 
-    # -- opening and closing the writer, in this process's turn ------------------------------------------------------------
+    # -- opening and closing the writer, under the lock -------------------------------------------------------------------
 
     def _open(self, *, must_exist: bool = True) -> sqlite3.Connection:
         if not (self.file.exists() and self._is_made(must_exist=must_exist)):
@@ -186,7 +186,7 @@ class Database:
             # It neither writes nor checkpoints. Only the first connection of all may have to recover the log (WAL), and
             # where this process has the writer open it isn't the first.
             return self._reader()
-        with self._in_turn():
+        with self._locked():
             return self._reader()
 
     def _reader(self) -> sqlite3.Connection:
