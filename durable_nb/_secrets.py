@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-from durable_nb._codec import keyed_digest
 from durable_nb.errors import NonRetryableError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
@@ -144,6 +143,8 @@ _SMALL = 64
 
 
 def _digest(name: str) -> str:
+    from durable_nb._codec import keyed_digest  # loading the extension needs none of it
+
     return keyed_digest(f"durable_nb reference {name}")
 
 

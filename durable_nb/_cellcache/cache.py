@@ -22,8 +22,9 @@ from durable_nb import _records as rec
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
-from durable_nb._cellcache.external import Around, name_digest, set_generator
+from durable_nb._cellcache.external import Around, name_digest
 from durable_nb._cellcache.files import here
+from durable_nb._cellcache.generators import set_generator
 from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, describe, globals_held, key_of, mutated, stored_by
 from durable_nb._cellcache.mentions import mentions_of, packages_imported, places_of
 from durable_nb._cellcache.names import Names

@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
-from durable_nb._cellcache.external import Around, ExternalState, generators, set_generator
+from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.files import CODE, LISTED, LOOKED_FOR, MATCHED, READ, here, looking_away
+from durable_nb._cellcache.generators import generators, set_generator
 from durable_nb._cellcache.mentions import NOWHERE, Mentions, Places, mentions_of, places_of
 from durable_nb._cellcache.watch import Watch, prepare
 

@@ -23,10 +23,8 @@ from typing import Any
 
 from durable_nb._cellcache import environment, inotify
 from durable_nb._cellcache.external import (
-    UNSEEDED,
     Around,
     ExternalState,
-    generators,
     name_digest,
     settings,
     settings_used,
@@ -57,6 +55,7 @@ from durable_nb._cellcache.files import (
     stat_of,
     state_of,
 )
+from durable_nb._cellcache.generators import UNSEEDED, generators
 from durable_nb._cellcache.mentions import (
     Mentions,
     Places,

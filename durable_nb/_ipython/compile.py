@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import Any
 
 import IPython
 from IPython.core.displayhook import DisplayHook
 
 from durable_nb._cellcache.names import Names, names_of
+from durable_nb._ipython.transform import imports_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,6 @@ def _features(shell: Any) -> tuple[str, ...]:
 
 def _imported_features(tree: ast.Module) -> set[str]:
     return {alias.name for node in tree.body if imports_features(node) for alias in node.names}
-
-
-def imports_features(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
-    """Is it `from __future__ import ...`?"""
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def compile_body(shell: Any, body: str) -> Code:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from durable_nb._cellcache import inotify
-from durable_nb._cellcache.external import seeds_noticed
+from durable_nb._cellcache.generators import seeds_noticed
 from durable_nb._current import use_engine
 from durable_nb._ipython.session import Session, one_line_errors
 from durable_nb._ipython.transform import DurableTransformer
@@ -132,6 +132,8 @@ def _show_run(run: Any) -> None:
 def _waiting(session: Session) -> str:
     """Which runs can be resumed, and how; a line each for cells and for runs of workflows. Cells of another notebook beside
     this one are left to it."""  # fmt: skip
+    if not session.path.exists():
+        return ""
     from durable_nb._adoption import exists_beside, may_adopt
     from durable_nb._glance import waiting
 

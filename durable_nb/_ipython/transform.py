@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any
-
-from durable_nb._ipython.compile import imports_features
+from typing import Any, TypeGuard
 
 _MAGIC = re.compile(r"%%durable(?:\s|$)")
 _STACKED = re.compile(r"%%(time|capture)\b")
@@ -61,3 +59,8 @@ class DurableTransformer:
         except (SyntaxError, ValueError, OverflowError):
             return False
         return True
+
+
+def imports_features(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
+    """Is it `from __future__ import ...`?"""
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
