@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache import inotify
 from durable_nb._cellcache.generators import seeds_noticed
 from durable_nb._current import use_engine
 from durable_nb._ipython.session import Session, one_line_errors
 from durable_nb._ipython.transform import DurableTransformer
+
+if TYPE_CHECKING:
+    from durable_nb._records import RunRecord
 
 
 class Extension:
@@ -132,12 +135,11 @@ def _show_run(run: Any) -> None:
 def _waiting(session: Session) -> str:
     """Which runs can be resumed, and how; a line each for cells and for runs of workflows. Cells of another notebook beside
     this one are left to it."""  # fmt: skip
-    if not session.path.exists():
+    runs = _interrupted(session) if session.path.exists() else []
+    if not runs:
         return ""
     from durable_nb._adoption import exists_beside, may_adopt
-    from durable_nb._glance import waiting
 
-    runs = waiting(session.path)
     others = [repr(run.id) for run in runs if run.kind != "cell"]
     cells = [run for run in runs if run.kind == "cell"]
     if cells:
@@ -149,6 +151,28 @@ def _waiting(session: Session) -> str:
     names = list(dict.fromkeys(f"cell {run.name!r}" for run in cells))
     said = f"\ndurable_nb: run {_listed(names)} again to resume from where it stopped" if names else ""
     return said + (f"\ndurable_nb: durable.resume() resumes {_listed(others)}" if others else "")
+
+
+def _interrupted(session: Session) -> list[RunRecord]:
+    """The runs that nobody executes, the newest first; none where that can't be told now. The store is opened only where it has
+    an unfinished run."""  # fmt: skip
+    from durable_nb._journal.disk import DiskJournal
+    from durable_nb.errors import StoreError
+
+    found: list[RunRecord] = []
+    with contextlib.suppress(StoreError):
+        journal = DiskJournal(session.path / "journal", session.path / "values", only_look=True)
+        try:
+            ids = [key.split("/", 2)[2] for key, _ in journal.sizes("open/")]
+        finally:
+            journal.close()
+        for run_id in ids:
+            catalog = session.workflows().catalog
+            with contextlib.suppress(StoreError):  # what can't be read is told by whoever needs it
+                seen = catalog.seen(run_id)
+                if seen is not None and catalog.status(*seen) == "interrupted":
+                    found.append(seen[0])
+    return sorted(found, key=lambda run: run.started_at, reverse=True)
 
 
 def _listed(names: list[str]) -> str:
