@@ -66,6 +66,8 @@ class Blobs:
         path = self._folder / digest
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
+            # On disk and fsynced when this returns, and only then is a row committed that names it: no row ever names a value
+            # that is not there. `drop` locks exclusively, so a value found here cannot go before its time is renewed.
             with self._locked(shared=True):
                 try:
                     self.get(digest)

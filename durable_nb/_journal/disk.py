@@ -61,10 +61,12 @@ class DiskJournal:
 
     def apply(self, commits: Sequence[Commit]) -> list[Verdict]:
         with _as_store_errors(self._folder, "written"), self._database.writing() as sql:
+            # The group is one transaction: on disk when COMMIT returns, as a whole or not at all. No verdict is given before,
+            # so nothing is acknowledged that a kill or a power cut could take back.
             if len(commits) == 1 and _applied_as_one_statement(sql, commits[0]):
                 return [Verdict.APPLIED]
             with _transaction(sql):
-                keep_settings(sql)
+                keep_settings(sql)  # first: a row is never written while the cache may forget rows
                 return [_applied(sql, commit) for commit in commits]
 
     def get(self, key: str) -> bytes | None:
@@ -136,6 +138,8 @@ def _applied_as_one_statement(sql: sqlite3.Connection, commit: Commit) -> bool:
 
 
 def _applied(sql: sqlite3.Connection, commit: Commit) -> Verdict:
+    # All checks come before the first write, within BEGIN IMMEDIATE: what they saw cannot change until COMMIT. The guard is
+    # first, so that a run's former owner is refused whatever it brings; then no row that exists is written by an insert.
     if commit.guard is not None:
         key, wanted = commit.guard
         row = sql.execute(_GET, (key,)).fetchone()

@@ -78,7 +78,7 @@ class Writer:
 
     def close(self) -> None:
         """Write what was handed over, then end the thread."""
-        self.closed = True
+        self.closed = True  # before the sign to end: nothing may be queued behind it, where it would never be written
         self._jobs.put(None)
         self._thread.join()
 
@@ -98,6 +98,8 @@ class Writer:
         self._jobs.put(job)
 
     def _run(self) -> None:
+        # In the order in which they were handed over: a call sees every commit before it. Nothing is resolved before its
+        # group has been applied, so a step that was awaited is on disk.
         ending = False
         while not ending:
             waiting = self._take()
