@@ -8,6 +8,7 @@ from durable_nb._current import engine, refuse_in_workflow, workflow_functions
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._view.dashboard import Action, Dashboard
+from durable_nb._view.place import is_live
 from durable_nb._workflows import Workflows
 from durable_nb.errors import DurableError, NotSupportedError, StoreError
 
@@ -34,7 +35,7 @@ def dashboard_of(engine: Any, query: Query | None = None) -> Dashboard:
     """The same of that engine; NotSupportedError where it has no store."""
     if not isinstance(engine, Workflows):
         raise NotSupportedError("durable.dashboard() shows a store; the engine in use keeps its runs elsewhere")
-    return Dashboard(_Store(engine), query, live=_has_front_end)
+    return Dashboard(_Store(engine), query, live=is_live)
 
 
 class _Store:
@@ -83,13 +84,3 @@ def actions_of(run: RunFacts) -> list[Action]:
     if run.status not in _ENDED:
         found.append(Action("cancel", "Cancel"))
     return found
-
-
-def _has_front_end() -> bool:
-    """Does somebody look on who could press a button? A ZMQ shell whose request allows standard input."""
-    from IPython.core.getipython import get_ipython
-
-    kernel = getattr(get_ipython(), "kernel", None)
-    if kernel is None:
-        return False
-    return bool((kernel.get_parent("shell") or {}).get("content", {}).get("allow_stdin"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from durable_nb._current import current_run, engine
 from durable_nb._view import Place, RunView, Source
+from durable_nb._view.place import is_live
 from durable_nb._view.state import ENDED
 from durable_nb._workflow import Run
 from durable_nb.errors import NotSupportedError
@@ -66,12 +66,3 @@ class _Followed:
         send(action, run_id, step, comment)
         if action == "retry":
             self._follow()
-
-
-def is_live() -> bool:
-    """Tell whether a front end listens that could press a button: nbclient and papermill answer no questions."""
-    from IPython.core.getipython import get_ipython
-
-    kernel: Any = getattr(get_ipython(), "kernel", None)
-    request = (kernel.get_parent("shell") or {}) if kernel is not None else {}
-    return bool(request.get("content", {}).get("allow_stdin"))

@@ -34,6 +34,7 @@ from typing import Any, ClassVar, Protocol
 from durable_nb._facts import Status, Step
 from durable_nb._view import terminal
 from durable_nb._view.assets import script, style
+from durable_nb._view.listening import listening
 from durable_nb._view.listing import KINDS, Page, Query, RunFacts
 from durable_nb._view.printed import blocks, html, shown_path, text
 from durable_nb._view.words import clipped, plain, word
@@ -138,6 +139,7 @@ class _Live:
         self._panel.on_msg(self._heard)
         self._thread: threading.Thread | None = None
         _cells()
+        self._attend()
         self._all[anchor] = self
         while len(self._all) > _AT_MOST:
             self._all.popitem(last=False)[1].close()
@@ -156,10 +158,7 @@ class _Live:
                 except ValueError as error:
                     self._refuse(f"a question that it doesn't understand ({error})")
             case {"ask": str(action), "run": str(run_id)}:
-                if self._loop is None:
-                    self._do(action, run_id)
-                else:  # ipykernel 7.1 hears messages on a thread with a loop of its own, which must execute no run
-                    self._loop.call_soon_threadsafe(self._do, action, run_id)
+                self._on_loop(self._do, action, run_id)
             case _:
                 self._refuse(f"a message that it doesn't know: {plain(repr(content), 200)}")
         self._attend()
@@ -177,11 +176,20 @@ class _Live:
         log.warning("the dashboard refused %s", clipped(what, 4 * _ERROR))
         self._notice = {"n": self._notice.get("n", 0) + 1, "text": clipped(f"refused: {what}", 2 * _ERROR), "bad": True}
 
+    def _on_loop(self, do: Callable[..., None], *args: Any) -> None:
+        """Call on the kernel's loop: ipykernel 7.1 hears messages on a thread with a loop of its own, which executes no run."""
+        if self._loop is None:
+            do(*args)
+            return
+        with contextlib.suppress(RuntimeError):  # it has ended, and nobody looks on
+            self._loop.call_soon_threadsafe(do, *args)
+
     def _attend(self) -> None:
         with self._lock:
             self._attended_until = time.monotonic() + _ATTENDED_S
             self._wanted.set()
             if self._thread is None and not self._closed:
+                self._on_loop(listening.begin, self)
                 self._thread = threading.Thread(target=self._look_on, name="durable_nb dashboard", daemon=True)
                 self._thread.start()
 
@@ -198,6 +206,7 @@ class _Live:
             with self._lock:
                 if self._closed or (time.monotonic() > self._attended_until and not busy):
                     self._thread = None
+                    self._on_loop(listening.end, self)
                     return
 
     def _look(self) -> None:

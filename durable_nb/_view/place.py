@@ -34,3 +34,12 @@ class Place:
             self._handle = display(data, raw=True, display_id=True, metadata=metadata)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(data, raw=True, metadata=metadata)
+
+
+def is_live() -> bool:
+    """Tell whether a front end listens that could press a button: nbclient and papermill answer no questions."""
+    from IPython.core.getipython import get_ipython
+
+    kernel: Any = getattr(get_ipython(), "kernel", None)
+    request = (kernel.get_parent("shell") or {}) if kernel is not None else {}
+    return bool(request.get("content", {}).get("allow_stdin"))
