@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from kernels import kernel as kernel_of
 
 import durable_nb as durable
 from durable_nb._clock import parse_rate
@@ -536,3 +537,39 @@ def test_ten_thousand_rows_are_asked_once_each_though_their_process_is_killed(tm
     assert third.returncode == 0, out
     again = json.loads(out.splitlines()[-1])
     assert (again["asked"], again["digest"]) == (0, told["digest"])
+
+
+@pytest.mark.kernel
+def test_in_a_notebook_a_killed_map_goes_on_and_a_row_more_costs_a_row(tmp_path):
+    """Stopped, killed, edited; plain functions in threads."""
+    define = (
+        "import time\nfrom pathlib import Path\n"
+        "def label(row):\n    Path('asked').open('a').write(f'{row}\\n'); time.sleep(0.05); return row * 2"
+    )
+    cell = "%%durable rows\nfound = await durable.map('label', label, {rows}, concurrency=4)\nprint(sum(found))"
+    asked = tmp_path / "asked"
+
+    def lines():
+        return asked.read_text().split() if asked.exists() else []
+
+    with kernel_of(tmp_path) as nb:
+        nb.run(define)
+        message = nb.send(cell.format(rows="range(60)"))
+        nb.wait_until(asked, lines=10)
+        nb.interrupt()
+        assert nb.wait(message).status == "error"
+        stopped = len(lines())
+        assert stopped < 60
+        nb.send(cell.format(rows="range(60)"))
+        nb.wait_until(asked, lines=30)
+        nb.kill()
+        nb.run(define)
+        shown = nb.run(cell.format(rows="range(60)"))
+        assert (shown.status, shown.stdout) == ("ok", f"{sum(range(60)) * 2}\n")
+        assert 60 <= len(lines()) <= 60 + 4
+        assert {int(line) for line in lines()} == set(range(60))
+        asked.unlink()
+        shown = nb.run(cell.format(rows="[60, *range(59, -1, -1)]"))
+        assert shown.stdout == f"{sum(range(61)) * 2}\n"
+        assert lines() == ["60"]
+        assert "60 of 61 steps restored" in shown.told[-1]
