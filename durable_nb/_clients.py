@@ -345,8 +345,9 @@ class _Client:
             one.request = redact(one.request)
             if one.next_request is not None:
                 one.next_request = redact(one.next_request)
-            if one.is_closed and "elapsed_s" in one.extensions:
-                one.elapsed = timedelta(seconds=one.extensions.pop("elapsed_s"))
+            if one.is_closed:  # set, so that a notebook that keeps the response keeps it too
+                recorded_s = one.extensions.pop("elapsed_s", None)
+                one.elapsed = one.elapsed if recorded_s is None else timedelta(seconds=recorded_s)
         return response
 
     def _redacted(self, error: Any) -> None:

@@ -318,11 +318,22 @@ def exchange_blocking(
 
 def _made(sent: Sent, credentials: Credentials) -> Any:
     try:
-        return sent.request(credentials)
+        request = sent.request(credentials)
     except UnicodeEncodeError:  # says the text, which may be a secret
         raise ValueError(
-            f"{sent.method} {said(sent.url)}: a header or the URL has characters that HTTP doesn't know; nothing was sent"
+            f"{_where(sent)}: a header or the URL has characters that HTTP doesn't know; nothing was sent"
         ) from None
+    except NonRetryableError as missing:
+        raise NonRetryableError(f"{_where(sent)}: {missing}; nothing was sent") from None
+    if any(_ILLEGAL.search(value) for _, value in request.headers.raw):  # the library would log it, secret or not
+        raise ValueError(f"{_where(sent)}: {_UNSENDABLE}; nothing was sent")
+    return request
+
+
+_ILLEGAL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]|^[ \t]|[ \t]$")
+_UNSENDABLE = (
+    "the request can't be sent as HTTP: a header, or the method, has a line break, a blank or a control character too many"
+)
 
 
 def _judged(recorder: Recorder, elapsed_s: float) -> Recorded:
@@ -335,25 +346,34 @@ def _judged(recorder: Recorder, elapsed_s: float) -> Recorded:
 
 def named(error: Exception, sent: Sent, credentials: Credentials, request: Any) -> Exception:
     """The error with the step and the URL in its text, and no credentials in it."""
-    library = importlib.import_module(sent.family)
-    body = current_body.get()
-    called = f"{sent.method} {said(sent.url)}"
-    where = called if body is None or body.name in called else f"step {body.name!r}, {called}"
+    library, where = importlib.import_module(sent.family), _where(sent)
     if isinstance(error, library.LocalProtocolError):  # its text has the header's value, and so has its cause
         error.__cause__ = None
-        return ValueError(
-            f"{where}: the request can't be sent as HTTP: a header holds a line break or another control character"
-        )
+        return ValueError(f"{where}: {_UNSENDABLE}")
     if isinstance(error, TimeoutError):
         told = "no whole answer" if sent.limit_s is None else f"no whole answer within {say_duration(sent.limit_s)}"
         error = library.ReadTimeout(told)
     if isinstance(error, library.RequestError):
-        text = str(error) or type(error).__name__
+        text = str(error) or _SILENT.get(type(error).__name__, type(error).__name__)
         for _, value in credentials.values():
             text = text.replace(value.decode("latin-1"), REDACTED)
         error.args = (f"{text} ({where})",)
         error.request = redact(request)
     return error
+
+
+_SILENT = {
+    "ConnectTimeout": "no connection in time",
+    "PoolTimeout": "no free connection in time",
+    "ReadTimeout": "no answer in time",
+    "WriteTimeout": "the server didn't take the request in time",
+}
+"""What errors mean that come without a text."""
+
+
+def _where(sent: Sent) -> str:
+    body, called = current_body.get(), f"{sent.method} {said(sent.url)}"
+    return called if body is None or body.name in called else f"step {body.name!r}, {called}"
 
 
 # -- what is recorded ------------------------------------------------------------------------------------------------------

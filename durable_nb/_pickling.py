@@ -628,15 +628,15 @@ def _load_module_of(cls: type) -> None:
 
 
 def is_installed(kind: Any) -> bool:
-    """Does a class, or function, come with Python or an installed package?"""
+    """Does a class, or function, come with Python, an installed package, or us?"""
     module = sys.modules.get(getattr(kind, "__module__", None) or "__main__")
     filename = getattr(module, "__file__", None)
     if module is None or module.__name__ == "__main__":
         return False
-    return filename is None or "site-packages" in filename or filename.startswith(_STDLIB)
+    return filename is None or "site-packages" in filename or filename.startswith((_STDLIB, _HERE))
 
 
-_STDLIB = str(Path(os.__file__).parent) + os.sep
+_STDLIB, _HERE = (str(Path(file).parent) + os.sep for file in (os.__file__, __file__))
 _HOOKS = {
     *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__"),
     *("__new__", "__getattr__", "__getattribute__", "__setattr__", "__hash__", "__dict__"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -10,20 +11,17 @@ from durable_nb._redaction import said
 
 
 class Response(httpx.Response):
-    """httpx's, which names its step where it can't be read as what it should be."""
+    """httpx's, which names its step where it isn't JSON."""
 
     step_name = ""
 
     def json(self, **options: Any) -> Any:
         try:
             return super().json(**options)
-        except ValueError as error:
-            kind = self.headers.get("content-type", "without a content type")
-            error.add_note(
-                f"durable.call({self.step_name!r}, ...): the answer of {said(self.request.url)} ({self.status_code}, {kind}) "
-                "isn't JSON; response.text is what came"
-            )
-            raise
+        except json.JSONDecodeError as error:
+            kind = self.headers.get("content-type", "no content type")
+            where = f"step {self.step_name!r}, {said(self.request.url)}: the answer ({self.status_code}, {kind}) isn't JSON"
+            raise json.JSONDecodeError(f"{error.msg} ({where})", error.doc, error.pos) from None
 
     def raise_for_status(self) -> Response:
         super().raise_for_status()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -66,21 +68,46 @@ def http_status(error: BaseException) -> int | None:
 
 
 def asked_delay_s(error: BaseException) -> float | None:
-    """How long the failed call asked to be left alone: RetryAfter, or the Retry-After header of the response it carries
-    (RFC 9110, 10.2.3: seconds or a date)."""  # fmt: skip
+    """How long the failed call asked to be left alone: RetryAfter, or what the headers of the response that it carries say,
+    Retry-After (RFC 9110, 10.2.3: seconds or a date) or, of a used-up rate limit, when it is reset."""
     if isinstance(error, RetryAfter):
         return parse_duration(error.delay).total_seconds()
     found = [getattr(holder, "headers", None) for holder in (getattr(error, "response", None), error)]
-    text = next(
-        (value for headers in found if headers for k, value in dict(headers).items() if k.lower() == "retry-after"), None
-    )
-    if not isinstance(text, str):
-        return None
-    if text.isdecimal():
-        return min(float(text[:20]), LONGEST_S)
+    named = next(({k.lower(): str(v).strip() for k, v in dict(headers).items()} for headers in found if headers), {})
+    for header, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        text = named.get(header, "")
+        if re.fullmatch(r"\d{1,20}(\.\d{1,20})?", text):
+            return min(float(text) * unit_s, LONGEST_S)
+    if (at := _date_of(named.get("retry-after", ""))) is not None:
+        return min(max(at - time.time(), 0.0), LONGEST_S)
+    used_up = [k.replace("remaining", "reset") for k, v in named.items() if "ratelimit" in k and "remaining" in k and v == "0"]
+    resets = [delay for header in used_up if (delay := _reset_delay_s(named.get(header, ""))) is not None]
+    return min(max(resets), LONGEST_S) if resets else None
+
+
+def _date_of(text: str) -> float | None:
+    """Unix seconds of a date as HTTP writes it."""
     try:
-        return min(max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0), LONGEST_S)
+        return parsedate_to_datetime(text).timestamp()
     except (ValueError, TypeError, OverflowError):
+        return None
+
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_EPOCH_S = 1e9
+"""A larger number is a point in time: as a delay it would be thirty years."""
+
+
+def _reset_delay_s(text: str) -> float | None:
+    """Seconds until a rate limit is reset: "6m0s" (OpenAI), "2026-01-01T00:00:00Z" (Anthropic), seconds, or unix seconds."""
+    if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", text):
+        number = float(text)
+        return number if number < _EPOCH_S else max((number / 1000 if number > _EPOCH_S * 1000 else number) - time.time(), 0.0)
+    if re.fullmatch(r"(\d{1,15}(\.\d{1,15})?(ms|s|m|h|d))+", text):
+        return sum(float(n) * _UNITS_S[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)(ms|s|m|h|d)", text))
+    try:
+        return max(datetime.fromisoformat(text).astimezone().timestamp() - time.time(), 0.0)
+    except (ValueError, OverflowError):
         return None
 
 

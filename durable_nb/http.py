@@ -66,7 +66,16 @@ def call(
             f"durable.call({name!r}, {said(url)!r}): content is a {type(content).__name__}, which can be read only once, and a "
             "request may have to be sent again; nothing was sent. Give bytes or text: b''.join(content)"
         )
-    limit_s = None if timeout is None else parse_duration(timeout).total_seconds()
+    url = str(url) if type(url).__name__ == "URL" else url  # of httpx or httpx2
+    if not isinstance(method, str) or not isinstance(url, str):
+        raise TypeError(f"durable.call({name!r}, ...): the URL and the method are texts; nothing was sent")
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        raise ValueError(f"durable.call({name!r}, {said(url)!r}, retries={retries!r}): write how many attempts may follow the "
+                         "first one, 0 or more; nothing was sent")  # fmt: skip
+    try:
+        limit_s = None if timeout is None else parse_duration(timeout).total_seconds()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"durable.call({name!r}, {said(url)!r}, timeout=...): {error}; nothing was sent") from None
     connect_s = CONNECT_TIMEOUT_S if limit_s is None else limit_s
     limits = httpx.Timeout(TIMEOUT_S if limit_s is None else limit_s, connect=connect_s).as_dict()
     try:
@@ -110,7 +119,9 @@ def _is_worth_retrying(error: BaseException) -> bool:
         return error.recorded["status"] in (408, 429) or error.recorded["status"] >= 500
     if isinstance(error, httpx.DecodingError):  # half an answer, or a proxy's page in place of one
         return True
-    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol) and is_transient(error)
+    if not isinstance(error, httpx.TransportError) or isinstance(error, httpx.UnsupportedProtocol):
+        return False
+    return is_transient(error) and "CERTIFICATE_VERIFY_FAILED" not in str(error)  # the certificate stays what it is
 
 
 async def _answer(

@@ -41,8 +41,8 @@ class Environment:
 ENVIRONMENTS = [
     Environment(
         "3.11",
-        ("numpy<2", "pandas<3", "pyarrow<20", "ipykernel<7", "nest-asyncio<2"),
-        "the oldest that is supported: numpy 1.26, pandas 2, a kernel that runs its cells on a patched loop",
+        ("numpy<2", "pandas<3", "pyarrow<20", "ipykernel<7", "nest-asyncio<2", "openai<3", "anthropic<1"),
+        "the oldest that is supported: numpy 1.26, pandas 2, a kernel that runs its cells on a patched loop, SDKs on httpx",
     ),
     Environment("3.12", ("pandas<3", "ipykernel<7.1"), "pandas 2 with numpy 2"),
     Environment("3.13", (), "a newer Python with the newest of everything"),
@@ -92,7 +92,8 @@ def _run(environment: Environment, python: list[str], wheel: Path, workers: str,
 
 VERSIONS = """
 import importlib.metadata, sqlite3, sys
-named = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "pandas", "pyarrow", "ipykernel", "ipython")]
+shown = "numpy", "pandas", "pyarrow", "ipykernel", "ipython", "openai", "anthropic"
+named = [f"{name} {importlib.metadata.version(name)}" for name in shown]
 print("Python", sys.version.split()[0], *named, "SQLite", sqlite3.sqlite_version, flush=True)
 """
 

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
+import importlib
+import importlib.util
 import json
+import logging
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
 import time
 
 import anthropic
@@ -13,13 +24,18 @@ import pytest
 from kernels import kernel
 
 import durable_nb as durable
-from durable_nb.testing import Fault, MemoryStore, ModelServer, redefine, runtime
+from durable_nb import _exchange
+from durable_nb.testing import FakeClock, Fault, MemoryStore, ModelServer, redefine, runtime
 
 KEY = "sk-test-0123456789abcdef"
 SAY = [{"role": "user", "content": "the blue house"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 ANTHROPIC_TOOLS = [{"name": "weather", "input_schema": SCHEMA}]
+
+
+LIBRARIES = [httpx, *([importlib.import_module("httpx2")] if importlib.util.find_spec("httpx2") else [])]
+"""Today's openai and anthropic packages bring httpx2, older ones need httpx."""
 
 
 @pytest.fixture
@@ -165,7 +181,7 @@ def test_a_stream_is_recorded_whole_or_not_at_all(shared, server):
     cut = f"%%durable cut\nasync for chunk in await {ask}'cut'): print(chunk.choices[0].delta.content)"
     server.next(Fault(cut_after=3))
     found = run(shared, server, cut)
-    assert "APIConnectionError" in found.error
+    assert re.match("APIConnectionError|RemoteProtocolError", found.error)  # the older packages leave httpx's as it is
     assert found.stdout == "\nYou \nsaid: \n"
     assert run(shared, server, cut).stdout.startswith(found.stdout + "the ")
     assert server.count == 2
@@ -201,13 +217,13 @@ async def two():
         shared,
         server,
         """%%durable families
-import httpx2
-old, new = durable.AsyncClient(http=httpx), durable.Client(http=httpx2)
+new = __import__("NEW")
+ours = durable.AsyncClient(http=httpx), durable.Client(http=new)
 post = dict(json={"model": "small", "input": "x"})
-answers = await old.post("URL/v1/embeddings", **post), new.post("URL/v1/embeddings", **post)
-[isinstance(answers[0], httpx.Response), isinstance(answers[1], httpx2.Response), isinstance(old, httpx.AsyncClient),
- isinstance(new, httpx2.Client), isinstance(durable.AsyncClient(), durable.AsyncClient),
- answers[0].json() == answers[1].json()]""",
+answers = await ours[0].post("URL/v1/embeddings", **post), ours[1].post("URL/v1/embeddings", **post)
+[isinstance(answers[0], httpx.Response), isinstance(answers[1], new.Response), isinstance(ours[0], httpx.AsyncClient),
+ isinstance(ours[1], new.Client), isinstance(durable.AsyncClient(), durable.AsyncClient),
+ answers[0].json() == answers[1].json()]""".replace("NEW", LIBRARIES[-1].__name__),
     )
     assert found.result == str([True] * 6), found.traceback
 
@@ -366,3 +382,283 @@ def test_refused_requests_of_a_workflow_are_sent_again_on_resume(server, tmp_pat
     asyncio.run(main())
     assert server.count == 2 * 3
     assert not files_with(tmp_path, KEY)
+
+
+# -- durable.call ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def answering(*answers):
+    """A server that gives these bytes, the last one again and again; its URL and what it was sent."""
+    seen = []
+
+    async def serve(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                if (first := await reader.readexactly(1)) == b"\x16":  # a TLS handshake
+                    writer.write(b"no TLS here")
+                    break
+                head = first + await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                seen.append(head + (await reader.readexactly(int(length[1])) if length else b""))
+                answer = answers[min(len(seen), len(answers)) - 1]
+                if answer is None:
+                    await reader.read()  # until the client goes away
+                writer.write(answer or b"")
+                await writer.drain()
+                if not (answer or b"").endswith(KEEP):
+                    break
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+
+
+KEEP = b" "
+
+
+def ok(body, *headers, status=b"200 OK"):
+    lines = b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def called(*args, clock=None, read=lambda answer: answer, store=None, **kwargs):
+    """What `durable.call("rates", ...)` gives in a workflow, read by `read` in it."""
+
+    async def rates():
+        return read(await durable.call("rates", *args, **kwargs))
+
+    async def main():
+        async with runtime(store or MemoryStore(), clock=clock):
+            return await redefine(rates).start(id="1")
+
+    return main()
+
+
+BAD = {
+    "an unknown host": ("http://nowhere.invalid/x?token=TOKEN", {}, None, httpx.ConnectError),
+    "a refused connection": ("http://127.0.0.1:1/x?token=TOKEN", {}, None, httpx.ConnectError),
+    "no TLS": ("TLS/x?token=TOKEN", {}, ok(b""), httpx.ConnectError),
+    "a body that is too short": ("BASE/x?token=TOKEN", {}, ok(b"12345").replace(b": 5", b": 9"), httpx.RemoteProtocolError),
+    "no HTTP": ("BASE/x?token=TOKEN", {}, b"garbage\r\n\r\n", httpx.RemoteProtocolError),
+    "no gzip": ("BASE/x?token=TOKEN", {}, ok(b"no gzip", b"Content-Encoding: gzip"), httpx.DecodingError),
+    "no JSON": ("BASE/x?token=TOKEN", {"read": lambda answer: answer.json()}, ok(b"<html>"), json.JSONDecodeError),
+    "no answer": ("BASE/x?token=TOKEN", {"timeout": 0.05}, None, httpx.ReadTimeout),
+    "a body that is read once": ("BASE/x?token=TOKEN", {"method": "POST", "content": iter([b"a"])}, ok(b""), TypeError),
+    "no JSON to send": ("BASE/x?token=TOKEN", {"method": "POST", "json": {1, 2}}, ok(b""), ValueError),
+    "two lines in a header": ("BASE/x?token=TOKEN", {"headers": {"Authorization": f"Bearer {KEY}\nx"}}, ok(b""), ValueError),
+    "letters that headers don't have": ("BASE/x?token=TOKEN", {"headers": {"x-api-key": f"{KEY}\u2026"}}, ok(b""), ValueError),
+    "no method": ("BASE/x?token=TOKEN", {"method": "GET IT"}, ok(b""), ValueError),
+    "no time-out": ("BASE/x?token=TOKEN", {"timeout": "soon"}, ok(b""), ValueError),
+    "no number of retries": ("BASE/x?token=TOKEN", {"retries": -1}, ok(b""), ValueError),
+    "another scheme": ("ftp://me:PASSWORD@x/x?token=TOKEN", {}, ok(b""), ValueError),
+    "a secret that is not set": (
+        "BASE/x?token=TOKEN",
+        {"headers": {"x-api-key": durable.secret("TEST_NOT_SET")}},
+        ok(b""),
+        durable.NonRetryableError,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_goes_wrong_is_told_with_step_and_url_and_without_secrets(case, caplog):
+    url, options, answer, error = BAD[case]
+    hidden = "hunter2hunter2"
+
+    async def main():
+        async with answering(answer) as (base, _):
+            there = url.replace("TLS", base.replace("http", "https")).replace("BASE", base)
+            there = there.replace("TOKEN", hidden).replace("PASSWORD", hidden)
+            with pytest.raises(error) as raised:
+                await called(there, **{"retries": 0, **options})
+            return f"{raised.value} {getattr(raised.value, '__notes__', '')}"
+
+    caplog.set_level(logging.DEBUG)
+    said = asyncio.run(main())
+    assert "rates" in said
+    assert "/x" in said
+    assert "[redacted]" in said
+    for secret in (hidden, KEY):
+        assert secret not in said
+        assert secret not in caplog.text
+
+
+def test_a_body_of_any_kind_comes_back_byte_for_byte(tmp_path):
+    """Binary, text in any encoding, compressed, large; live and restored alike, headers, time and all."""
+    large = random.Random(1).randbytes(3 << 20)
+    bodies = {
+        "binary": ok(bytes(range(256)), b"Content-Type: image/png"),
+        "latin": ok("né".encode("latin-1"), b"Content-Type: text/plain; charset=latin-1"),
+        "json": ok('{"a": "ü\\u0000"}'.encode(), b"Content-Type: application/json", b"Link: <a>; rel=next", b"Link: <b>"),
+        "gzip": ok(gzip.compress(b"abc" * 1000), b"Content-Encoding: gzip"),
+        "chunked": b"HTTP/1.1 200 Fine\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+        "empty": b"HTTP/1.1 204 No Content\r\n\r\n",
+        "large": ok(large),
+    }
+
+    def read(answer):
+        got = answer.content, answer.text[:9], answer.headers.multi_items(), answer.elapsed, answer.reason_phrase
+        return *got, answer.status_code, answer.is_success, answer.request.method, answer.is_closed, answer.encoding
+
+    async def main():
+        for name, answer in bodies.items():
+            async with answering(answer) as (url, seen):
+                plain = None
+
+                async def rates(url=url):
+                    found = read(await durable.call("rates", url))
+                    await durable.run("done", str, 1)
+                    return found
+
+                async with httpx.AsyncClient() as client:
+                    plain = read(await client.get(url))
+                store = tmp_path / name
+                async with runtime(store, crash="before:step", nth=2):
+                    await redefine(rates).start(id="1")
+                async with runtime(store):
+                    live = await redefine(rates).start(id="2")
+                    again = await redefine(rates).start(id="1")
+                for found in (live, again):
+                    assert found[:3] + found[4:] == plain[:3] + plain[4:], name
+                assert len(seen) == 3, name
+
+    asyncio.run(main())
+    assert not files_with(tmp_path / "large" / "journal", large[:2000].hex())
+    assert any(file.stat().st_size >= len(large) for file in (tmp_path / "large").rglob("*") if "cache.db" not in file.name)
+
+
+def test_what_a_request_sends(tmp_path):
+    """The idempotency key stays over attempts and is not sent with GET; Retry-After is waited for; nothing of it is on disk."""
+
+    async def main():
+        async with answering(ok(b"", b"Retry-After: 7", status=b"503 No"), ok(b"{}")) as (url, seen):
+            clock = FakeClock()
+            began = clock.wall_s
+            options = {"method": "POST", "json": {"a": 1}, "headers": {"Authorization": f"Bearer {KEY}"}, "params": {"q": "x"}}
+            at = {"clock": clock, "store": tmp_path / "store"}
+            answer = await called(url, **at, **options, read=lambda a: (a.status_code, a.request.headers["authorization"]))
+            assert answer == (200, "[redacted]")
+            assert clock.wall_s - began == 7
+            keys = [re.search(rb"(?i)idempotency-key: (\w+)", request)[1] for request in seen]
+            assert len(seen) == 2
+            assert keys[0] == keys[1]
+            assert f"Authorization: Bearer {KEY}".encode() in seen[1]
+            assert seen[1].startswith(b"POST /?q=x HTTP/1.1")
+            assert seen[1].endswith(b'{"a":1}')
+            await called(url, headers={"X-A": "b"})
+            await called(url, method="PUT", content=b"\x00", headers={"Idempotency-Key": "mine"})
+            await called(url, method="POST", data={"a": ["1", "2"]})
+            assert b"dempotency" not in seen[2]
+            assert b"mine" in seen[3]
+            assert seen[3].endswith(b"\r\n\r\n\x00")
+            assert seen[4].endswith(b"a=1&a=2")
+
+    asyncio.run(main())
+    assert not files_with(tmp_path, KEY)
+
+
+def test_credentials_that_an_answer_repeats_are_not_recorded(tmp_path):
+    """An echo service, the link to the next page, an error that quotes the key: the code sees them, live and restored."""
+    echo = f'{{"you said": "Bearer {KEY}", "again": "{KEY}"}}'.encode()
+    link = f"Link: <http://x/?page=2&api_key={KEY}>".encode()
+
+    async def main():
+        for status in (b"200 OK", b"401 Unauthorized"):
+            async with answering(ok(echo, link, status=status)) as (url, seen):
+
+                async def rates(url=url):
+                    answer = await durable.call("rates", f"{url}/?api_key={KEY}", headers={"Authorization": f"Bearer {KEY}"})
+                    client = durable.AsyncClient(headers={"x-api-key": KEY})
+                    second = await client.get(url)
+                    await client.aclose()
+                    await durable.run("done", str, 1)
+                    for found in (answer, second):
+                        assert found.content == echo
+                        assert found.headers["link"].encode() in link
+                    return len(answer.content)
+
+                store = tmp_path / status.decode()
+                async with runtime(store, crash="before:step", nth=3):
+                    await redefine(rates).start(id="1")
+                async with runtime(store):
+                    assert await redefine(rates).start(id="1") == len(echo)
+                assert len(seen) == 2
+
+    asyncio.run(main())
+    assert not files_with(tmp_path, KEY)
+
+
+def described(request, vary=()):
+    request.read()
+    return _exchange.described(request, vary)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.__name__)
+def test_what_a_request_is_identified_by(library):
+    """Method, URL, body, Accept, Content-Type, `anthropic-*`, and what `vary` names; no header that differs by attempt or
+    version, no white space in JSON, no random boundary, no credential; for both libraries alike."""
+
+    def post(url="http://x/y", **options):
+        return described(library.Request("POST", url, **{"json": {"a": 1}, **options}))
+
+    files = {"files": {"f": ("a.txt", b"--text--")}, "json": None, "data": {"n": "1"}}
+    same = [
+        (post(headers={"x-stainless-retry-count": "0"}), post(headers={"x-stainless-retry-count": "1", "user-agent": "z"})),
+        (post(headers={"authorization": "a"}), post(headers={"authorization": "b", "x-api-key": "c"})),
+        (post(), post(json=None, content=b'{ "a" : 1 }', headers={"content-type": "application/json"})),
+        (post(**files), post(**files)),
+        (post("http://me:a@x/y"), post("http://me:b@x/y")),
+        (post(f"http://x/y?key={durable.secret('A')}"), post(f"http://x/y?key={durable.secret('B')}")),
+        (post(), described(httpx.Request("POST", "http://x/y", json={"a": 1}))),
+    ]
+    for one, other in same:
+        assert one == other
+    others = [
+        post("http://x/z"),
+        post(json={"a": 2}),
+        post(json={"a": 1.0}),
+        post(headers={"accept": "text/plain"}),
+        post(headers={"anthropic-beta": "b"}),
+        post(headers={"content-type": "application/json; charset=utf-8"}),
+        post("http://x/y?pageToken=a"),
+        post("http://x/y?pageToken=b"),
+        post(**files),
+        post(**(files | {"data": {"n": "2"}})),
+        post(**(files | {"files": {"f": ("a.txt", b"other")}})),
+        described(library.Request("PUT", "http://x/y", json={"a": 1})),
+        described(library.Request("POST", "http://x/y", json={"a": 1}, headers={"x-org": "1"}), ["X-Org"]),
+    ]
+    for one in others:
+        assert [one == other for other in [post(), *others]].count(True) == 1
+    assert KEY not in str(post(f"http://x/y?token={KEY}"))
+
+
+def test_a_request_can_be_sent_by_another_process(server, tmp_path, monkeypatch):
+    """Its function and arguments are data; of credentials only references go along, and a header that is none is named."""
+    server.api_key = KEY
+    monkeypatch.setenv("TEST_MODEL_KEY", KEY)
+
+    def pickled(headers, url=f"{server.openai_url}/models"):
+        request = httpx.Request("GET", url, headers=headers)
+        sent, credentials = _exchange.as_data(request)
+        return pickle.dumps((_exchange.exchange, sent, credentials, _exchange.Line()))
+
+    code = """if True:
+        import asyncio, pickle, sys
+        send, *arguments = pickle.loads(sys.stdin.buffer.read())
+        print(asyncio.run(send(*arguments))["status"])"""
+    data = pickled({"Authorization": f"Bearer {durable.secret('TEST_MODEL_KEY')}"})
+    assert KEY.encode() not in data
+    environment = {**os.environ, "DURABLE_NB_KEY_FILE": str(tmp_path / "another user's.key")}
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, env=environment, check=False)
+    assert done.stdout == b"200\n", done.stderr
+    for headers, url, told in (
+        ({"Authorization": f"Bearer {KEY}"}, f"{server.openai_url}/models", "'Authorization'"),
+        ({"X-Api-Key": KEY}, f"{server.openai_url}/models", "'X-Api-Key'"),
+        ({}, f"{server.openai_url}/models?api_key={KEY}", "URL"),
+    ):
+        data = pickled(headers, url)
+        assert KEY.encode() not in data
+        with pytest.raises(durable.NonRetryableError, match=f"{told}.*stays? in the process.*durable.secret"):
+            pickle.loads(data)

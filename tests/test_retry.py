@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 import urllib.error
 from datetime import UTC, datetime, timedelta
 from email.message import Message
@@ -202,6 +203,27 @@ def test_the_retry_after_header_as_a_date():
     assert 95 <= asked_delay_s(answered(503, **{"retry-after": later})) <= 100
     past = format_datetime(datetime.now(UTC) - timedelta(days=1), usegmt=True)
     assert asked_delay_s(answered(503, **{"retry-after": past})) == 0
+
+
+@pytest.mark.parametrize(
+    ("headers", "least", "most"),
+    [
+        ({"Retry-After": "1.5"}, 1.5, 1.5),
+        ({"retry-after-ms": "250", "Retry-After": "1"}, 0.25, 0.25),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0.5s"}, 360.5, 360.5),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02, 0.02),
+        ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "6m0s"}, None, None),
+        ({"ratelimit-remaining": "0", "ratelimit-reset": "30"}, 30, 30),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(time.time()) + 3000)}, 2900, 3000),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "soon"}, None, None),
+        ({"anthropic-ratelimit-requests-remaining": "0", "anthropic-ratelimit-requests-reset": "2020-01-01T00:00:00Z"}, 0, 0),
+        ({"Retry-After": "2", "x-ratelimit-remaining": "0", "x-ratelimit-reset": "99"}, 2, 2),
+    ],
+)
+def test_what_the_headers_of_an_answer_ask_for(headers, least, most):
+    """Retry-After, else when a rate limit that is used up is reset."""
+    delay = asked_delay_s(answered(429, **headers))
+    assert delay == least or least < delay <= most
 
 
 @pytest.mark.parametrize(
