@@ -662,7 +662,7 @@ def test_the_script_needs_no_widget(lab: Lab) -> None:
       window.sent = [];
       window.model = {{
         state: first,
-        get() {{ return this.state; }},
+        get(name) {{ return name === "anchor" ? "dnb-at-here" : this.state; }},
         on(_, f) {{ heard.add(f); }},
         off(_, f) {{ heard.delete(f); }},
         send(message) {{ window.sent.push(message); }},
@@ -670,6 +670,7 @@ def test_the_script_needs_no_widget(lab: Lab) -> None:
       }};
       window.unmount = mount({{ model: window.model, el: document.body }});
       window.listeners = heard;
+      window.begin = () => initialize({{ model: window.model }});
     """
 
     def look(tab) -> None:
@@ -691,6 +692,22 @@ def test_the_script_needs_no_widget(lab: Lab) -> None:
             assert fresh.evaluate("window.hacked") is None
             fresh.evaluate("window.unmount()")
             assert fresh.evaluate("window.listeners.size") == 0
+            assert not board.is_visible()
+
+            # in the place of what the kernel displayed, wherever that is, when it comes, and when it comes back
+            fresh.evaluate("() => { window.leave = window.begin(); }")
+            place = "<div class=dnb-at-here><p>as of 12:00</p></div>"
+            fresh.evaluate(f"document.body.insertAdjacentHTML('beforeend', '{place}')")
+            board.wait_for()
+            still = fresh.get_by_text("as of 12:00")
+            assert not still.is_visible()
+            fresh.evaluate("window.place = document.querySelector('.dnb-at-here'); window.place.remove()")
+            fresh.evaluate("() => new Promise((seen) => setTimeout(seen, 400))")  # longer than it takes to be missed
+            fresh.evaluate("document.body.append(window.place)")
+            assert board.is_visible()
+            assert board.count() == 1
+            fresh.evaluate("window.leave()")
+            assert still.is_visible()
             assert not board.is_visible()
         finally:
             fresh.close()

@@ -3,24 +3,30 @@
 
 const SILENCE_S = 40; // the kernel answers each look, unless it is blocked or gone
 const LOOK_EVERY_S = 12;
+const GONE_MS = 60_000;
 
 /* A model without a view: its place is the html that the kernel displayed, wherever that is in the page, now or later. */
 function initialize({ model }) {
   const places = document.getElementsByClassName(model.get("anchor"));
   const mounted = new Map();
   const find = () => {
-    for (const [place, unmount] of mounted) {
-      if (place.isConnected) continue;
+    const now = Date.now();
+    for (const place of places) {
+      if (!mounted.has(place)) mounted.set(place, { unmount: replace(model, place) });
+      mounted.get(place).seen = now;
+    }
+    for (const [place, { unmount, seen }] of mounted) {
+      // a notebook takes cells out of the page while they are scrolled away, and puts them back
+      if (place.isConnected || now - seen < GONE_MS) continue;
       unmount();
       mounted.delete(place);
     }
-    for (const place of places) if (!mounted.has(place)) mounted.set(place, replace(model, place));
   };
-  const timer = setInterval(find, 250);
+  const timer = setInterval(find, 150);
   find();
   return () => {
     clearInterval(timer);
-    for (const unmount of mounted.values()) unmount();
+    for (const { unmount } of mounted.values()) unmount();
   };
 }
 

@@ -382,7 +382,7 @@ def _told_id(run: RunFacts) -> str:
     """The run's id, which its buttons send; of a very long one enough to tell it from others."""
     if len(run.id) <= _NAME and run.id.isprintable():
         return run.id
-    return f"{plain(run.id, 60)} {hashlib.blake2b(run.id.encode(), digest_size=6).hexdigest()}"
+    return f"{plain(run.id, 60)} {hashlib.blake2b(run.id.encode(errors='surrogatepass'), digest_size=6).hexdigest()}"
 
 
 def _refusal(run: RunFacts, action: Action) -> str:
