@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from durable_nb._cellcache.entries import CHECKED_BYTES, MAPPED_BYTES, Entries, Result
+from durable_nb._cellcache.entries import CHECKED_BYTES, MAPPED_BYTES, CellResult, Entries
 from durable_nb._cellcache.external import ExternalState
 from durable_nb._codec import Seal
 from durable_nb._pickling import NO_REFERENCES, References
@@ -30,7 +30,7 @@ def entries(tmp_path):
 
 
 def keep(entries, values, *, scope="cell", key="key", outputs=b"", deleted=(), references=NO_REFERENCES):
-    result = Result(values, ExternalState(), list(deleted), outputs, 1 if outputs else 0, 1.5)
+    result = CellResult(values, ExternalState(), list(deleted), outputs, 1 if outputs else 0, 1.5)
     return entries.store(
         scope,
         key,

@@ -11,7 +11,7 @@ import pytest
 from kernels import kernel
 
 from durable_nb import _codec
-from durable_nb._cellcache.entries import Entries, Result
+from durable_nb._cellcache.entries import CellResult, Entries
 from durable_nb._cellcache.external import ExternalState
 from durable_nb._codec import PACKED, Seal
 from durable_nb._engine import Engine
@@ -114,7 +114,7 @@ def freed(engine):
 
 
 def keep(entries, values, key="k"):
-    return entries.store("cell", key, Result(values, ExternalState(), [], b"", 0, 1.0), name="cell", components={}, versions={},
+    return entries.store("cell", key, CellResult(values, ExternalState(), [], b"", 0, 1.0), name="cell", components={}, versions={},
                          created_at=time.time())  # fmt: skip
 
 

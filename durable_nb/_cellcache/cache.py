@@ -21,7 +21,7 @@ from typing import Any
 from durable_nb import _records as rec
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
-from durable_nb._cellcache.entries import Entries, Entry, Manifest, Result
+from durable_nb._cellcache.entries import CellResult, Entries, Entry, Manifest
 from durable_nb._cellcache.external import Around, name_digest
 from durable_nb._cellcache.files import here
 from durable_nb._cellcache.generators import set_generator
@@ -374,7 +374,7 @@ class _Saving:
         }
         imported = imported_by(code.tree, bound) | {id(variable): place for variable, _, place in variables}
         earlier = links(key.places, {n: held[n] for n in names.read if n in held}, imported, code_of(key), resources)
-        result = Result(
+        result = CellResult(
             values,
             external,
             deleted,
@@ -387,7 +387,7 @@ class _Saving:
         )
         return self._write(result, earlier, {id(value) for value in bound.values()})
 
-    def _write(self, result: Result, earlier: References, bound: set[int]) -> Stored | NotStored:
+    def _write(self, result: CellResult, earlier: References, bound: set[int]) -> Stored | NotStored:
         code, key = self.before.code, self.before.key
         try:
             manifest = self.entries.store(

@@ -108,7 +108,7 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CellResult:
     """What a cell left behind."""
 
     values: dict[str, Any]
@@ -149,7 +149,7 @@ class Entries:
         self,
         scope: str,
         key: str,
-        result: Result,
+        result: CellResult,
         *,
         name: str,
         components: dict[str, str],

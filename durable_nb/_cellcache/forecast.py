@@ -121,7 +121,7 @@ def run_all(
     return list(found.values())
 
 
-def differences(
+def differences_now(
     entries: Entries, namespace: Mapping[str, Any], code: CellCode
 ) -> tuple[Manifest | None, list[explain.Difference]]:
     """The entry that is most like the cell as things are now, and what differs from it."""

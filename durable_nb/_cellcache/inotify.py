@@ -45,7 +45,7 @@ MARKS = frozenset({"pyvenv.cfg", "CACHEDIR.TAG"})
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class FileEvent:
     """One thing that happened to a file or folder, by whichever process."""
 
     what: str
@@ -64,7 +64,7 @@ class Watcher:
         self._lock = threading.RLock()
         self._paths: dict[int, str] = {}
         self._watched: dict[str, int] = {}
-        self._log: list[Event] = []
+        self._log: list[FileEvent] = []
         self._dropped = 0
         """Events that the log held once: positions keep counting."""
         self._listeners = 0
@@ -122,7 +122,7 @@ class Watcher:
                             if not is_skipped(entry.name):
                                 below.append(entry.path)
                         elif telling:
-                            self._publish(Event(CREATED, entry.path))
+                            self._publish(FileEvent(CREATED, entry.path))
                         if left <= 0:
                             break
             except OSError:  # not ours to read, or gone meanwhile
@@ -183,7 +183,7 @@ class Watcher:
             self.drain()
             return self._dropped + len(self._log), self._overflows
 
-    def since(self, position: tuple[int, int]) -> list[Event] | None:
+    def since(self, position: tuple[int, int]) -> list[FileEvent] | None:
         """What has happened since then, in order; None where that is not known, since the queue was full."""
         with self._lock:
             self.drain()
@@ -232,19 +232,19 @@ class Watcher:
                 with contextlib.suppress(OSError):
                     self._walk(path, telling=True)
             elif mask & _IN_OPEN:
-                self._publish(Event(LISTED, path))
+                self._publish(FileEvent(LISTED, path))
         elif mask & _IN_OPEN:
-            self._publish(Event(OPENED, path))
+            self._publish(FileEvent(OPENED, path))
         elif mask & _IN_CLOSE_NOWRITE:
-            self._publish(Event(CLOSED, path))
+            self._publish(FileEvent(CLOSED, path))
         elif mask & _IN_CLOSE_WRITE:
-            self._publish(Event(WRITTEN, path))
+            self._publish(FileEvent(WRITTEN, path))
         elif mask & (_IN_CREATE | _IN_MOVED_TO):
-            self._publish(Event(CREATED, path))
+            self._publish(FileEvent(CREATED, path))
         elif mask & (_IN_DELETE | _IN_MOVED_FROM):
-            self._publish(Event(GONE, path))
+            self._publish(FileEvent(GONE, path))
 
-    def _publish(self, event: Event) -> None:
+    def _publish(self, event: FileEvent) -> None:
         if self._listeners and (not self._log or self._log[-1] != event):
             self._log.append(event)
 

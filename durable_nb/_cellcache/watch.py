@@ -109,7 +109,7 @@ class Watch:
         self._before = {where: stat_of(where) for where in places.files}
         self._watcher = inotify.watcher()
         self._position = self._watcher.position() if self._watcher is not None else (0, 0)
-        self._events: list[inotify.Event] | None = None
+        self._events: list[inotify.FileEvent] | None = None
         self._began_ns = time.time_ns() - _TICK_NS
         self.alone = True
         """No other step was at work meanwhile, which may have drawn random numbers as well."""

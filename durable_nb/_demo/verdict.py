@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from durable_nb._housekeeping.tables import count
+
 STEPS = {"charge": "/charge", "order": "/orders", "receipt": "/receipts", "sleep": "", "review": "/reviews"}
 """The notebook's steps in order, and where each asks the shop."""
 
@@ -52,9 +54,9 @@ def faults(seen: Evidence) -> list[str]:
     found = []
     for step in filter(STEPS.get, STEPS):
         found += [
-            f"{step}: the shop saw {_times(count.get(step, 0))} in kernel {kernel} instead of {_times(right)}"
-            for kernel, (count, right) in enumerate(zip(seen.requests, expected(seen.killed, step), strict=True), 1)
-            if count.get(step, 0) != right
+            f"{step}: the shop saw {_times(asked.get(step, 0))} in kernel {kernel} instead of {_times(right)}"
+            for kernel, (asked, right) in enumerate(zip(seen.requests, expected(seen.killed, step), strict=True), 1)
+            if asked.get(step, 0) != right
         ]
         if (times := seen.performed.get(step, 0)) != 1:
             found.append(f"{step}: the shop did it {_times(times)} instead of once")
@@ -75,10 +77,10 @@ def table(seen: Evidence) -> str:
     for step, path in STEPS.items():
         cut = step == seen.killed
         if path:
-            first, second = (count.get(step, 0) for count in seen.requests[:2])
-            total = sum(count.get(step, 0) for count in seen.requests)
+            first, second = (asked.get(step, 0) for asked in seen.requests[:2])
+            total = sum(asked.get(step, 0) for asked in seen.requests)
             performed, keys = seen.performed.get(step, 0), seen.keys.get(step, 0)
-            server = f"{_count(total, 'request')}, {_count(keys, 'key')}, done {_times(performed)}"
+            server = f"{count(total, 'request')}, {count(keys, 'key')}, done {_times(performed)}"
             charged = f"{_times(performed)}, {seen.charged:.2f}" if step == "charge" else ""
             restored = "yes" if first and not cut and not second else "no"
             rows.append([step, _yes(first) + " (killed inside)" * cut, _yes(second), restored, server, charged])
@@ -104,13 +106,9 @@ def closing(killed: str) -> str:
     return f"Proved: the kernel was killed with SIGKILL {where}; {kept}{proof}, and the customer was charged once."
 
 
-def _yes(count: int) -> str:
-    return "no" if not count else "yes" if count == 1 else f"{count} times"
+def _yes(n: int) -> str:
+    return {0: "no", 1: "yes"}.get(n, f"{n} times")
 
 
-def _times(count: int) -> str:
-    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def _times(n: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(n, f"{n} times")

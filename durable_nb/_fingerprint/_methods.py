@@ -8,6 +8,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from ._plain import attributes_of_plain, is_plain
+from ._reductions import static
 from ._source import read
 from ._trees import nodes
 from ._walk import MISSING, named
@@ -24,7 +25,7 @@ def bound(walk: Walk, method: types.MethodType) -> Iterator[Any] | None:
     None where it hands its object on, so that more of the class may be used than its code says.
     """
     owner, kind = method.__self__, type(method.__self__)
-    simple = is_plain(kind) and all(_static(kind, name) is getattr(object, name, MISSING) for name in _ACCESS)
+    simple = is_plain(kind) and all(static(kind, name) is getattr(object, name, MISSING) for name in _ACCESS)
     members = _members_used(method.__func__, kind) if simple else None
     return None if members is None else _children(walk, method.__func__, owner, members)
 
@@ -52,7 +53,7 @@ def _members_used(fn: Any, kind: type) -> dict[str, Any] | None:
         if names is None or "__class__" in method.__code__.co_freevars:  # super()
             return None
         for name in names:
-            member = _static(kind, name)
+            member = static(kind, name)
             if member is MISSING:
                 continue
             found[name] = member
@@ -90,10 +91,3 @@ def _attributes_of_self(node: ast.AST | None) -> frozenset[str] | None:
 
 _ACCESS = ("__getattr__", "__getattribute__", "__setattr__", "__delattr__")
 _LOOK_AT_VARIABLES = {"locals", "vars", "eval", "exec", "super", "__class__", "dir"}
-
-
-def _static(kind: type, name: str) -> Any:
-    for base in kind.__mro__:
-        if name in vars(base):
-            return vars(base)[name]
-    return MISSING

@@ -162,7 +162,7 @@ def attributes(walk: Walk, obj: Any, found: Mapping[str, Any]) -> dict[str, Any]
     return {
         name: value
         for name, value in _without_passing(walk, kind, found).items()
-        if own or type(_static(kind, name)) is not functools.cached_property
+        if own or type(static(kind, name)) is not functools.cached_property
     }
 
 
@@ -208,8 +208,9 @@ _LATER: dict[str, dict[str, Any]] = {
 they never do."""
 
 
-def _static(kind: type, name: str) -> Any:
+def static(kind: type, name: str) -> Any:
+    """What stands in a class or its bases, no descriptor being asked; MISSING where nothing does."""
     for base in kind.__mro__:
-        if name in base.__dict__:
-            return base.__dict__[name]
-    return None
+        if name in vars(base):
+            return vars(base)[name]
+    return MISSING

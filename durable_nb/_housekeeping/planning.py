@@ -17,7 +17,7 @@ from durable_nb._cellcache.forecast import (
     Executed,
     Forecast,
     changed_since,
-    differences,
+    differences_now,
 )
 from durable_nb._cellcache.keys import describe
 from durable_nb._clock import say_duration
@@ -80,7 +80,7 @@ def _differences_now(entries: Entries, namespace: Mapping[str, Any], executed: E
     code = executed.cell.code
     if now.what != RUN or code is None or executed.cell.refused:
         return []
-    nearest, found = differences(entries, namespace, code)
+    nearest, found = differences_now(entries, namespace, code)
     if nearest is None or not found:
         return []
     return [f"compared with the entry of {say_when(nearest.created_at)}:", *_branches([(d.what, d.details) for d in found])]

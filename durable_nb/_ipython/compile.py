@@ -28,7 +28,7 @@ class Code:
     names: Names
 
 
-def source_of(shell: Any, body: str) -> tuple[ast.Module, Names]:
+def tree_of(shell: Any, body: str) -> tuple[ast.Module, Names]:
     """What a cell's key is made of: its normal tree, and the names in it."""
     return _normal(shell.transform_cell(body), _features(shell))
 

@@ -21,7 +21,7 @@ from durable_nb._housekeeping.listings import gc_table, steps_table, store_table
 from durable_nb._housekeeping.planning import plan_table, why_table
 from durable_nb._housekeeping.tables import Table, count
 from durable_nb._ipython.cell import terms_of
-from durable_nb._ipython.compile import source_of
+from durable_nb._ipython.compile import tree_of
 from durable_nb._ipython.notebook import durable_cells, file_of
 from durable_nb._ipython.options import Options, split
 from durable_nb._view.dashboard import Dashboard
@@ -120,7 +120,7 @@ class LineMagic:
         """A cell as its next execution finds it. `with_extra`: what `--extra` gives counts: the user's code is called."""
         shell = self._session.shell
         try:
-            tree, names = source_of(shell, body)
+            tree, names = tree_of(shell, body)
             terms = terms_of(shell, options if with_extra else replace(options, extra=""))
         except SyntaxError:
             return Planned(None)
