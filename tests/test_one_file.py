@@ -114,8 +114,8 @@ def freed(engine):
 
 
 def keep(entries, values, key="k"):
-    return entries.store("cell", key, CellResult(values, ExternalState(), [], b"", 0, 1.0), name="cell", components={}, versions={},
-                         created_at=time.time())  # fmt: skip
+    result = CellResult(values, ExternalState(), [], b"", 0, 1.0)
+    return entries.store("cell", key, result, name="cell", components={}, versions={}, created_at=time.time())
 
 
 def test_room_is_made_of_values_that_no_entry_names(engine):
