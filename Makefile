@@ -44,6 +44,7 @@ bench: $(VENV)/bench
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/http.py
 	$(BIN)/python benchmarks/cells.py
+	$(BIN)/python benchmarks/view.py
 
 # Twenty notebooks, each in a new kernel plainly, durably, again, by halves and edited: half an hour on two cores.
 # NAMES="numpy 13" make books: those whose file names contain one of these.
