@@ -78,8 +78,8 @@ def measured(client: Any, cell: str, name: str) -> bool:
     busiest, largest = max(turn.busiest_second() for turn in with_view), max(max(turn.sizes) for turn in with_view)
     wall_s = statistics.median(turn.wall_s for turn in with_view)
     print(
-        f"{name:<10} {STEPS:,} steps in {wall_s:.1f} s: the view takes {cost:.1%} of it ({min(costs):.1%} to {max(costs):.1%}), "
-        f"at most {busiest} messages in a second and {largest / 1024:.0f} KiB in one"
+        f"{name:<10} {STEPS:,} steps in {wall_s:.1f} s: the view takes {cost:.1%} of it ({min(costs):.1%} to {max(costs):.1%}),"
+        f" at most {busiest} messages in a second and {largest / 1024:.0f} KiB in one"
     )
     return cost <= ALLOWED and busiest <= 12 and largest <= 64 * 1024
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,21 @@ class TestStatic:
         snapshot = run_of(sleeping, done(2, status=Status.RUNNING, ended_at=None))
         assert "until 2023-11-14 22:13:20 UTC" in static.text(snapshot)
         assert static.bundle(Known(snapshot)) == static.bundle(Known(snapshot))
+
+    def test_a_site_that_strips_scripts_and_styles_shows_it_all(self) -> None:
+        """What GitHub keeps of html: these elements, no style, no script, no attribute of ours."""
+        import bleach
+
+        steps = (
+            done(1, error="E: one\nE: two", status=Status.FAILED),
+            *(done(i, name="fold", path=f"fold#{i}") for i in range(2, 22)),
+        )
+        html = static.html(run_of(*steps, status=Status.FAILED), line="nightly · failed after 3 s", footer="saved")
+        tags = {"details", "summary", "table", "thead", "tbody", "tr", "th", "td", "span", "small", "br", "pre", "div", "em"}
+        kept = bleach.clean(html, tags=tags, attributes={"td": ["colspan", "align"]}, strip=True)
+        for words in ("✗ nightly · failed after 3 s", "fold × 20 · median 500 ms", "E: two", "saved"):
+            assert words in re.sub("<[^>]*>", "", kept)
+        assert kept.count("<details>") == 2
 
     def test_what_restoring_saved_stands_below(self) -> None:
         steps = (done(1, restored=True, ended_at=142.0), done(2, restored=True), done(3))

@@ -215,7 +215,7 @@ def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] |
     if row.is_group:
         broken = [step for step in row.steps if step.status in BROKEN and step.error][:10]
         below = "".join(_text_of(f"{step.path}: {step.error}") for step in broken)
-        summary = f"{name}<br><small>{escape(plain(said.error or '', 110))}</small>"
+        summary = f"{name}{_small(plain(said.error or '', 110))}"
         name = f"<details><summary>{summary}</summary>{below}</details>" if broken else name
     else:
         name = _unfolds(name, row.step, detail(row.step.path) if detail is not None else Detail())
@@ -236,8 +236,12 @@ def _unfolds(name: str, step: Step, detail: Detail) -> str:
     below = [f'<div style="{_QUIET}">{label}</div>{_text_of(words)}' for label, words in texts if words]
     if error and (detail.traceback or len(error) > 110 or "\n" in error):
         below.append(_text_of(error))
-    short = f"<br><small><code>{escape(first)}</code></small>" if first else ""
+    short = _small(first) if first else ""
     return f"<details><summary>{name}{short}</summary>{''.join(below)}</details>" if below else f"{name}{short}"
+
+
+def _small(error: str) -> str:
+    return f'<br><small style="color: {COLOURS["failed"]}">{escape(error)}</small>'
 
 
 def _text_of(words: str) -> str:
