@@ -153,13 +153,14 @@ def test_a_sleeping_run_that_nobody_executes_says_so_and_when_it_was_to_wake():
     assert "no process is running this" in printed.html(found)
 
 
-def test_an_action_that_can_not_act_says_why_and_an_ended_or_a_cells_run_has_none():
+def test_an_action_that_can_not_act_says_why_and_a_completed_run_has_none():
     defined = {"failed": "retry", "cancelled": "retry", "interrupted": "retry cancel", "running": "cancel", "completed": ""}
     for status, names in defined.items():
         assert " ".join(action.name for action in actions_of(run_of(1, status=status))) == names
     (retry,) = actions_of(run_of(1, name="gone", status="failed"))
     assert retry.refusal == "its workflow 'gone' is not defined in this kernel"
     assert actions_of(run_of(1, kind="cell", status="failed")) == []
+    assert [action.name for action in actions_of(run_of(1, kind="cell", status="interrupted"))] == ["cancel"]
 
 
 # -- one answer -----------------------------------------------------------------------------------------------------------
@@ -336,6 +337,7 @@ for i in range(10_000):
     rows.append(store.pack(rec.run_key(past.id), past))
 _ = store.store.writer.commit_and_wait(Commit(puts=tuple(rows)))
 """
+NAP = "%%durable nap\nimport os\nif os.path.exists('nap'):\n    await durable.sleep('nap', '1h')"
 BUSY = "import pathlib\nwhile not pathlib.Path('free').exists(): time.sleep(0.05)"
 
 ELSEWHERE = """
@@ -405,7 +407,7 @@ def shoot(lab: Lab, name: str) -> None:
 def test_a_reader_finds_filters_pages_and_stops_runs_of_this_and_of_other_kernels(lab: Lab) -> None:
     """One dashboard from its first sight to a fresh kernel that shows the saved notebook."""
     before = len(lab.outside)
-    name = lab.write_notebook([DEFINE, CELL, MANY, BUSY, "durable.dashboard()"])
+    name = lab.write_notebook([DEFINE, CELL, MANY, BUSY, "durable.dashboard()", NAP])
     (lab.root / "free").touch()
     lab.open(name)
     lab.run_all()
@@ -419,6 +421,7 @@ def test_a_reader_finds_filters_pages_and_stops_runs_of_this_and_of_other_kernel
     by_keyboard(lab)
     narrow(lab)
     while_a_cell_blocks(lab)
+    a_cell_is_cancelled(lab)
     kept(lab)
     assert [text for kind, text in lab.console if kind == "error"] == []
     assert lab.outside[before:] == []
@@ -428,7 +431,7 @@ def test_a_reader_finds_filters_pages_and_stops_runs_of_this_and_of_other_kernel
 def seen_at_first(lab: Lab) -> None:
     text = lab.text(BOARD)
     assert "load" in text
-    assert re.search(r"all\s+10,00[45]", text)
+    assert re.search(r"all\s+10,00[4-6]", text)
     assert re.search(r"failed\s+1\b", text)
     line_of(lab, "order-2", "sleeping", "in 6 d 23", "shop", '<img src=x onerror="window.hacked=1">', "Cancel")
     line_of(lab, "report-1", "failed", "ValueError: not mended", "Retry")
@@ -545,6 +548,19 @@ def while_a_cell_blocks(lab: Lab) -> None:
         line_of(lab, "far-2", "completed")
     finally:
         (lab.root / "free").touch()
+    lab.wait_idle()
+
+
+def a_cell_is_cancelled(lab: Lab) -> None:
+    """While it runs in this very kernel."""
+    (lab.root / "nap").touch()
+    lab.evaluate("() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 5; }")
+    lab.command("notebook:run-cell")
+    line_of(lab, "cell nap", "sleeping", "in 59:", "Cancel")
+    run = next(line for line in rows(lab) if "cell nap" in line).split("cell nap ")[1].split()[0]
+    press(lab, f"Cancel run {run}")
+    lab.wait_text("RunCancelled", ".jp-Cell:nth-child(6) .jp-OutputArea")
+    line_of(lab, run, "cancelled")
     lab.wait_idle()
 
 

@@ -74,11 +74,9 @@ class _Store:
 
 
 def actions_of(run: RunFacts) -> list[Action]:
-    """What may be asked of a run as it stands."""
-    if run.kind == "cell":  # who executes it is the cell: the kernel's interrupt stops it, executing the cell resumes it
-        return []
+    """What may be asked of a run as it stands. A cell's goes on when its cell is executed, which no button does."""
     found = []
-    if run.status in (Status.FAILED, Status.CANCELLED, Status.INTERRUPTED):
+    if run.kind == "workflow" and run.status in (Status.FAILED, Status.CANCELLED, Status.INTERRUPTED):
         missing = "" if run.name in workflow_functions else f"its workflow {run.name!r} is not defined in this kernel"
         found.append(Action("retry", "Retry" if run.status == Status.FAILED else "Resume", missing))
     if run.status not in _ENDED:

@@ -19,6 +19,7 @@ _PATH = 160
 _FOLDED = 1200
 
 CELLS = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
+_RIGHT = frozenset({"steps", "variables", "stored", "took", "a hit saves"})
 _SPARE = ("labels", "variables", "stored", "steps", "took")
 RUNS = ("run", "of", "status", "began", "took", "steps", "next wake", "labels", "error")
 
@@ -165,20 +166,19 @@ def _size(size: float) -> str:
 def _section(title: str, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]], more: str) -> str:
     """A table that folds."""
     filled = [n for n in range(len(columns)) if any(row[n] for row in rows)]
-    head = "".join(f'<th scope="col" style="{_LEFT}">{escape(columns[n])}</th>' for n in filled)
+    sides = {n: "right" if columns[n] in _RIGHT else "left" for n in filled}
+    head = "".join(f'<th scope="col" style="text-align: {sides[n]}">{escape(columns[n])}</th>' for n in filled)
     lines = [f"<details open><summary><strong>{title}</strong> · {escape(about)}</summary>"]
     if rows:
         lines += ['<div style="overflow-x: auto">', f"<table><thead><tr>{head}</tr></thead>", "<tbody>"]
         for row in rows:
-            cells = (_badge(row[n]) if columns[n] == "status" else _prose(row[n]) for n in filled)
-            lines.append("<tr>" + "".join(f'<td style="{_LEFT}">{cell}</td>' for cell in cells) + "</tr>")
+            cells = {n: _badge(row[n]) if columns[n] == "status" else _prose(row[n]) for n in filled}
+            style = "vertical-align: top; text-align: "
+            lines.append("<tr>" + "".join(f'<td style="{style}{sides[n]}">{cell}</td>' for n, cell in cells.items()) + "</tr>")
         lines += ["</tbody></table>", "</div>"]
     if more:
         lines.append(f"<p><em>{escape(more)}</em></p>")
     return "\n".join([*lines, "</details>"])
-
-
-_LEFT = "text-align: left; vertical-align: top"
 
 
 def _badge(status: str) -> str:
