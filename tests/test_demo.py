@@ -155,7 +155,6 @@ class TestShop:
 
     def test_a_held_request_has_had_its_effect_and_gets_no_answer(self):
         with Shop(delay_s=0) as shop:
-            hold = shop.hold("/charge")
             failed = []
 
             def ask():
@@ -165,10 +164,10 @@ class TestShop:
                     failed.append(error)
 
             asking = threading.Thread(target=ask)
-            asking.start()
-            assert hold.reached.wait(10)
-            assert shop.counts()["/charge"]["performed"] == 1
-            hold.drop()
+            with shop.hold("/charge") as reached:
+                asking.start()
+                assert reached.wait(10)
+                assert shop.counts()["/charge"]["performed"] == 1
             asking.join(10)
             assert failed
             assert shop.counts()["/charge"]["answered"] == 0

@@ -96,12 +96,9 @@ def _gather(folder: Path, shop: Shop, kill: str) -> tuple[Evidence, float]:
 def _run_and_kill(folder: Path, shop: Shop, kernel: _Kernel, cell: str, kill: str) -> dict[str, bytes]:
     """Execute the cell and kill its kernel in it; the sleep's record so far."""
     if kill != "sleep":
-        hold = shop.hold(STEPS[kill])
-        try:
-            kernel.run(cell, until=hold.reached.is_set)
+        with shop.hold(STEPS[kill]) as reached:
+            kernel.run(cell, until=reached.is_set)
             kernel.kill()
-        finally:
-            hold.drop()
         return {}
     # Before the receipt is answered there may be no journal to look into.
     kernel.run(cell, until=lambda: bool(shop.counts()[STEPS["receipt"]]["answered"] and _deadlines(folder)))

@@ -1,21 +1,24 @@
 """The far end of the demo: a small local shop that counts what reaches it.
 
-POST /charge /orders /receipts /reviews. Each does something the first time, as often as it likes to wait before it answers;
-a request whose `Idempotency-Key` it knows gets the first answer again and does nothing, as at a payment provider. GET /counts
-tells what was asked and what was done.
+POST /charge /orders /receipts /reviews. Each does something the first time; a request whose `Idempotency-Key` it knows gets the
+first answer again and does nothing, as at a payment provider. GET /counts tells what was asked and what was done.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
 from urllib.request import urlopen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PORT = 8765
 """Of a shop that a notebook opens for itself: always the same one, since a URL is part of what a step is known by."""
@@ -25,34 +28,18 @@ PATHS = {"/charge": "payment", "/orders": "order", "/receipts": "receipt", "/rev
 _PATIENCE_S = 60.0
 
 
-@dataclass(slots=True)
-class Tally:
-    """What one path has seen. Times are `time.monotonic()`, 0 for never."""
-
-    received: int = 0
-    performed: int = 0
-    """Requests that did something: the first one of each key."""
-    answered: int = 0
-    keys: dict[str, int] = field(default_factory=dict)
-    """Requests by idempotency key."""
-    first_at: float = 0.0
-    """When the first request came."""
-    answered_at: float = 0.0
-    """When the last answer left."""
-
-
 class Shop:
-    """An open shop on a port of this machine (0: any free one). Enter it, or call `close`."""
+    """An open shop on a port of this machine (0: any free one), until `close` or the end of the block."""
 
     def __init__(self, *, port: int = 0, delay_s: float = 0.5) -> None:
-        self.delay_s = delay_s
-        self._lock = threading.Lock()
-        self._tallies = {path: Tally() for path in PATHS}
+        self._delay_s, self._lock = delay_s, threading.Lock()
+        never = {"received": 0, "performed": 0, "answered": 0, "first_at": 0.0, "answered_at": 0.0}
+        self._counts: dict[str, dict[str, Any]] = {path: {**never, "keys": {}} for path in PATHS}
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         self._charged = 0.0
-        self._held = Hold("")
-        self._server = _Server(("127.0.0.1", port), _Handler)
-        self._server.shop = self
+        self._hold = _hold("")
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("_Handler", (_Handler,), {"shop": self}))
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed has hung up
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, name="durable_nb shop", daemon=True)
         self._thread.start()
@@ -61,23 +48,26 @@ class Shop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def hold(self, path: str) -> Hold:
-        """Answer no request for `path` until the hold is dropped: whoever asks is then in the middle of a step."""
-        self._held = Hold(path)
-        return self._held
+    @contextmanager
+    def hold(self, path: str) -> Iterator[threading.Event]:
+        """Answer no request for `path` in the block: whoever asks is then in the middle of a step. The event tells that a
+        request has come, and that its effect has happened; it never gets an answer."""  # fmt: skip
+        hold = self._hold = _hold(path)
+        try:
+            yield hold.reached
+        finally:
+            self._hold = _hold("")
+            hold.dropped.set()
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """All tallies as they stand, by path."""
+        """By path, how often it was asked, did something and answered; requests by idempotency key; and, by `time.monotonic()`,
+        when the first request came and the last answer left (0 for never)."""  # fmt: skip
         with self._lock:
-            return {path: asdict(tally) for path, tally in self._tallies.items()}
+            return copy.deepcopy(self._counts)
 
     def charged(self) -> float:
         """What the customer has paid in all."""
@@ -85,63 +75,43 @@ class Shop:
             return self._charged
 
     def serve(self, path: str, key: str, order: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer to one request, after the shop's delay; None where the hold on it was dropped."""
+        """The answer to one request, after the shop's delay; None where it was held."""
         with self._lock:
-            tally = self._tallies[path]
-            tally.received += 1
-            tally.first_at = tally.first_at or time.monotonic()
-            tally.keys[key] = tally.keys.get(key, 0) + 1
+            counts, hold = self._counts[path], self._hold
+            counts["received"] += 1
+            counts["first_at"] = counts["first_at"] or time.monotonic()
+            counts["keys"][key] = counts["keys"].get(key, 0) + 1
             answer = self._answers.get((path, key)) if key else None
             if answer is None:
-                tally.performed += 1
-                answer = {"id": f"{PATHS[path]}-{tally.performed}", "amount": order.get("total", 0)}
+                counts["performed"] += 1
+                answer = {"id": f"{PATHS[path]}-{counts['performed']}", "amount": order.get("total", 0)}
                 self._answers[path, key] = answer
                 self._charged += answer["amount"] if path == "/charge" else 0
-        hold = self._held
         if hold.path == path:
             hold.reached.set()
             hold.dropped.wait(_PATIENCE_S)
             return None
-        time.sleep(self.delay_s)
+        time.sleep(self._delay_s)
         with self._lock:
-            tally.answered += 1
-            tally.answered_at = time.monotonic()
+            counts["answered"] += 1
+            counts["answered_at"] = time.monotonic()
         return answer
 
 
-class Hold:
-    """A path whose requests are kept waiting."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.reached = threading.Event()
-        """A request has come, and its effect has happened."""
-        self.dropped = threading.Event()
-
-    def drop(self) -> None:
-        """Give up the waiting requests without an answer; later ones are served."""
-        self.path = ""
-        self.dropped.set()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    shop: Shop
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed has hung up: nothing to say."""
+def _hold(path: str) -> SimpleNamespace:
+    return SimpleNamespace(path=path, reached=threading.Event(), dropped=threading.Event())
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    shop: Shop
 
     def do_GET(self) -> None:
-        self._answer(self.server.shop.counts() if self.path == "/counts" else None)
+        self._answer(self.shop.counts() if self.path == "/counts" else None)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         key = self.headers.get("Idempotency-Key") or ""
-        self._answer(self.server.shop.serve(self.path, key, json.loads(body or b"{}")) if self.path in PATHS else None)
+        self._answer(self.shop.serve(self.path, key, json.loads(body or b"{}")) if self.path in PATHS else None)
 
     def _answer(self, content: dict[str, Any] | None) -> None:
         """None hangs up: the request was held, or there is nothing of that path."""
