@@ -17,7 +17,7 @@ import kernels
 import pytest
 
 from durable_nb._facts import Snapshot, Status, Step
-from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source, static, widget
+from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source, static, terminal, widget
 from durable_nb._view.fold import CELLS, flat, fold, strip, timeline, told
 from durable_nb._view.state import LIMIT, Look, size, whole
 
@@ -216,6 +216,13 @@ class TestStatic:
         for words in ("✗ nightly · failed after 3 s", "fold × 20 · median 500 ms", "E: two", "saved"):
             assert words in re.sub("<[^>]*>", "", kept)
         assert kept.count("<details>") == 2
+
+    def test_a_terminal_gets_colours_and_nothing_else_of_its_codes(self) -> None:
+        steps = (done(1, name="\x1b[2Jclear"), done(2, status=Status.FAILED, error="E: \x1b]0;title\x07"))
+        shown = terminal.coloured([static.block(run_of(*steps), line="a · failed after 3 s")])
+        assert "\x1b[31mfailed" in shown
+        assert "\x1b[1ma · failed after 3 s" in shown
+        assert re.sub("\x1b\\[[0-9;]*m", "", shown).replace("\n", "").isprintable()
 
     def test_what_restoring_saved_stands_below(self) -> None:
         steps = (done(1, restored=True, ended_at=142.0), done(2, restored=True), done(3))

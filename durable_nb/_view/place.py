@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 OURS = "durable_nb"
 """Displays whose metadata has this key are the package's own, and no output of the cell."""
+
+
+def is_terminal() -> bool:
+    """Tell whether what is displayed is written to a terminal that may have colours."""
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and not hasattr(shell, "kernel") and sys.stdout.isatty()
 
 
 class Place:

@@ -14,7 +14,8 @@ from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
 from durable_nb._view.state import Detail, Source, saved, since
-from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, clipped, columns, counted, plain, word
+from durable_nb._view.terminal import Block
+from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, plain, word
 
 UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
 
@@ -79,6 +80,22 @@ def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: 
     head = line or headline(snapshot, now)
     lines = [head, *_aligned(rows, below)] if snapshot.steps else [head]
     return "\n".join([*lines, note] if note else lines)
+
+
+def block(snapshot: Snapshot, *, line: str = "") -> Block:
+    """Return the same for a terminal with colours; errors and gaps stand below."""
+    now = _last_known(snapshot)
+    rows, notes = [], []
+    for part in _parts(fold(snapshot.steps)):
+        if isinstance(part, str):
+            notes.append(f"  … {part}")
+            continue
+        said = _Said(part, now)
+        rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
+        if said.error:
+            notes.append(f"  {plain(part.name, _NAME)}: {plain(said.error, 110)}")
+    columns_ = ("step", "status", "time", "attempts")
+    return Block(line or headline(snapshot, now), columns_, rows, notes, TERMINAL, ("attempts",))
 
 
 def html(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ def show(blocks: Iterable[Block]) -> None:
         _write(blocks, Console(**_LITERAL))
     else:
         sys.stdout.write(text(blocks) + "\n")
+
+
+def coloured(blocks: Iterable[Block]) -> str:
+    """Return them as the terminal shows them, as wide as it is."""
+    from rich.console import Console
+
+    written = io.StringIO()
+    width = shutil.get_terminal_size().columns
+    _write(blocks, Console(file=written, width=width, force_terminal=True, color_system="standard", **_LITERAL))
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 _LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}

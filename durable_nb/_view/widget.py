@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from durable_nb._view import static
+from durable_nb._view import static, terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.listening import listening
-from durable_nb._view.place import Place
+from durable_nb._view.place import Place, is_terminal
 from durable_nb._view.state import Look, Source, State, same, whole
 
 _PAUSE_S = 1 / 8
@@ -230,7 +230,10 @@ class RunView:
         for timer in (self._timer, self._beat, self._show):
             if timer is not None:
                 timer.cancel()
-        self._place.show(static.bundle(self._source, line=self._line()), view=self._run_id)
+        forms = static.bundle(self._source, line=self._line())
+        if is_terminal():
+            forms["text/plain"] = terminal.coloured([static.block(self._source.snapshot(), line=self._line())])
+        self._place.show(forms, view=self._run_id)
         may_retry = self._live and not self._source.actions(self._source.snapshot().status).retry
         if may_retry:
             # A widget that is shown in a saved notebook says 'model not found' for ever: what is shown is html, and the page

@@ -38,6 +38,18 @@ COLOURS = {
 }
 """For html that stays without our style sheet; a status without one has the colour of the text around it."""
 
+TERMINAL = {
+    "completed": "green",
+    "restored": "green",
+    "running": "blue",
+    "sleeping": "yellow",
+    "waiting": "yellow",
+    "retrying": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+}
+"""By rich."""
+
 _ORDER = ("restored", *Status)
 
 
