@@ -123,6 +123,8 @@ def test_a_state_fits_into_a_message_however_long_the_texts_are():
     state = state_of(found, actions_of, version=1)
     assert len(json.dumps(state, ensure_ascii=False).encode()) <= LIMIT
     assert [row["id"] for row in state["runs"]["rows"]] == [run.id for run in runs[:25]]
+    opening = {"_esm": script("dashboard"), "_css": style("dashboard"), "state": state}
+    assert len(json.dumps(opening, ensure_ascii=False).encode()) <= 62 * 1024
     endless = replace(found, runs=tuple(run_of(i, id="漢" * 9000 + str(i), status="failed") for i in range(25)))
     state = state_of(endless, actions_of, version=1)
     assert len(json.dumps(state, ensure_ascii=False).encode()) <= LIMIT
@@ -276,6 +278,7 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
                 {"ask": "look", "query": {"status": "nonsense"}},
                 {"ask": "look", "query": {"page": "1"}},
                 {"ask": "look", "query": {"__class__": 1}},
+                {"ask": "look", "query": {"label": "x" * 100_000}},
                 {"do": "cancel"},
                 "cancel",
                 None,
@@ -287,7 +290,7 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
                 assert panel._notice["bad"] is True
                 assert run.status == "sleeping"
         panel._heard(None, {"ask": "cancel", "run": "order-1"}, [])
-        assert panel._notice == {"n": 11, "text": "order-1 is being cancelled; its completed steps are kept", "bad": False}
+        assert panel._notice == {"n": 12, "text": "order-1 is being cancelled; its completed steps are kept", "bad": False}
         with pytest.raises(durable.RunCancelled):
             await run
         panel._heard(None, {"ask": "cancel", "run": "order-1"}, [])

@@ -4,6 +4,7 @@
 const SILENCE_S = 40; // the kernel answers each look, unless it is blocked or gone
 const LOOK_EVERY_S = 12;
 const GONE_MS = 60_000;
+const NOTICE_MS = 15_000;
 
 /* A model without a view: its place is the html that the kernel displayed, wherever that is in the page, now or later. */
 function initialize({ model }) {
@@ -52,6 +53,7 @@ function mount({ model, el }) {
   let query = {};
   let asked = 0;
   let gone = false;
+  let noted = { n: model.get("state")?.notice?.n, until: 0 }; // what was told to an earlier reader is not news
   const pressed = new Map(); // runs whose buttons were, and the version of the state then
 
   const look = (change = {}) => {
@@ -102,8 +104,8 @@ function mount({ model, el }) {
     put(path, state.store);
     const nothing = !state.cells.total && !state.runs.total;
     show(trouble, state.trouble);
-    show(notice, state.notice?.text ?? "");
-    notice.dataset.status = state.notice?.bad ? "failed" : "completed";
+    if (state.notice?.n !== noted.n) noted = { ...state.notice, until: Date.now() + NOTICE_MS };
+    notice.dataset.status = noted.bad ? "failed" : "completed";
     show(empty, state.trouble || !nothing ? "" : "Nothing yet: put %%durable NAME above a cell.");
     filters.node.hidden = !state.runs.total;
     cells.node.hidden = !state.cells.total;
@@ -122,6 +124,7 @@ function mount({ model, el }) {
     root.classList.toggle("dnb-silent", silent);
     const since = gone ? "the kernel was restarted: run the cell again" : `no word from the kernel for ${clock(Math.floor(here - heard))}`;
     put(word, silent ? since : "");
+    show(notice, Date.now() < noted.until ? noted.text : "");
     const now = state.now + (here - heard); // by the kernel's clock, whatever the time is here
     cells.tick(now, silent);
     runs.tick(now, silent);

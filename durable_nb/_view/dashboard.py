@@ -42,14 +42,16 @@ from durable_nb.errors import DurableError
 
 log = logging.getLogger("durable_nb")
 
-LIMIT = 40 * 1024
+LIMIT = 25 * 1024
 """Bytes of a state. The message that opens the model holds the JavaScript too, and 64 KiB have to suffice for both."""
 _NAME, _ERROR, _LABELS, _STEPS = 160, 300, 8, 40
+_LONGEST = 1000
+"""Characters of what a page asks for."""
 _EVERY_S = 1.0
 """Between two looks at the store."""
 _SHARE = 20
 """A look is followed by a pause this many times as long as its work took, ten thousand runs cost a tenth of a second."""
-_LONGEST_S = 15.0
+_LONGEST_S = 60.0
 _GAP_S = 0.2
 """Between two looks that the page asks for."""
 _BEAT_S = 10.0
@@ -210,16 +212,16 @@ class _Live:
                     return
 
     def _look(self) -> None:
+        old = self._panel.now
         try:
-            page = _seen(self._source, self._query)
-        except RuntimeError as error:
+            new = self._state(_seen(self._source, self._query), old["version"] + 1)
+        except Exception as error:
             if "changed size during iteration" in str(error):  # a run that is executed here went on meanwhile: look again
                 self._wanted.set()
                 return
             log.exception("the dashboard could not look at the store")
-            page = Page("", time.time(), self._query, trouble=f"{type(error).__name__}: {error}")
-        old = self._panel.now
-        new = self._state(page, old["version"] + 1)
+            trouble = Page("", time.time(), self._query, trouble=f"{type(error).__name__}: {error}")
+            new = state_of(trouble, lambda _: (), version=old["version"] + 1, notice=self._notice)
         passing = {"version": 0, "now": 0}
         if {**old, **passing} == {**new, **passing} and time.monotonic() < self._told_at + _BEAT_S:
             return
@@ -268,7 +270,7 @@ def _query_of(asked: dict[Any, Any]) -> Query:
     """The query of a message; ValueError."""
     usual = asdict(Query())
     for name, value in asked.items():
-        if name not in usual or type(value) is not type(usual[name]):
+        if name not in usual or type(value) is not type(usual[name]) or len(str(value)) > _LONGEST:
             raise ValueError(plain(f"{name!r}: {value!r}", 200))
     query = Query(**asked)
     if query.status not in ("", "stored", *Status) or query.kind not in ("", *KINDS):
