@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import types
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ._owners import is_installed, source_file
@@ -89,13 +90,9 @@ def imports_of(walk: Walk, names: Iterable[tuple[int, str]], namespace: Mapping[
             except (ImportError, ValueError):
                 continue
         if not is_installed(absolute) and source_file(absolute) is not None:
-            walk.link(_static(walk, absolute))
-
-
-def _static(walk: Walk, name: str) -> str:
-    label = f"import {name}"
-    walk.graph.static(label, lambda walk: _import(walk, name))
-    return label
+            label = f"import {absolute}"
+            walk.graph.static(label, partial(_import, name=absolute))
+            walk.link(label)
 
 
 def _import(walk: Walk, name: str) -> Iterator[Any]:

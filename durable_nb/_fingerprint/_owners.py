@@ -71,7 +71,7 @@ def installed_name(obj: Any) -> tuple[str, str] | None:
         return (name, "") if is_installed(name) and sys.modules.get(name) is obj else None
     if isinstance(obj, type):
         module, qualname = obj.__module__, obj.__qualname__
-    elif isinstance(obj, types.MethodType | types.BuiltinMethodType) and _is_bound(obj):
+    elif isinstance(obj, types.MethodType | types.BuiltinMethodType) and not isinstance(obj.__self__, types.ModuleType | None):
         exporter = _exporter(obj)
         return None if exporter is None else (exporter, obj.__name__)
     elif callable(obj):
@@ -132,10 +132,6 @@ def _above(module: str) -> tuple[str, ...]:
 def _bare(module: str) -> str:
     """A module that only its package knows, which may be private in one version and not in the next."""
     return module if module.startswith("__") else ".".join(part.lstrip("_") or part for part in module.split("."))
-
-
-def _is_bound(obj: Any) -> bool:
-    return obj.__self__ is not None and not isinstance(obj.__self__, types.ModuleType)
 
 
 def _exporter(method: Any) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from durable_nb._clock import say_duration
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.inventory import Inventory
-from durable_nb._housekeeping.tables import Table, count, say_size, say_when
+from durable_nb._housekeeping.tables import Table, count, say_when
 from durable_nb._view.listing import RunFacts
+from durable_nb._view.words import say_seconds, say_size
 
 
 def steps_table(run: RunFacts, inventory: Inventory) -> Table:
@@ -29,7 +29,8 @@ def steps_table(run: RunFacts, inventory: Inventory) -> Table:
     ]
     notes = [run.error] if run.error else []
     if run.wake_at is not None:
-        notes.append(f"next wake {_say_wake(run.wake_at, run.status)}")
+        nobody = ", no process is running this" if run.status == Status.INTERRUPTED else ""  # and nothing wakes without one
+        notes.append(f"next wake {say_when(run.wake_at)}{nobody}")
     return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes if rows else ["no steps recorded", *notes])
 
 
@@ -60,13 +61,3 @@ def gc_table(done: gc.Collected) -> Table:
         over = "the newest entry of a cell in use, and steps, are never removed: '%durable forget NAME' does"
         lines.append(f"that is more than {say_size(done.max_size)}: {over}")
     return Table(title, notes=[f"  {line}" for line in lines])
-
-
-def _say_wake(at: float | None, status: str) -> str:
-    """When a sleep or a retry is due; nothing wakes without a process."""
-    return say_when(at) + (", no process is running this" if at is not None and status == Status.INTERRUPTED else "")
-
-
-def say_seconds(seconds: float | None) -> str:
-    """A duration; '' for None."""
-    return "" if seconds is None else say_duration(seconds)

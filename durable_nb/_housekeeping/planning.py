@@ -21,9 +21,9 @@ from durable_nb._cellcache.forecast import (
 )
 from durable_nb._cellcache.keys import describe
 from durable_nb._clock import say_duration
-from durable_nb._housekeeping.listings import say_seconds
 from durable_nb._housekeeping.tables import Table, count, say_when
 from durable_nb._records import scope_of
+from durable_nb._view.words import say_seconds
 
 
 def plan_table(found: list[Forecast], interrupted: Mapping[str, float | None]) -> Table:

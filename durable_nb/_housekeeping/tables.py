@@ -59,15 +59,6 @@ def _cell(tag: str, text: str, align: str) -> str:
     return f'<{tag} style="text-align:{align}">{html.escape(text)}</{tag}>'
 
 
-def say_size(size: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def say_when(at: float | None) -> str:
     """A moment: the time where it is today, else the day too; '' where there is none."""
     if at is None:

@@ -8,8 +8,9 @@ import sys
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
-from durable_nb._housekeeping.tables import count, say_size, say_when
+from durable_nb._housekeeping.tables import count, say_when
 from durable_nb._view import Place, RunView
+from durable_nb._view.words import say_size
 
 _STYLE = "color:var(--jp-ui-font-color2,#616161);font-size:var(--jp-ui-font-size1,13px)"
 

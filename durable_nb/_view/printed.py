@@ -8,11 +8,10 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from durable_nb._clock import say_duration
 from durable_nb._facts import Status
 from durable_nb._view import terminal
 from durable_nb._view.listing import CellFacts, Page, RunFacts
-from durable_nb._view.words import COLOURS, ICONS, clipped, plain
+from durable_nb._view.words import COLOURS, ICONS, clipped, plain, say_seconds, say_size
 
 EMPTY = "nothing yet: put '%%durable NAME' above a cell"
 _PATH = 160
@@ -106,9 +105,9 @@ def _cell_texts(cell: CellFacts, now: float, *, dated: bool) -> tuple[str, ...]:
         _moment(cell.last_run_at, now, dated=dated),
         str(cell.steps),
         str(cell.variables),
-        _size(cell.size) if cell.entries else "",
-        _seconds(cell.took_s),
-        _seconds(cell.saves_s),
+        say_size(cell.size) if cell.entries else "",
+        say_seconds(cell.took_s),
+        say_seconds(cell.saves_s),
         _wake(cell.wake_at, cell.status, now, dated=dated),
     )
 
@@ -119,7 +118,7 @@ def _run_texts(run: RunFacts, now: float, *, dated: bool) -> tuple[str, ...]:
         run.name if run.kind != "cell" else f"cell {run.name}",
         run.status,
         _moment(run.started_at, now, dated=dated),
-        _seconds(run.ended_at - run.started_at if run.ended_at else None),
+        say_seconds(run.ended_at - run.started_at if run.ended_at else None),
         "" if run.steps is None else str(run.steps),
         _wake(run.wake_at, run.status, now, dated=dated),
         ", ".join(run.labels),
@@ -149,18 +148,6 @@ def _wake(at: float | None, status: str, now: float, *, dated: bool) -> str:
     """When a sleep or a retry is due; nothing wakes without a process."""
     nobody = ", no process is running this" if at is not None and status == Status.INTERRUPTED else ""
     return _moment(at, now, dated=dated) + nobody
-
-
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else say_duration(seconds)
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _section(title: str, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]], more: str) -> str:

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from durable_nb._clock import say_duration
 from durable_nb._facts import Status, Step
 
 if TYPE_CHECKING:
@@ -79,3 +80,17 @@ def plain(text: str, length: int) -> str:
 def columns(cell: str) -> int:
     """Return the columns that a terminal gives to `cell`: two for a Chinese character, none for a combining accent."""
     return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in cell)
+
+
+def say_size(size: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def say_seconds(seconds: float | None) -> str:
+    """A duration; '' for None."""
+    return "" if seconds is None else say_duration(seconds)
