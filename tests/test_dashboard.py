@@ -209,7 +209,7 @@ def test_what_is_damaged_is_left_out_and_counted_and_a_broken_journal_is_told(en
     database = engine.store.path / "journal" / "cache.db"
     for file in database.parent.glob("cache.db*"):
         file.write_bytes(b"no database" * 1000)
-    assert "can't be read" in repr(shown)
+    assert "the store .durable_nb can't be read" in repr(shown)
     data, _ = shown._repr_mimebundle_()
     assert "can't be read" in data["text/html"]
 

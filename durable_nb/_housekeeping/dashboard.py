@@ -43,6 +43,7 @@ class _Store:
 
     def __init__(self, workflows: Workflows) -> None:
         self._workflows = workflows
+        self.path = str(workflows._engine.store.path)
 
     def page(self, query: Query) -> Page:
         store = self._workflows._engine.store

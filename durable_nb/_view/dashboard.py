@@ -77,6 +77,9 @@ class Action:
 class Source(Protocol):
     """Where a dashboard looks, from any thread, and whom its buttons tell, on the kernel's loop."""
 
+    path: str
+    """The store's folder."""
+
     def page(self, query: Query) -> Page:
         """What there is now; StoreError."""
         ...
@@ -220,7 +223,7 @@ class _Live:
                 self._wanted.set()
                 return
             log.exception("the dashboard could not look at the store")
-            trouble = Page("", time.time(), self._query, trouble=f"{type(error).__name__}: {error}")
+            trouble = Page(self._source.path, time.time(), self._query, trouble=f"{type(error).__name__}: {error}")
             new = state_of(trouble, lambda _: (), version=old["version"] + 1, notice=self._notice)
         passing = {"version": 0, "now": 0}
         if {**old, **passing} == {**new, **passing} and time.monotonic() < self._told_at + _BEAT_S:
@@ -263,7 +266,7 @@ def _seen(source: Source, query: Query) -> Page:
     try:
         return source.page(query)
     except (DurableError, OSError) as error:
-        return Page("", time.time(), query, trouble=str(error))
+        return Page(source.path, time.time(), query, trouble=str(error))
 
 
 def _query_of(asked: dict[Any, Any]) -> Query:

@@ -18,47 +18,41 @@ _PATH = 160
 _FOLDED = 1200
 
 CELLS = ("cell", "status", "last run", "steps", "variables", "stored", "took", "a hit saves", "next wake")
+RUNS = ("run", "of", "status", "began", "took", "steps", "next wake", "labels", "error")
 _RIGHT = frozenset({"steps", "variables", "stored", "took", "a hit saves"})
 _SPARE = ("labels", "variables", "stored", "steps", "took")
-RUNS = ("run", "of", "status", "began", "took", "steps", "next wake", "labels", "error")
 
 
-def text(page: Page, *, dated: bool = False) -> str:
+def text(page: Page) -> str:
     """Return the page as plain text."""
-    return terminal.text(blocks(page, dated=dated))
+    return terminal.text(blocks(page))
 
 
-def blocks(page: Page, *, dated: bool = False) -> list[terminal.Block]:
-    """Return the page as tables of texts; with `dated` times say their day, for what is kept."""
+def blocks(page: Page) -> list[terminal.Block]:
+    """Return the page as tables of texts."""
+    store, notes = shown_path(page.path), _notes(page)
     if page.trouble:
-        return [terminal.Block(f"the store {shown_path(page.path)} can't be read", notes=[f"  {page.trouble}"])]
-    notes = _notes(page)
+        return [terminal.Block(f"the store {store} can't be read", notes=[f"  {page.trouble}"])]
     if not page.total and not page.cells_total:
         lines = [f"  {EMPTY}"] if not page.unread else []
-        return [terminal.Block(f"durable cells in {shown_path(page.path)}", notes=[*lines, *notes])]
-    cells = [_cell_texts(cell, page.at, dated=dated) for cell in page.cells]
-    runs = [_run_texts(run, page.at, dated=dated) for run in page.runs]
+        return [terminal.Block(f"durable cells in {store}", notes=[*lines, *notes])]
     none = ["  none that match"] if page.query.chooses else ["  none"]
     found = []
-    below = [f"  {_where(page.query.cells_page, page.most, page.cells_total, 'cells')}"] if page.cells_pages > 1 else []
     if page.query.with_cells:
-        found.append(
-            terminal.Block(
-                f"durable cells in {shown_path(page.path)}", CELLS, cells, below if cells else none, _TERMINAL, _SPARE
-            )
-        )
+        rows = [_cell_texts(cell, page.at, dated=False) for cell in page.cells]
+        below = [f"  {_where(page.query.cells_page, page.most, page.cells_total, 'cells')}"] if page.cells_pages > 1 else []
+        found.append(terminal.Block(f"durable cells in {store}", CELLS, rows, below if rows else none, _TERMINAL, _SPARE))
+    rows = [_run_texts(run, page.at, dated=False) for run in page.runs]
     below = [f"  {_where(page.query.page, page.most, page.matched, 'runs')}"] if page.pages > 1 else []
-    found.append(
-        terminal.Block(f"runs in {shown_path(page.path)}", RUNS, runs, [*(below if runs else none), *notes], _TERMINAL, _SPARE)
-    )
-    return found
+    below = [*(below if rows else none), *notes]
+    return [*found, terminal.Block(f"runs in {store}", RUNS, rows, below, _TERMINAL, _SPARE)]
 
 
 def html(page: Page) -> str:
     """Return the page as html that needs no script and no style sheet; whatever a user named or raised is escaped."""
-    if page.trouble:
-        return f"<p><strong>the store {escape(shown_path(page.path))} can't be read</strong><br>{escape(page.trouble)}</p>"
     store = escape(plain(shown_path(page.path), _PATH))
+    if page.trouble:
+        return f"<p><strong>the store {store} can't be read</strong><br>{escape(page.trouble)}</p>"
     statuses = ", ".join(f"{count:,} {status}" for status, count in page.counts.items())
     lines = [
         f"<p><strong>Durable cells and runs</strong> · <code>{store}</code> · as of {_moment(page.at, page.at, dated=True)}</p>"
