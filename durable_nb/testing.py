@@ -423,7 +423,11 @@ class _Opened:
     def __init__(self, home: Store, journal: Journal, writer: Writer, process: Any, disk: Store | None) -> None:
         self.id, self.seal = home.id, home.seal
         self.path = disk.path if disk is not None else Path("memory")
+        self.cells = self.path / "cells"
         self.journal, self.writer, self.process, self._disk = journal, writer, process, disk
+
+    def is_in_place(self) -> bool:
+        return self._disk is None or self._disk.is_in_place()
 
     def close(self) -> None:
         self.writer.close()

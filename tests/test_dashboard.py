@@ -36,6 +36,7 @@ from durable_nb._view.assets import script, style
 from durable_nb._view.dashboard import LIMIT, state_of
 from durable_nb._view.listing import CellFacts, Query, RunFacts, page_of
 from durable_nb._workflows import Workflows
+from durable_nb.testing import FakeClock, MemoryStore, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -300,6 +301,21 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
         asyncio.run(story())
     finally:
         use_engine(None)
+
+
+def test_it_shows_a_store_in_memory():
+    """As a test of workflows has it."""
+
+    @durable.workflow(name="board in memory")
+    async def order():
+        await durable.run("count", len, [1])
+
+    async def story() -> None:
+        async with runtime(MemoryStore(), clock=FakeClock()):
+            await order.start(id="order-1", labels=["shop"])
+            assert re.search(r"order-1 +board in memory +completed .* shop", repr(durable.dashboard()))
+
+    asyncio.run(story())
 
 
 # -- in a real JupyterLab -------------------------------------------------------------------------------------------------
