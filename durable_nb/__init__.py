@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from durable_nb._cellcache.resources import remake as remake
     from durable_nb._chat import ChatResult as ChatResult
     from durable_nb._chat import chat as chat
+    from durable_nb._engine.workflows import open_store as open  # noqa: A004, F401
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from durable_nb._workflow import resume as resume
     from durable_nb._workflow import runs as runs
     from durable_nb._workflow import workflow as workflow
-    from durable_nb._workflows import open_store as open  # noqa: A004, F401
     from durable_nb.errors import CorruptStoreError as CorruptStoreError
     from durable_nb.errors import DurableError as DurableError
     from durable_nb.errors import LeaseLost as LeaseLost
@@ -66,7 +66,7 @@ _HOMES = {
     "identify": "durable_nb._fingerprint",
     "ledger": "durable_nb._ledger",
     "map": "durable_nb._fanout",
-    "open": "durable_nb._workflows",
+    "open": "durable_nb._engine.workflows",
     "remake": "durable_nb._cellcache.resources",
     **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
     **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),

@@ -96,6 +96,7 @@ class StartRequest:
     """None: one that is the same in every execution."""
     labels: tuple[str, ...]
     on_conflict: str
+    """Where there is a run of that id: "attach", "fail", "restart", or "keep": attach whatever the arguments are."""
 
 
 class Run(Protocol):
@@ -177,20 +178,9 @@ class Engine(Protocol):
         """The loop that executes its runs, where it is running."""
         ...
 
-    def start(
-        self,
-        workflow: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        run_id: str | None,
-        labels: tuple[str, ...],
-        on_conflict: str,
-    ) -> str:
+    def start(self, request: StartRequest, parent: str = "") -> str:
         """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns.
-
-        `on_conflict`: "attach", "fail", "restart", or "keep", which attaches whatever the arguments are now.
-        """
+        `parent`: the run that starts it."""  # fmt: skip
         ...
 
     def interrupted(self) -> list[tuple[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from durable_nb._usage import Usage
 
@@ -81,6 +82,49 @@ class Paths:
         place = f"{branch}/{name}" if branch else name
         count = self._used[place] = self._used.get(place, 0) + 1
         return place if count == 1 else f"{place}#{count}"
+
+
+class Facts:
+    """The steps of one execution of a run, in the order in which they were asked for."""
+
+    def __init__(self, changed: Callable[[], object]) -> None:
+        """`changed` is called after every change."""
+        self._steps: dict[str, Step] = {}
+        self._paths, self._changed = Paths(), changed
+
+    def take(self, branch: str, name: str, item: int = -1) -> str:
+        """A path for the next step of that name in that task."""
+        return self._paths.take(branch, name, item)
+
+    def add(self, *steps: Step) -> None:
+        self._steps.update((step.path, step) for step in steps)
+        self._changed()
+
+    def update(self, path: str, **news: Any) -> Step:
+        """The step at that path, with these fields."""
+        step = self._steps[path] = replace(self._steps[path], **news)
+        self._changed()
+        return step
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Steps that will not be asked for after all."""
+        for path in paths:
+            if self._steps[path].status is Status.PENDING:
+                del self._steps[path]
+        self._changed()
+
+    def interrupt(self) -> None:
+        """The execution is over: what has not ended is interrupted."""
+        for path, step in self._steps.items():
+            if step.status not in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
+                self._steps[path] = replace(step, status=Status.INTERRUPTED)
+        self._changed()
+
+    def __getitem__(self, path: str) -> Step:
+        return self._steps[path]
+
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(self._steps.values())
 
 
 def standing(steps: Collection[Step]) -> Status:

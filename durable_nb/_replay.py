@@ -106,6 +106,6 @@ class Occurrences:
         """This record doesn't count any more."""
         self._free[identity].remove(number)
 
-    def rivals(self, identity: str) -> list[int]:
+    def candidates(self, identity: str) -> list[int]:
         """The recorded numbers that a request could take; where there are several, their branches decide."""
         return self._free.get(identity, [])

@@ -81,11 +81,11 @@ class Workflow(Generic[_P, _T]):
         for label in texts:
             if not isinstance(label, str):
                 raise TypeError(f"start(..., labels={labels!r}): {label!r} is not text; nothing was started")
+        request = StartRequest(self.name, args, kwargs, id, texts, on_conflict)
         parent = current_run.get()
         if parent is not None and current_body.get() is None:
-            request = StartRequest(self.name, args, kwargs, id, texts, on_conflict)
             return Run(parent.start(request), parent.runs)
-        return Run(engine().start(self.name, args, kwargs, run_id=id, labels=texts, on_conflict=on_conflict))
+        return Run(engine().start(request))
 
 
 @overload

@@ -26,6 +26,7 @@ from durable_nb import _current
 from durable_nb._clock import Instant, parse_duration
 from durable_nb._codec import Seal
 from durable_nb._engine import Engine
+from durable_nb._engine.workflows import Workflows
 from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb._journal.memory import MemoryJournal
 from durable_nb._journal.writer import Writer
@@ -35,7 +36,6 @@ from durable_nb._records import Outcome, unpack
 from durable_nb._store import Store
 from durable_nb._workflow import Workflow
 from durable_nb._workflow import workflow as define_workflow
-from durable_nb._workflows import Workflows
 from durable_nb.errors import StoreError
 
 _ROWS = {"run": ("run/",), "step": ("step/",), "try": ("try/",), "timer": ("timer/",)}
@@ -283,7 +283,7 @@ class Process:
             self._owner_cancelled = self._owner.cancel()
 
     def _tasks(self) -> set[asyncio.Task[Any]]:
-        tasks = {*self._workflows._tasks.values(), *(work.task for work in self.engine.works.values()), self.engine.watching}
+        tasks = {*self._workflows._tasks.values(), self.engine.ownership.watching}
         tasks |= {body.task for body in self.engine.bodies.values()}
         return {task for task in tasks if task is not None}
 

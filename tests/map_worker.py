@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import durable_nb as durable
 from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
-from durable_nb._run import Stage
 from durable_nb._store import Store
 
 
@@ -69,15 +68,10 @@ async def label(row):
     return {"label": await client.ask(f"Which label has row {row['n']}?"), "n": row["n"]}
 
 
-class Silent(Stage):
-    def notice(self, text):
-        pass
-
-
 async def main(path, count, concurrency):
     store = Store(Path(path))
     run = await Engine(store).begin(Asked("rows", "k"))
-    run.stage = Silent()
+    run.observers.subscribe(lambda _: None)
 
     async def body():
         rows = [{"n": n, "text": f"row {n} of a long table"} for n in range(count)]

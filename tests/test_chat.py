@@ -12,10 +12,10 @@ import pytest
 import durable_nb as durable
 from durable_nb import _current
 from durable_nb._engine import Asked, Engine
+from durable_nb._engine.observing import Notice
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
-from durable_nb._run import Stage
 from durable_nb._store import Store
-from durable_nb._workflows import Workflows
 from durable_nb.testing import FakeClock, Fault, MemoryStore, ModelServer, runtime
 
 KEY = "sk-test-0123456789abcdef"
@@ -23,12 +23,13 @@ HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}]
 
 
-class Notices(Stage):
+class Notices:
     def __init__(self):
         self.told = []
 
-    def notice(self, text):
-        self.told.append(text)
+    def __call__(self, observation):
+        if isinstance(observation, Notice):
+            self.told.append(observation.text)
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ async def asked(engine, name="ask", **options):
         return await durable.chat(name, **{"model": "small", "messages": HELLO, **options})
 
     run = await engine.begin(Asked("cell", "k"))
-    run.stage = Notices()
+    notices = Notices()
+    run.observers.subscribe(notices)
     status = Status.FAILED
     try:
         value = await run.execute(body())

@@ -25,6 +25,7 @@ from durable_nb import _records as rec
 from durable_nb._cli import main
 from durable_nb._current import use_engine
 from durable_nb._engine import Engine
+from durable_nb._engine.workflows import Workflows
 from durable_nb._housekeeping.dashboard import actions_of, dashboard_of
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._journal import Commit
@@ -35,7 +36,7 @@ from durable_nb._view import printed, terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.dashboard import LIMIT, state_of
 from durable_nb._view.listing import CellFacts, Query, RunFacts, page_of
-from durable_nb._workflows import Workflows
+from durable_nb._engine.workflows import Workflows
 from durable_nb.testing import FakeClock, MemoryStore, runtime
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def record(engine: Engine, i: int, **facts) -> None:
     scope = rec.scope_of(f"~run r-{i}")
     run = RunRecord(f"r-{i}", "workflow", "order", scope, 0, "", NOW - i, status="completed", ended_at=NOW - i + 0.5)
     run = replace(run, **facts)
-    engine.store.writer.commit_and_wait(Commit(puts=(engine.pack(rec.run_key(run.id), run),)))
+    engine.store.writer.commit_and_wait(Commit(puts=(engine.ownership.pack(rec.run_key(run.id), run),)))
 
 
 def test_an_empty_store_says_what_to_do(engine, capsys):

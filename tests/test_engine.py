@@ -25,10 +25,10 @@ import durable_nb as durable
 from durable_nb import _records as rec
 from durable_nb._clock import Instant
 from durable_nb._engine import WATCH_S, Asked, Engine
+from durable_nb._engine.observing import Notice
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
-from durable_nb._run import Stage
 from durable_nb._store import Store
-from durable_nb._workflows import Workflows
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
@@ -148,14 +148,15 @@ async def broken(what: str) -> None:
     raise ConnectionError(f"{what} is down")
 
 
-class Quiet(Stage):
-    """A stage that keeps its notices."""
+class Quiet:
+    """Keeps what the user of a run is told."""
 
     def __init__(self) -> None:
         self.notices: list[str] = []
 
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
+    def __call__(self, observation):
+        if isinstance(observation, Notice) and not observation.is_advice:
+            self.notices.append(observation.text)
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +192,8 @@ async def kernel(path, clock=None):
 async def begun(engine, *, name="cell", inputs="k", rerun=False, max_wait_s=None):
     run = await engine.begin(Asked(name, inputs, rerun=rerun))
     assert run is not None, "a live process executes this cell"
-    run.stage, run.max_wait_s = Quiet(), max_wait_s
+    run.quiet, run.max_wait_s = Quiet(), max_wait_s
+    run.observers.subscribe(run.quiet)
     return run
 
 
@@ -531,7 +533,7 @@ def test_a_failed_step_is_tried_again_with_growing_pauses(path):
             assert await finished(run, body) == "s done"
             assert clock.slept == [0.5, 1.0]
             assert run.snapshot().steps[0].attempts == 3
-            assert [n.split(";")[0] for n in run.stage.notices] == [
+            assert [n.split(";")[0] for n in run.quiet.notices] == [
                 f"step 's' failed (attempt {i} of 4): ConnectionError: s is down" for i in (1, 2)
             ]
 
@@ -822,17 +824,22 @@ def test_an_interrupt_keeps_finished_steps_and_an_interrupted_async_body_runs_ag
     asyncio.run(main())
 
 
-def test_a_body_that_a_cancelled_wait_gave_up_is_not_recorded(path):
+def test_a_body_that_a_cancelled_wait_gave_up_is_paid_for_and_recorded(path):
+    """The code goes on at once; the cell's end waits for the body, whose outcome is there when it is asked for again."""
+
     async def body():
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(durable.run("b", held_work, "b"), 0.01)
-        return "gave up"
+        try:
+            return await asyncio.wait_for(durable.run("b", held_work, "b"), 0.01)
+        except TimeoutError:
+            world.gate("b").set()
+            return "gave up"
 
     async def main():
         async with kernel(path) as engine:
             assert await cell(engine, body) == "gave up"
-            assert engine.store.journal.scan("step/") == []
-        assert world.done == []
+            assert len(engine.store.journal.scan("step/")) == 1
+            assert await cell(engine, body) == "b done"
+        assert world.done == ["b"]
 
     asyncio.run(main())
 
@@ -859,7 +866,7 @@ def test_a_thread_that_outlives_an_interrupt_is_recorded_when_it_ends(path):
             assert await other.begin(Asked("cell", "k")) is None
             world.thread_gate("t").set()
             await until(lambda: engine.store.journal.scan("step/"), "the outcome")
-            await until(lambda: not engine.held, "the lease let go")
+            await until(lambda: not engine.ownership.held, "the lease let go")
             assert await cell(other, one_thread) == "t done"
         assert world.done == ["t begun", "t"]
 
@@ -896,7 +903,7 @@ def test_every_thread_that_outlives_its_interrupt_is_recorded(path):
             await until(lambda: len(engine.store.journal.scan("step/")) == 1)
             await asyncio.sleep(0.05)
             world.thread_gate("u").set()
-            await until(lambda: not engine.works)
+            await until(lambda: not engine.bodies)
             assert await cell(engine, both) == ["t done", "u done"]
         assert sorted(world.done) == ["t", "t begun", "u", "u begun"]
 
@@ -918,7 +925,7 @@ def test_a_thread_that_fails_after_an_interrupt_is_tried_again_by_the_next_execu
         async with kernel(path) as engine:
             await interrupted(engine, body, lambda: world.done == ["begun"])
             world.thread_gate("f").set()
-            await until(lambda: not engine.works)
+            await until(lambda: not engine.bodies)
             assert await cell(engine, body) == "ok"
         assert len(world.done) == 2
 
@@ -2020,7 +2027,7 @@ def test_a_timeout_ends_the_wait_for_a_thread_whose_result_is_recorded_when_it_e
     """The cell gets StepTimeout; run again it waits for the same thread, as long again, and gets no twin."""
 
     async def body():
-        step = durable.step(thread_work, timeout=0.05)
+        step = durable.step(thread_work, timeout=0.05, retries=0)
         if then == "fails":
             return await durable.run("slow", step, "slow")
         with suppress(StepTimeout):
@@ -2036,8 +2043,8 @@ def test_a_timeout_ends_the_wait_for_a_thread_whose_result_is_recorded_when_it_e
                 else:
                     assert await cell(engine, body) == "went on"
             world.thread_gate("slow").set()
-            await until(lambda: not engine.works, "the thread's end")
-            await until(lambda: not engine.held, "the lease let go")
+            await until(lambda: not engine.bodies, "the thread's end")
+            await until(lambda: not engine.ownership.held, "the lease let go")
         async with kernel(path) as engine:
             assert await cell(engine, body) == "slow done"
         assert world.done == ["slow begun", "slow"]

@@ -1967,7 +1967,7 @@ def test_a_known_functions_identity_is_the_one_that_walking_it_gives(args, monke
 
 
 def test_no_two_sequences_of_texts_share_an_engines_digest():
-    from durable_nb._run import digest_of
+    from durable_nb._codec import digest_of
 
     sequences = [
         ("a\0b", "c"),

@@ -14,9 +14,9 @@ from kernels import kernel
 import durable_nb as durable
 from durable_nb import _current, _ledger, _usage
 from durable_nb._engine import Asked, Engine
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._store import Store
-from durable_nb._workflows import Workflows
 from durable_nb.testing import FakeClock, MemoryStore, ModelServer, runtime
 
 

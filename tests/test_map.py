@@ -18,8 +18,8 @@ from kernels import kernel as kernel_of
 import durable_nb as durable
 from durable_nb._clock import parse_rate
 from durable_nb._engine import Asked, Engine
+from durable_nb._engine.observing import Notice
 from durable_nb._facts import Status
-from durable_nb._run import Stage
 from durable_nb._store import Store
 from durable_nb.errors import NestedStepError, NonRetryableError, NotInRunError, RetryAfter
 from durable_nb.testing import FakeClock, MemoryStore, ModelServer, runtime
@@ -76,12 +76,15 @@ def work_in_thread(item):
     return f"{item} done"
 
 
-class Quiet(Stage):
+class Quiet:
+    """Keeps what the user of a run is told."""
+
     def __init__(self):
         self.notices = []
 
-    def notice(self, text):
-        self.notices.append(text)
+    def __call__(self, observation):
+        if isinstance(observation, Notice) and not observation.is_advice:
+            self.notices.append(observation.text)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,8 @@ async def kernel(path, clock=None):
 
 async def begun(engine, inputs="k"):
     run = await engine.begin(Asked("cell", inputs))
-    run.stage = Quiet()
+    run.quiet = Quiet()
+    run.observers.subscribe(run.quiet)
     return run
 
 

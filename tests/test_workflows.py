@@ -211,7 +211,7 @@ def test_a_run_that_another_process_started_and_completed_in_the_moment_of_start
         async with runtime(store) as first, runtime(store) as second:
             first.use()
             await order.start(id="42")
-            record, lease = first.engine.read_run("42")
+            record, lease = first.engine.ownership.read_run("42")
             assert lease is None
             second.use()
             looked = second._workflows.catalog.seen
@@ -220,7 +220,7 @@ def test_a_run_that_another_process_started_and_completed_in_the_moment_of_start
                 looked(run_id) if looks else looks.append(run_id)
             )  # before it was there
             assert await order.start(id="42") == "a done"
-            assert second.engine.read_run("42") == (record, None)
+            assert second.engine.ownership.read_run("42") == (record, None)
         assert (done, told) == (["a"], ["executed"])
 
     asyncio.run(main())
@@ -439,7 +439,7 @@ async def life(store, clock, shape, crash=None, nth=1):
     result = None
     async with runtime(store, clock=clock, crash=crash, nth=nth) as process:
         result = await outcome(order.start(shape, id="42"))
-    while process.engine.workers._busy:  # a process that dies takes its threads along; here they have to end first  # noqa: ASYNC110
+    while process.engine.shared.workers._busy:  # a process that dies takes its threads along; here they have to end first  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     again = kept & set(done[before:])
     assert not again, f"{again} ran again"
@@ -1384,7 +1384,7 @@ def test_a_taken_over_run_is_lost_to_its_old_owner(store):
             await gate("a begun").wait()
             second.use()
             run.resume(take_over=True)
-            await until(lambda: "42" in second.engine.held)
+            await until(lambda: "42" in second.engine.ownership.held)
             gate("a").set()
             assert await run == "done"
             with pytest.raises(LeaseLost, match="taken over"):
@@ -1944,7 +1944,7 @@ def test_without_a_running_loop_nothing_is_recorded(tmp_path):
             order.start(id="42")
         assert durable.runs() == []
     finally:
-        opened._engine.store.close()
+        opened.engine.store.close()
         _current._engines[:] = before
 
 
@@ -1973,7 +1973,7 @@ def test_an_opened_store_serves_one_loop_after_another(tmp_path):
         assert asyncio.run(second()) == ["a done", "b done"]
         assert done == ["a", "b"]
     finally:
-        opened._engine.store.close()
+        opened.engine.store.close()
         _current._engines[:] = before
 
 

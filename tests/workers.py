@@ -175,7 +175,7 @@ class Worker:
 def serve(descriptor, tmpfs, kilobytes):
     requests = socket.socket(fileno=int(descriptor))
     trouble = _mount_own(tmpfs, int(kilobytes)) if tmpfs else ""
-    import durable_nb._workflows  # noqa: F401  all of it, before the first fork
+    import durable_nb._engine.workflows  # noqa: F401  all of it, before the first fork
 
     children = set()
     _send(requests, {"trouble": trouble})
@@ -733,7 +733,7 @@ async def look_slowly(channel, store, oracle, run_id):
     """Wait for a run, and be slow in the middle of a look at it: the test says when to go on."""
     _open_oracle(oracle)
     durable.open(store)
-    journal = current_engine()._engine.store.journal
+    journal = current_engine().engine.store.journal
     get, looks = journal.get, []
 
     def slowly(key):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._current import engine, refuse_in_workflow, workflow_functions
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._view.dashboard import Action, Dashboard
 from durable_nb._view.place import is_live
-from durable_nb._workflows import Workflows
 from durable_nb.errors import DurableError, NotSupportedError, StoreError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class _Store:
         self.path = str(workflows._engine.store.path)
 
     def page(self, query: Query) -> Page:
-        store = self._workflows._engine.store
+        store = self._workflows.engine.store
         if not store.is_in_place():  # who looks makes no new one
             raise StoreError(f"the store {store.path} was deleted or replaced; display the dashboard again")
         return self._inventory().page(query)
@@ -71,7 +71,7 @@ class _Store:
         return f"{run.id} goes on from its last completed step"
 
     def _inventory(self) -> Inventory:
-        return Inventory(self._workflows._engine)
+        return Inventory(self._workflows.engine)
 
 
 def actions_of(run: RunFacts) -> list[Action]:

@@ -46,7 +46,7 @@ def forget(engine: Engine, name: str) -> Forgotten:
         if verdict is Verdict.APPLIED:  # else it was begun in this very moment: look again
             break
     for run_id in runs:
-        engine.held.pop(run_id, None)
+        engine.ownership.held.pop(run_id, None)
     entries = 0
     for entry in Entries(store.cells, store.seal).all(scope):
         entry.path.unlink(missing_ok=True)
@@ -59,8 +59,7 @@ def _take(engine: Engine, run_id: str, name: str) -> None:
     key = rec.lease_key(run_id)
     row = engine.store.journal.get(key)
     lease = unpack(engine.store.seal, key, row, Lease) if row else None
-    works = any(work.run_id == run_id and not work.task.done() for work in engine.works.values())
-    if not works and not engine.is_owned(run_id, lease):
+    if not engine.shared.is_at_work(run_id) and not engine.ownership.is_owned(run_id, lease):
         mine = pack(engine.store.seal, key, Lease(lease.epoch + 1 if lease else 1, engine.store.process.id))
         if engine.store.writer.commit_and_wait(Commit((key, row), puts=((key, mine),))) is Verdict.APPLIED:
             return

@@ -177,8 +177,8 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
             record = unpack(seal, key, row, RunRecord)
             if record.kind == "workflow":
                 current[record.scope] = record.generation, (key, row)
-            found = engine.read_run(record.id)
-            if found is not None and engine.is_owned(record.id, found[1]):
+            found = engine.ownership.read_run(record.id)
+            if found is not None and engine.ownership.is_owned(record.id, found[1]):
                 busy.add((record.scope, record.generation))
     old = defaultdict[str, list[str]](list)
     for key in of_steps:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Snapshot, Status
 from durable_nb._records import Lease, RunRecord
 from durable_nb._view.listing import PAGE, CellFacts, Page, Query, RunFacts, page_of
-from durable_nb._workflows import Workflows
 from durable_nb.errors import RunNotFoundError, StoreError
 
 _ASLEEP = (Status.SLEEPING, Status.WAITING, Status.RETRYING)

@@ -21,9 +21,9 @@ from durable_nb._cellcache.entries import Entries
 from durable_nb._cellcache.keys import CellKey, Terms
 from durable_nb._cellcache.report import ExecutionReport
 from durable_nb._cellcache.watch import watching
-from durable_nb._cellrun import CellRun
 from durable_nb._clock import say_duration
 from durable_nb._engine import Asked, Engine
+from durable_nb._engine.cell_run import CellRun
 from durable_nb._facts import Status
 from durable_nb._housekeeping.tables import say_past
 from durable_nb._ipython import capture
@@ -143,8 +143,8 @@ class CellExecution:
         await self.engine.close_finished(Asked(self.owner, key.key))
         manifest = found.manifest
         self.cache.entries.used(found.entry)
-        self.engine.savings.add(manifest.run, manifest.usage)
-        self.engine.savings.write()
+        self.engine.shared.savings.add(manifest.run, manifest.usage)
+        self.engine.shared.savings.write()
         self.report.restored, self.report.opaque = True, key.opaque
         self.report.nearest = self.report.kept = manifest
         others = explain.package_changes(manifest.versions, key.versions)
@@ -200,7 +200,8 @@ class CellExecution:
     async def _execute(self, run: CellRun, key: CellKey, began: float, parts: list[tuple[types.CodeType, bool]]) -> None:
         around = self.cache.around(self.shell.user_ns)
         host = NotebookHost(run, self.shell, self.recorder, self.status, around, live=self.live, quiet=self.options.quiet)
-        run.stage = host
+        run.host = host
+        run.observers.subscribe(host.observe)
         run.max_wait_s = (
             self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
         )

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from durable_nb._cellcache.mentions import looks_up_anything
 from durable_nb._cellcache.steps import StepWatches, see_again, seen_by, still_holds
 from durable_nb._cellcache.watch import Watch, watching_step
-from durable_nb._cellrun import CellRun
 from durable_nb._current import StepRequest
+from durable_nb._engine.cell_run import CellRun
+from durable_nb._engine.muting import Muting
+from durable_nb._engine.observing import Notice, Observation
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.runs import send
-from durable_nb._muting import Muting
 from durable_nb._preview import last_lines
-from durable_nb._run import Stage
 from durable_nb._view import Detail, RunView, Source
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LINES, _LINE = 60, 300
 """Of what a step printed, lines and characters each that its view shows."""
 
 
-class NotebookHost(Stage):
+class NotebookHost:
     """One durable cell as the host of its run."""
 
     watch: Watch | None = None
@@ -55,7 +55,7 @@ class NotebookHost(Stage):
             request.fn, (*request.args, *request.kwargs.values()), found.versions if found is not None else ()
         )
         if looks_up_anything(watch.mentions):
-            self.advise(
+            self._status.advise(
                 f"step {request.name!r} looks names up while it runs, which can't be followed to the end: it runs again where "
                 "variables change that its texts name"
             )
@@ -70,14 +70,16 @@ class NotebookHost(Stage):
     def holds(self, seen: bytes) -> bool:
         return still_holds(seen, self._watches.around)
 
-    def notice(self, text: str) -> None:
-        if not self._live:  # with a front end the view shows it
-            self._status.warn(text)
+    def observe(self, observation: Observation) -> None:
+        """What the run says."""
+        if not isinstance(observation, Notice):
+            self._show()
+        elif observation.is_advice:
+            self._status.advise(observation.text)
+        elif not self._live:  # with a front end the view shows it
+            self._status.warn(observation.text)
 
-    def advise(self, text: str) -> None:
-        self._status.advise(text)
-
-    def changed(self) -> None:
+    def _show(self) -> None:
         if self._quiet:
             return
         if self.view is None:

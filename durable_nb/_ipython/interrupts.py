@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Iterator
 
-from durable_nb._cellrun import CellRun
+from durable_nb._engine.cell_run import CellRun
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from durable_nb._cellcache.executions import LastExecutions
     from durable_nb._cellcache.report import ExecutionReport
     from durable_nb._engine import Engine
+    from durable_nb._engine.workflows import Workflows
     from durable_nb._ipython.options import Options
-    from durable_nb._workflows import Workflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,13 @@ class Session:
             sys.stderr.write(f"durable_nb: the store {self.path} was deleted or replaced; it is opened anew\n")
         if self._engine is None:
             from durable_nb._engine import Engine
+            from durable_nb._engine.workflows import Workflows
             from durable_nb._ipython.host import NotebookMuting
             from durable_nb._ipython.notebook import path_of
             from durable_nb._store import Store
-            from durable_nb._workflows import Workflows
 
             self._engine = Engine(Store(self.path))
-            self._engine.muting = lambda: NotebookMuting(self.shell)
+            self._engine.shared.muting = lambda: NotebookMuting(self.shell)
             self._workflows = Workflows(self._engine, main=lambda: path_of(self.shell.user_ns))
         return cast("Engine", self._engine)
 

@@ -82,3 +82,9 @@ class _Factory:
 
 def _install(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_task_factory(_Factory(loop.get_task_factory()))
+
+
+def branch_name() -> str:
+    """The task of the run that asks."""
+    branch = current_branch.get()
+    return branch.name if branch else ""

@@ -18,21 +18,21 @@ from typing import Any
 
 from durable_nb import _codec
 from durable_nb import _records as rec
-from durable_nb._branches import current_branch
-from durable_nb._catalog import Catalog
 from durable_nb._clock import elapsed_s
 from durable_nb._current import StartRequest, current_body, current_run, use_engine, workflow_functions
-from durable_nb._engine import Engine, new_id
+from durable_nb._engine.branches import current_branch
+from durable_nb._engine.by_history import Row, deliveries_of, set_aside
+from durable_nb._engine.catalog import Catalog
+from durable_nb._engine.engine import Engine, new_id
+from durable_nb._engine.observing import log
+from durable_nb._engine.run_log import BLOB_BYTES, Held, cancelled, read_log
+from durable_nb._engine.workflow_loop import WorkflowLoop
+from durable_nb._engine.workflow_run import WorkflowRun
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._fingerprint import Unhashable, hash_value
-from durable_nb._history import Row, deliveries_of, set_aside
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Cancel, Event, Lease, Result, RunRecord, unpack
-from durable_nb._run import BLOB_BYTES, Held, cancelled, log
-from durable_nb._run_log import read_log
 from durable_nb._store import Store
-from durable_nb._workflow_loop import WorkflowLoop
-from durable_nb._workflowrun import WorkflowRun
 from durable_nb.errors import (
     CorruptStoreError,
     DurableError,
@@ -48,7 +48,8 @@ class Workflows:
 
     def __init__(self, engine: Engine, main: Callable[[], str] | None = None) -> None:
         """`main`: what tells apart the workflows that the module `__main__` defines; None: the script's path."""
-        self._engine = engine
+        self.engine = engine
+        self._shared, self._store, self._ownership = engine.shared, engine.store, engine.ownership
         self._main = main or _script
         self._tasks: dict[str, asyncio.Task[Any] | None] = {}
         """Runs that are executed here; None: the task is about to be made, on the loop's thread."""
@@ -58,12 +59,12 @@ class Workflows:
         """Where runs are executed that are started from another thread."""
         with contextlib.suppress(RuntimeError):
             self._loop = _carrier(asyncio.get_running_loop())
-        self.catalog = Catalog(engine, self._tasks.__contains__)
-        engine.workflows = self
+        self.catalog = Catalog(self._shared, self._tasks.__contains__)
+        self._shared.workflows = self
 
     @property
     def store_id(self) -> str:
-        return self._engine.store.id
+        return self._store.id
 
     @property
     def running_loop(self) -> asyncio.AbstractEventLoop | None:
@@ -71,57 +72,35 @@ class Workflows:
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
-    def start(
-        self,
-        workflow: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        run_id: str | None,
-        labels: tuple[str, ...],
-        on_conflict: str,
-        parent: str = "",
-    ) -> str:
-        arguments, inputs = _encoded(workflow, args, kwargs)
-        new = run_id if run_id is not None else new_id()
+    def start(self, request: StartRequest, parent: str = "") -> str:
+        arguments, inputs = _encoded(request.workflow, request.args, request.kwargs)
+        new = request.run_id if request.run_id is not None else new_id()
         found = self.catalog.seen(new)
         if found is None:
             self._loop_for(new)  # before anything is recorded
-            if self._begin(new, workflow, arguments, inputs, labels, parent):
+            if self._begin(new, request, arguments, inputs, parent):
                 return new
             found = self.catalog.seen(new)  # another process started it in this very moment
         if found is not None:
-            self._attach(*found, workflow, inputs, on_conflict)
+            self._attach(*found, request.workflow, inputs, request.on_conflict)
         return new
 
-    def start_requested(self, request: StartRequest, parent: str) -> None:
-        """The same, for a run."""
-        self.start(
-            request.workflow,
-            request.args,
-            request.kwargs,
-            run_id=request.run_id,
-            labels=request.labels,
-            on_conflict=request.on_conflict,
-            parent=parent,
-        )
-
-    def _begin(self, new: str, workflow: str, arguments: Arguments, inputs: str, labels: tuple[str, ...], parent: str) -> bool:
+    def _begin(self, new: str, request: StartRequest, arguments: Arguments, inputs: str, parent: str) -> bool:
         """Record a new run, and execute it; False where there is one of that id."""
-        engine, now = self._engine, self._engine.clock.now()
+        ownership, now = self._ownership, self._shared.clock.now()
         scope = rec.scope_of(f"~run {new}")
-        home = self.home_of(workflow_functions.get(workflow))
-        of = new, "workflow", workflow, scope, 0, inputs, now.wall_s
-        record = RunRecord(*of, labels=labels, home=home, parent=parent, since=now)
+        home = self.home_of(workflow_functions.get(request.workflow))
+        of = new, "workflow", request.workflow, scope, 0, inputs, now.wall_s
+        record = RunRecord(*of, labels=request.labels, home=home, parent=parent, since=now)
         if len(arguments.value) >= BLOB_BYTES:
-            arguments = replace(arguments, value=b"", blob=engine.store.journal.put_blob(arguments.value))
+            arguments = replace(arguments, value=b"", blob=self._store.journal.put_blob(arguments.value))
         try:
-            held = engine.claim_and_wait(record, engine.pack(rec.arguments_key(new), arguments))
+            held = ownership.claim_and_wait(record, ownership.pack(rec.arguments_key(new), arguments))
             if held is None:
                 return False
             self._spawn(new, lambda: self._execute(record, held))
         except BaseException:  # a KeyboardInterrupt: what was begun is nobody's, and can be resumed
-            engine.disown(new)
+            ownership.disown(new)
             raise
         return True
 
@@ -175,16 +154,16 @@ class Workflows:
 
     def cancel(self, run_id: str, reason: str) -> None:
         record, lease = self.catalog.find(run_id)
-        run = self._engine.active.get(record.id)
+        run = self._ownership.active.get(record.id)
         if run is not None:
             run.stop_soon(cancelled(record.id, reason))
         elif record.id in self._tasks:
             self._cancelling[record.id] = cancelled(record.id, reason)
         elif record.status == Status.RUNNING and lease is not None:
             # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
-            guard = rec.lease_key(record.id), self._engine.pack(rec.lease_key(record.id), lease)[1]
-            row = self._engine.pack(rec.cancel_key(record.id), Cancel(reason))
-            if self._engine.store.writer.commit_and_wait(Commit(guard, puts=(row,))) is not Verdict.APPLIED:
+            guard = rec.lease_key(record.id), self._ownership.pack(rec.lease_key(record.id), lease)[1]
+            row = self._ownership.pack(rec.cancel_key(record.id), Cancel(reason))
+            if self._store.writer.commit_and_wait(Commit(guard, puts=(row,))) is not Verdict.APPLIED:
                 self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
 
     # -- executing -----------------------------------------------------------------------------------------------------
@@ -224,7 +203,7 @@ class Workflows:
             task.add_done_callback(lambda done: self._ended(run_id, done))
 
         self._tasks[run_id] = None
-        self._engine.changing.add(run_id)
+        self._ownership.changing.add(run_id)
         if asyncio._get_running_loop() is loop:
             begin()
         else:
@@ -234,12 +213,12 @@ class Workflows:
         if self._tasks.get(run_id) is task:
             del self._tasks[run_id]
             self._cancelling.pop(run_id, None)
-            self._engine.changing.discard(run_id)
+            self._ownership.changing.discard(run_id)
         if not task.cancelled():
             task.exception()  # on record: whoever waits for the run gets it from there
 
     async def _drive(self, record: RunRecord, lease: Lease | None, *, anew: bool) -> None:
-        now, deletes = self._engine.clock.now(), [rec.cancel_key(record.id)]
+        now, deletes = self._shared.clock.now(), [rec.cancel_key(record.id)]
         rows: list[tuple[str, bytes]] = []
         since, since_s = record.since, record.since_s
         if anew:
@@ -253,7 +232,7 @@ class Workflows:
         record = replace(
             record, status=Status.RUNNING.value, ended_at=None, error="", ended_by=(), since=since, since_s=since_s
         )
-        held = await self._engine.claim(record, lease, deletes=tuple(deletes), inserts=tuple(rows))
+        held = await self._ownership.claim(record, lease, deletes=tuple(deletes), inserts=tuple(rows))
         if held is None:
             return  # another process was faster: it executes the run, and who waits here hears of it by the journal
         await self._execute(record, held)
@@ -261,8 +240,8 @@ class Workflows:
     async def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], list[str]]:
         """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, and rows
         that go."""  # fmt: skip
-        journal, seal = self._engine.store.journal, self._engine.store.seal
-        log_rows = await self._engine.store.writer.call(lambda: read_log(journal, seal, record.scope, record.generation))
+        journal, seal = self._store.journal, self._store.seal
+        log_rows = await self._store.writer.call(lambda: read_log(journal, seal, record.scope, record.generation))
         rows = [row for _, _, row in log_rows]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
@@ -274,31 +253,31 @@ class Workflows:
                 *(record.id, record.name, names),
             )
         key = f"{rec.log_prefixes(record.scope, record.generation)[2]}{len(rows) + 1:08}"
-        event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._engine.clock.now().wall_s)
+        event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._shared.clock.now().wall_s)
         await self._resume_children(rows, event)
         attempts = rec.attempts_prefix(record.scope, record.generation)
         cleared = [f"{attempts}{request:08}" for request in record.ended_by]
-        return since_s, [self._engine.pack(key, event)], cleared
+        return since_s, [self._ownership.pack(key, event)], cleared
 
     async def _resume_children(self, rows: list[Row], resumed: Event) -> None:
         """The runs that have failed, and whose results are asked for again."""
         stand = {delivery.id for delivery in deliveries_of([*rows, resumed])}
         for asked in (one for row in rows for one in row.asked if one.kind == "result" and one.id not in stand):
-            found = await self._engine.store.writer.call(functools.partial(self.catalog.seen, asked.name))
+            found = await self._store.writer.call(functools.partial(self.catalog.seen, asked.name))
             if found is not None and self.catalog.status(*found) is Status.FAILED:
                 self.resume(asked.name, take_over=False)
 
     async def _execute(self, record: RunRecord, held: Held) -> None:
-        self._engine.watch()
-        run = WorkflowRun(self._engine, record, held)
+        self._ownership.watch()
+        run = WorkflowRun(self._shared, record, held)
         if run.id in self._cancelling:
             run.stop(self._cancelling[run.id])
         try:
             await run.drive(workflow_functions[record.name])
         finally:
-            if self._engine.active.get(run.id) is run:  # where the records or the arguments can't be read
-                del self._engine.active[run.id]
-                self._engine.let_go(run.id)
+            if self._ownership.active.get(run.id) is run:  # where the records or the arguments can't be read
+                del self._ownership.active[run.id]
+                self._ownership.let_go(run.id)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -328,16 +307,16 @@ class Workflows:
                         f"the run {run_id!r} is interrupted, and its workflow {record.name!r} is not defined here"
                     )
                 continue
-            await self._engine.change_of(run_id)
+            await self._ownership.change_of(run_id)
 
     async def _result(self, record: RunRecord) -> Any:
         if record.ended_at is None:  # cancelled while nobody executed it
             return RunCancelled(record.error)
-        journal, key, call = self._engine.store.journal, rec.result_key(record.id), self._engine.store.writer.call
+        journal, key, call = self._store.journal, rec.result_key(record.id), self._store.writer.call
         row = await call(lambda: journal.get(key))
         if row is None:
             raise CorruptStoreError(f"the record {key!r} is missing: what the run {record.id!r} came to")
-        result = unpack(self._engine.store.seal, key, row, Result)
+        result = unpack(self._store.seal, key, row, Result)
         data = await call(lambda: journal.get_blob(result.blob)) if result.blob else result.value
         return _codec.decode(result.form, data)
 

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from inspect import isawaitable
 from typing import Any
 
-from durable_nb._current import StepRequest, current_body
+from durable_nb._current import current_body
+from durable_nb._engine.in_place import Inputs
+from durable_nb._engine.task_scope import enters_user_code
+from durable_nb._engine.workers import Workers
 from durable_nb._forks import children_end_here
 from durable_nb._usage import Usage
-from durable_nb._workers import Workers
 
 
 class Attempt:
     """A body that has been begun. It ends once, and is never begun again."""
 
-    def __init__(self, run_id: str, request: StepRequest, workers: Workers, context: Context) -> None:
-        """Begin it, in this context."""
+    def __init__(
+        self,
+        run_id: str,
+        inputs: Inputs,
+        workers: Workers,
+        context: Context,
+        recording: AbstractContextManager[Callable[[], tuple[bytes, bytes]]],
+    ) -> None:
+        """Begin it, in this context; `recording` notes what it displays and sees."""
         loop = asyncio.get_running_loop()
-        self.run_id, self.request = run_id, request
+        self.run_id, self.inputs, self.request = run_id, inputs, inputs.request
+        self.shown = self.seen = b""
+        """What it has displayed and seen, encoded, when it is over."""
         self.value: Any = None
-        self.error: BaseException | None = None
-        self.in_thread = request.thread
+        self.error: BaseException | None = asyncio.CancelledError()  # also of one that is cancelled before its first line
+        self.in_thread = self.request.thread
         """Nothing can stop it: it ends by itself."""
         self.was_interrupted = False
         """A KeyboardInterrupt has ended it."""
+        self.is_overdue = False
+        """Nobody waits for it: its last time-out is over."""
         self.owner: Callable[[Attempt], object] | None = None
         """Who is told of the end where nobody waits for it any more."""
         body = context.get(current_body)
         self.used: Usage = body.usage if body is not None else {}
         """What the models' answers that it got have cost."""
-        self._workers = workers
+        self._workers, self._recording = workers, recording
         self._began: asyncio.Future[None] = loop.create_future()
         self.task = loop.create_task(self._execute(), context=context)
 
@@ -72,28 +86,33 @@ class Attempt:
     async def _execute(self) -> None:
         """Nothing but CancelledError leaves this: a KeyboardInterrupt or SystemExit would end the kernel's loop."""
         try:
-            value: Any
-            if self.in_thread:
-                began = self._begin if self.request.timeout_s is not None else None
-                context = copy_context()  # one that is entered only there
-                value = await self._workers.submit(self.request.body, context, began, most=self.request.threads)
-                self.in_thread = False
-            with children_end_here():
-                if not self.request.thread:
-                    self._begin()
-                    value = self.request.body()
-                self.value = await value if isawaitable(value) else value
+            with self._recording as noted:
+                self.value = await self._called()
+            self.shown, self.seen = noted()
+            self.error = None
         except asyncio.CancelledError:
-            self.error = asyncio.CancelledError()
             raise
         except KeyboardInterrupt as interrupt:
             self.was_interrupted = True
-            self.error = asyncio.CancelledError()
             raise asyncio.CancelledError from interrupt
         except BaseException as raised:
             self.error = raised
         finally:
             self.in_thread = False
+
+    @enters_user_code
+    async def _called(self) -> Any:
+        value: Any
+        if self.in_thread:
+            began = self._begin if self.request.timeout_s is not None else None
+            context = copy_context()  # one that is entered only there
+            value = await self._workers.submit(self.request.body, context, began, most=self.request.threads)
+            self.in_thread = False
+        with children_end_here():
+            if not self.request.thread:
+                self._begin()
+                value = self.request.body()
+            return await value if isawaitable(value) else value
 
     def _begin(self) -> None:
         if not self._began.done():

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from durable_nb import _fingerprint, _patches
-from durable_nb import _records as rec
 from durable_nb._current import StartRequest, StepRequest
-from durable_nb._facts import Status, Step
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._records import Provenance, StepKey
 
@@ -50,21 +48,38 @@ class Inputs:
         """What may change of that component."""
         return _of(self.objects, label)
 
-    def shares_objects_with(self, other: Inputs) -> bool:
-        """Could both bodies change the same object?"""
-        mine, theirs = ({id(obj) for obj in request.objects.values()} for request in (self, other))
-        return not mine.isdisjoint(theirs)
+    def after(self) -> dict[str, str]:
+        """Its components now that the body has run."""
+        if self.request.kind != "run" or self.found is None or self.found.lasting:
+            return self.components
+        try:
+            return fingerprint_of(self.request).components
+        except Exception:  # an input can't be read any more: the outcome is recorded as it was asked for
+            return self.components
 
 
-class Request(Inputs):
-    """A step of a cell's execution: what was asked, which record it is, and how it stands."""
+class Sharing:
+    """Which objects the bodies that are at work now could change, and whose."""
 
-    def __init__(self, key: StepKey, request: StepRequest, found: Fingerprint | None, branch: str, path: str) -> None:
-        super().__init__(request, found)
-        self.key, self.branch = key, branch
-        self.fact = Step(request.name, path, request.kind, Status.PENDING)
-        self.began: rec.Turn = (0, 0)
-        """When the last attempt began."""
+    def __init__(self) -> None:
+        self._holders: dict[int, set[Inputs]] = {}
+        """By identity of an object. Inputs keep theirs alive."""
+
+    def hold(self, inputs: Inputs) -> None:
+        """A body is given these. Where another has one of the objects, whose change is whose can't be told."""
+        for obj in inputs.objects.values():
+            holders = self._holders.setdefault(id(obj), set())
+            holders.add(inputs)
+            if len(holders) > 1:  # all of them are marked as soon as there are two
+                for holder in holders:
+                    holder.shared = True
+
+    def release(self, inputs: Inputs) -> None:
+        for obj in inputs.objects.values():
+            holders = self._holders.get(id(obj), set())
+            holders.discard(inputs)
+            if not holders:
+                self._holders.pop(id(obj), None)
 
 
 class Changed:
@@ -74,10 +89,11 @@ class Changed:
     it left them.
     """
 
-    def __init__(self, asked: Request, key: StepKey, given: set[str], after: dict[str, str]) -> None:
+    def __init__(self, inputs: Inputs, key: StepKey, given: set[str], after: dict[str, str]) -> None:
+        """`given`: the arguments that it has changed; `after`: the components of its inputs afterwards."""
         self.key = key
-        self.rest = _without(asked.request, asked.components, given)
-        self.objects = {label: asked.objects_of(label) for label in given}
+        self.rest = _without(inputs.request, inputs.components, given)
+        self.objects = {label: inputs.objects_of(label) for label in given}
         self.left_as = {label: after.get(label, "") for label in given}
 
     def is_asked_again(self, asked: StepRequest, found: Fingerprint, later: list[Changed]) -> bool:
@@ -138,7 +154,7 @@ def _without(request: StepRequest, components: dict[str, str], labels: set[str])
     return request.kind, request.name, kept
 
 
-def said(label: str) -> str:
+def described(label: str) -> str:
     """A changed input as messages call it."""
     return label.partition(" ")[2] or "the object it belongs to"
 
@@ -156,18 +172,18 @@ def packed_changes(asked: Inputs, given: set[str], value: Any) -> bytes | None:
         return None
 
 
-def fixed(asked: Request) -> tuple[str, str, dict[str, str]]:
+def fixed(asked: Inputs) -> tuple[str, str, dict[str, str]]:
     """What no body can change: the step's kind and name, its code and its arguments."""
     parts = {k: v for k, v in asked.components.items() if k != "aliases" and not k.startswith("global ")}
     return asked.request.kind, asked.request.name, parts
 
 
-def changed(asked: Request, now: dict[str, str]) -> set[str]:
+def changed(asked: Inputs, now: dict[str, str]) -> set[str]:
     """The globals that are not what they were when the step was asked for."""
     return {label for label in asked.globals if now.get(label) != asked.components[label]}
 
 
-def changed_by_itself(asked: Request, now: dict[str, str]) -> set[str]:
+def changed_by_itself(asked: Inputs, now: dict[str, str]) -> set[str]:
     """Those that the step's own code changed, or may have: in place, or bound anew by a `global` statement."""
     stored = {name for code in _codes(asked.components, asked.request.fn) for name in globals_stored(code)}
     return {
@@ -188,11 +204,12 @@ def _codes(components: dict[str, str], body: Any) -> list[types.CodeType]:
 PYTHON = platform.python_version()
 
 
-def provenance_of(found: Fingerprint | None) -> Provenance:
+def provenance_of(inputs: Inputs) -> Provenance:
     """What a step's outcome depends on, as its record keeps it."""
+    code, found = code_of(inputs.request.fn), inputs.found
     if found is None:
-        return Provenance(_fingerprint.FORMAT, {}, {}, PYTHON)
-    return Provenance(found.format, found.components, found.versions, PYTHON, found.digest)
+        return Provenance(_fingerprint.FORMAT, {}, {}, PYTHON, code=code)
+    return Provenance(found.format, found.components, found.versions, PYTHON, found.digest, code)
 
 
 def code_of(body: Any) -> str:

@@ -15,39 +15,38 @@ from typing import TYPE_CHECKING
 from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
+from durable_nb._engine.by_history import TIMER
+from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
-from durable_nb._history import TIMER
 from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
 from durable_nb._replay import Wait, decide_sleep
-from durable_nb._run import cancelled
-from durable_nb._run_log import read_log
 from durable_nb._usage import Usage
 from durable_nb.errors import RunNotFoundError, StoreError
 
 if TYPE_CHECKING:
-    from durable_nb._engine import Engine
+    from durable_nb._engine.shared import Shared
 
 
 class Catalog:
     """Looks, and changes nothing."""
 
-    def __init__(self, engine: Engine, is_started: Callable[[str], bool]) -> None:
+    def __init__(self, shared: Shared, is_started: Callable[[str], bool]) -> None:
         """`is_started`: has this process begun to execute that run, or is it about to?"""
-        self._engine, self._is_started = engine, is_started
-        self._journal, self._seal = engine.store.journal, engine.store.seal
+        self._shared, self._ownership, self._is_started = shared, shared.ownership, is_started
+        self._journal, self._seal = shared.store.journal, shared.store.seal
 
     def find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
         """The run of that id, or the last one of the cell of that name; RunNotFoundError."""
         found = self.seen(run_id) or self._last_of_cell(run_id)
         if found is None:
             raise RunNotFoundError(
-                f"no run {run_id!r} in the store {self._engine.store.path}; durable.runs() lists those there are"
+                f"no run {run_id!r} in the store {self._shared.store.path}; durable.runs() lists those there are"
             )
         return found
 
     def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run as it stands; cancelled it is as well where its executor died before it heard of it."""
-        found = self._engine.read_run(run_id)
+        found = self._ownership.read_run(run_id)
         if found is None or found[0].status != Status.RUNNING or self.is_owned(run_id, found[1]):
             return found
         return self._heeding(found[0], self._journal.get(rec.cancel_key(run_id))), found[1]
@@ -65,7 +64,7 @@ class Catalog:
                 held = leases.get(rec.lease_key(record.id))
                 lease = unpack(self._seal, rec.lease_key(record.id), held, Lease) if held else None
                 owner = lease.owner if lease else ""
-                if owner not in owners or owner == self._engine.store.process.id:
+                if owner not in owners or owner == self._shared.store.process.id:
                     owners[owner] = self.is_owned(record.id, lease)
                 yield (
                     record if owners[owner] else self._heeding(record, cancels.get(rec.cancel_key(record.id))),
@@ -84,7 +83,7 @@ class Catalog:
             with contextlib.suppress(StoreError):
                 outcome = unpack(self._seal, key, row, Outcome)
                 _usage.add(spent[outcome.run_id], outcome.usage)
-        for run_id, usage in self._engine.savings.all():
+        for run_id, usage in self._shared.savings.all():
             _usage.add(saved[run_id], usage)
         runs = [record for record, _ in self.all() if spent.get(record.id) or saved.get(record.id)]
         found = [Used(run.id, run.name, run.started_at, spent[run.id], saved[run.id]) for run in runs]
@@ -93,7 +92,7 @@ class Catalog:
     def snapshot(self, run_id: str) -> Snapshot:
         """A run with its steps."""
         record, lease = self.find(run_id)
-        run = self._engine.active.get(record.id)
+        run = self._ownership.active.get(record.id)
         return run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
 
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
@@ -102,7 +101,7 @@ class Catalog:
 
     def status(self, record: RunRecord, lease: Lease | None) -> Status:
         """How a run stands, given its record and its lease."""
-        run = self._engine.active.get(record.id)
+        run = self._ownership.active.get(record.id)
         if run is not None:
             return run.standing()
         if self._is_started(record.id):
@@ -113,7 +112,7 @@ class Catalog:
 
     def is_owned(self, run_id: str, lease: Lease | None) -> bool:
         """Does a live process, this one or another, execute the run?"""
-        return self._is_started(run_id) or self._engine.is_owned(run_id, lease)
+        return self._is_started(run_id) or self._ownership.is_owned(run_id, lease)
 
     def _heeding(self, record: RunRecord, row: bytes | None) -> RunRecord:
         """The run, cancelled by that row while nobody executed it."""
@@ -171,7 +170,7 @@ class Catalog:
     def _waits(self, record: RunRecord) -> list[tuple[Turn, Step]]:
         """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its turn, a
         workflow's by the request's number), and with a branch as path."""  # fmt: skip
-        now = self._engine.clock.now()
+        now = self._shared.clock.now()
         found: list[tuple[Turn, Step]] = []
         for turn, t in self._timers(record):
             began, left = t.since.wall_s, decide_sleep(t, now)

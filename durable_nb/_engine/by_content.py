@@ -1,0 +1,189 @@
+"""Which record a step, a sleep or a child of a cell is: told by content. Editing the cell is normal.
+
+Without a loop: it is given what is recorded and what is asked, and says under which key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from durable_nb import _fingerprint
+from durable_nb import _records as rec
+from durable_nb._codec import digest_of
+from durable_nb._current import StepRequest
+from durable_nb._engine.in_place import Changed, Inputs, changed, changed_by_itself, fingerprint_of, fixed
+from durable_nb._engine.run_log import CellRecords
+from durable_nb._fingerprint import Fingerprint
+from durable_nb._records import Loose, Outcome, StepKey
+from durable_nb._replay import Occurrences
+from durable_nb.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a step is recorded under, after its body has run."""
+
+    key: StepKey
+    own: frozenset[str] = frozenset()
+    """Globals that its body has changed itself."""
+    loose: Loose | None = None
+    """To be recorded with it: from now on these are left out of the identity of such steps."""
+
+
+class ByContent:
+    """The identities of one execution of a cell."""
+
+    def __init__(
+        self,
+        records: CellRecords,
+        scope: str,
+        generation: int,
+        run_id: str,
+        *,
+        holds: Callable[[Outcome], bool],
+        now_s: Callable[[], float],
+        changed_before: Iterable[Changed],
+    ) -> None:
+        """`holds`: is the world that a step saw still what it was? `changed_before`: steps of this run that have changed live
+        objects of this process."""  # fmt: skip
+        self._records, self._scope, self._generation, self._run_id = records, scope, generation, run_id
+        self._holds, self._now_s = holds, now_s
+        self._changed = list(changed_before)
+        self._taken: set[Changed] = set()
+        self._checked: set[str] = set()
+        self._counts: dict[str, int] = {}
+        recorded: dict[str, set[int]] = {}
+        for key in (*records.outcomes, *records.attempts):
+            identity, number = key.rsplit("/", 2)[1:]
+            recorded.setdefault(identity, set()).add(int(number))
+        self._occurrences = Occurrences(recorded)
+        sleeps: dict[str, set[int]] = {}
+        for key in records.timers:
+            timer = records.timer(key)
+            if timer is not None:
+                sleeps.setdefault(timer.name, set()).add(int(key.rpartition("/")[2]))
+        self._sleeps = Occurrences(sleeps)
+
+    def step(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint]:
+        """The record of a step that is asked for now."""
+        found = fingerprint_of(request)
+        again = self._asked_again(request, found)
+        if again is not None:
+            return again.key, found
+        loose = self._records.loose.get((request.kind, request.name), ())
+        forms = *found.earlier(), found  # what an earlier format of fingerprints recorded is not paid for again
+        identities = [self._identity(request, form, labels) for form in forms for labels in (*reversed(loose), ())]
+        for identity in identities:
+            for n in tuple(self._occurrences.candidates(identity)):
+                if not self._still_holds(self._key(identity, n), request.ttl_s):
+                    self._occurrences.leave_out(identity, n)
+        own = identities[-1 - len(loose)]
+        identity = next((known for known in identities if self._occurrences.candidates(known)), own)
+        candidates = self._occurrences.candidates(identity)
+        branches = {n: self._branch_of(self._key(identity, n)) for n in candidates} if len(candidates) > 1 else None
+        return self._key(identity, self._occurrences.take(identity, branches, branch)), found
+
+    def sleep(self, name: str, branch: str, has_made: Callable[[str], bool]) -> str:
+        """The record of a sleep: that of this task, else one of a task that there is no more (a helper was renamed), else a new
+        one. Of two tasks that sleep under one name, neither takes the other's beginning."""  # fmt: skip
+        recorded = {n: self._sleeper(name, n) for n in self._sleeps.candidates(name)}
+        own = [n for n, sleeper in recorded.items() if sleeper == branch]
+        left = [n for n, sleeper in recorded.items() if not has_made(sleeper)]
+        n = next(iter((*own, *left)), None)
+        if n is None:
+            n = self._sleeps.new(name)
+        else:
+            self._sleeps.leave_out(name, n)
+        return rec.timer_key(self._run_id, name, n)
+
+    def child(self, workflow: str, arguments: str) -> str:
+        """Which of the runs started in this one it is that is started now."""
+        identity = digest_of("start", workflow, arguments)
+        n = self._counts.get(identity, 0)
+        self._counts[identity] = n + 1
+        return f"{identity}/{n}"
+
+    def settle(self, key: StepKey, inputs: Inputs, after: dict[str, str]) -> Settled:
+        """What a step is recorded under now that its body has run: globals that it changes itself are no input to compare, such
+        as a list that it appends to.
+
+        Arguments are compared all the same: two calls that differ in them only must not be mistaken for each other.
+        """
+        own = changed_by_itself(inputs, after)
+        place = inputs.request.kind, inputs.request.name
+        known = self._records.loose.get(place, ())
+        if not own or inputs.found is None:
+            return Settled(key, frozenset(own))
+        labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
+        identity = self._identity(inputs.request, inputs.found, labels)
+        if identity == key.identity:
+            return Settled(key, frozenset(own))
+        key = self._key(identity, self._occurrences.take(identity))
+        if known and known[-1] == labels:
+            return Settled(key, frozenset(own))
+        self._records.loose[place] = (*known, labels)
+        return Settled(key, frozenset(own), Loose(*place, self._records.loose[place]))
+
+    def give_back(self, key: StepKey) -> None:
+        """A step came to nothing: the next request that is equal to it takes its place among equals."""
+        self._occurrences.give_back(key.identity, int(key.outcome.rpartition("/")[2]))
+
+    def is_changed_already(self, key: StepKey) -> bool:
+        """Is what the step was given still as its recorded execution has left it?"""
+        return any(key is step.key for step in self._taken)
+
+    @staticmethod
+    def is_same_but_for_own_changes(earlier: Inputs, inputs: Inputs) -> bool:
+        """Was an attempt with these inputs begun for the step that is asked for now? Its body may have changed a global already
+        that is part of the key."""  # fmt: skip
+        now = inputs.components
+        return fixed(earlier) == fixed(inputs) and changed(earlier, now) == changed_by_itself(earlier, now)
+
+    def _asked_again(self, request: StepRequest, found: Fingerprint) -> Changed | None:
+        """The step, of those that this run has executed in this kernel, that has left what is given to it now as it is."""
+        if found.lasting:
+            return None
+        for n, step in enumerate(self._changed):
+            if step not in self._taken and step.is_asked_again(request, found, self._changed[n + 1 :]):
+                self._taken.add(step)
+                number = int(step.key.outcome.rpartition("/")[2])
+                if number in self._occurrences.candidates(step.key.identity):
+                    self._occurrences.leave_out(step.key.identity, number)
+                return step
+        return None
+
+    def _identity(self, request: StepRequest, found: Fingerprint, left_out: tuple[str, ...] = ()) -> str:
+        """What a step is recorded under: kind, name and fingerprint, but for components that its body changes itself."""
+        again = self._records.again.get(request.name)
+        parts = (request.kind, request.name) if again is None else (request.kind, request.name, f"again {again}")
+        if not left_out:
+            return digest_of(*parts, found.digest)
+        kept = {label: digest for label, digest in found.components.items() if label not in left_out}
+        return digest_of(*parts, _fingerprint.in_format(found.format).digest_of(kept), *left_out)
+
+    def _still_holds(self, key: StepKey, ttl_s: float | None) -> bool:
+        """Not where a file that the step read has changed since, nor where it is as old as `ttl_s`."""
+        if key.outcome in self._checked:
+            return True
+        self._checked.add(key.outcome)
+        try:
+            outcome = self._records.outcome(key.outcome)
+        except StoreError:
+            return True  # whoever asks for it is told
+        if outcome is None:
+            return True
+        if ttl_s is not None and self._now_s() - outcome.ended_at >= ttl_s:
+            return False
+        return not outcome.seen or self._holds(outcome)
+
+    def _branch_of(self, key: StepKey) -> str:
+        outcome = self._records.outcome(key.outcome)
+        return outcome.branch if outcome is not None else ""
+
+    def _sleeper(self, name: str, n: int) -> str:
+        timer = self._records.timer(rec.timer_key(self._run_id, name, n))
+        return timer.branch if timer is not None else ""
+
+    def _key(self, identity: str, n: int) -> StepKey:
+        return StepKey(self._scope, self._generation, identity, n)

@@ -1,0 +1,124 @@
+"""One execution of a run: what a cell's and a workflow's have in common. Each part owns its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from durable_nb import _records as rec
+from durable_nb._clock import RECHECK_S, Instant, remaining_s
+from durable_nb._current import SleepRequest
+from durable_nb._engine.observing import Observers
+from durable_nb._engine.performer import Performer, RunPolicy, Wording
+from durable_nb._engine.run_log import Held, RunLog
+from durable_nb._engine.shared import Shared
+from durable_nb._facts import Facts, Snapshot, Status
+from durable_nb._journal import Verdict
+from durable_nb._records import Result, RunRecord, Timer
+from durable_nb._replay import Wait, decide_sleep
+from durable_nb.errors import LeaseLost
+
+UNWIND_S = 2.0
+"""How long an execution that ends waits for cancelled bodies to unwind."""
+
+
+class Execution:
+    """The records, the facts, the steps that are performed, the waits, and the end of one execution."""
+
+    def __init__(self, shared: Shared, record: RunRecord, held: Held, wording: Wording, policy: RunPolicy) -> None:
+        self.shared, self.record, self.held, self.wording = shared, record, held, wording
+        self.log = RunLog(shared.store, record, held)
+        self.observers = Observers()
+        self.facts = Facts(self.observers.changed)
+        self.performer = Performer(shared, self.log, held, self.facts, self.observers, wording, policy)
+        self.status = Status.RUNNING
+        self.began_at = self.now_s()
+        self.ended_at: float | None = None
+
+    def now_s(self) -> float:
+        return self.shared.clock.now().wall_s
+
+    def snapshot(self, status: Status) -> Snapshot:
+        """The run and its steps, as they stand now."""
+        of = self.record.id, self.record.name, status, self.began_at, self.ended_at
+        return Snapshot(*of, self.facts.steps(), self.record.labels)
+
+    def begin(self, run: Any) -> None:
+        """`run` is what executes it here from now on."""
+        self.shared.ownership.active[self.record.id] = run
+
+    async def sleep(self, timer: Timer, path: str, since: Instant, wait: Callable[[float, str], None] | None = None) -> bool:
+        """Return when a sleep is over; was there anything left of it? `wait` is told of a pause before it, and may raise."""
+        was_left = False
+        while isinstance(left := decide_sleep(timer, self.shared.clock.now()), Wait):
+            was_left = True
+            wake_at = self.now_s() + left.seconds
+            self.facts.update(path, status=Status.SLEEPING, started_at=since.wall_s, wake_at=wake_at)
+            if wait is not None:
+                wait(left.seconds, f"sleeps {timer.name!r}")
+            await self.shared.clock.sleep(min(left.seconds, RECHECK_S))
+        return was_left
+
+    def lost(self) -> LeaseLost:
+        """What is raised where another process owns the run."""
+        hint = self.wording.resume_hint
+        return LeaseLost(
+            f"{self.wording.label} was taken over by another process; what was acknowledged before is safe, this commit was "
+            f"refused. {hint[0].upper()}{hint[1:]} to attach to it"
+        )
+
+    def leave(self, status: Status) -> None:
+        """The execution is over here; what it comes to may still be written down."""
+        self.status, self.ended_at = status, self.now_s()
+        self.performer.is_over = True
+        self.shared.ownership.active.pop(self.record.id, None)
+        self.facts.interrupt()
+        self.shared.savings.write()
+
+    async def finish(self, status: Status, *, error: str = "", result: Result | None = None, **changes: Any) -> None:
+        """Write down how the execution ended. A completed or cancelled run is closed; any other can be resumed.
+
+        changes  of the run's record, beside status and time
+        """
+        ownership, run_id = self.shared.ownership, self.record.id
+        ownership.changing.add(run_id)
+        self.leave(status)
+        try:
+            for key in self.shared.left_over(run_id):  # bodies of an earlier execution that this one did not ask for
+                body = self.shared.bodies.pop(key)
+                if body.owner is not None:
+                    body.owner(body)
+            is_over = status is not Status.INTERRUPTED
+            record = replace(
+                self.record,
+                status=status.value if is_over else Status.RUNNING.value,
+                ended_at=self.ended_at if is_over else None,
+                error=rec.plain(error) if is_over else "",
+                **changes,
+            )
+            is_at_work = self.shared.is_at_work(run_id)
+            closes = status in (Status.COMPLETED, Status.CANCELLED)
+            verdict = await self.log.end(record, result, closes=closes, is_at_work=is_at_work)
+            if not is_at_work:
+                ownership.lose(self.held)
+        finally:
+            ownership.changing.discard(run_id)
+        if verdict is not Verdict.APPLIED:
+            raise self.lost()
+
+
+def timer_of(request: SleepRequest, since: Instant) -> Timer:
+    """What is recorded of a sleep that was first asked for then."""
+    if isinstance(request.wake, datetime):
+        return Timer(request.name, since, 0.0, request.wake.timestamp())
+    return Timer(request.name, since, request.wake.total_seconds())
+
+
+def of_this_boot(timer: Timer, now: Instant) -> Timer:
+    """A sleep that began in another boot: from here on this boot's clock decides, since a wall clock that was set back must not
+    make the wait longer again."""  # fmt: skip
+    if timer.until_s is not None or timer.since.boot == now.boot:
+        return timer
+    return replace(timer, since=now, duration_s=remaining_s(timer.since, timer.duration_s, now))

@@ -1,0 +1,260 @@
+"""Which runs this process executes, and by what right: claiming a run, releasing it, and watching what others want of it.
+
+A run has one executor. Who may write for it is told by its lease's row, which every commit is conditional on; who of several
+processes is alive, by an OS lock that frees itself at death. A dead owner is succeeded at once, a live one never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable
+from contextvars import Context
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from durable_nb import _records as rec
+from durable_nb._engine.run_log import Held
+from durable_nb._engine.workflow_loop import WorkflowLoop
+from durable_nb._facts import Snapshot, Status
+from durable_nb._journal import Commit, Verdict
+from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
+from durable_nb._store import Store
+from durable_nb.errors import StoreError
+
+WATCH_S = 0.5
+"""How soon a process hears that a run of its was cancelled or taken over by another, where it doesn't find out itself."""
+
+
+class Executed(Protocol):
+    """A run that is being executed here."""
+
+    id: str
+
+    def standing(self) -> Status:
+        """How it stands now."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """How it and its steps stand now."""
+        ...
+
+    def stop_soon(self, why: BaseException) -> None:
+        """End the execution, because of that; from any thread."""
+        ...
+
+    def die(self) -> None:
+        """End as a kill would."""
+        ...
+
+    def hear(self, lease: bytes | None, cancel: Cancel | None) -> None:
+        """What other processes have written about it."""
+        ...
+
+
+@dataclass(slots=True)
+class _Awaited:
+    row: bytes | None
+    """The run's record, when it was looked at last."""
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+class Ownership:
+    """The leases that this process holds, and the runs that it executes under them."""
+
+    def __init__(self, store: Store, is_at_work: Callable[[str], bool]) -> None:
+        """`is_at_work`: does a body of that run still live, or is being recorded?"""
+        self.store, self._is_at_work = store, is_at_work
+        self.held: dict[str, Held] = {}
+        self.active: dict[str, Executed] = {}
+        self.changing: set[str] = set()
+        """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
+        self._awaited: dict[str, _Awaited] = {}
+        """Runs that other processes execute, and that somebody here waits for."""
+        self.watching: asyncio.Task[None] | None = None
+
+    def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:
+        """A record as the row that a commit takes."""
+        return key, pack(self.store.seal, key, record)
+
+    # -- claiming ------------------------------------------------------------------------------------------------------
+
+    async def claim(
+        self,
+        record: RunRecord,
+        lease: Lease | None,
+        *,
+        deletes: tuple[str, ...] = (),
+        inserts: tuple[tuple[str, bytes], ...] = (),
+        first: tuple[str, bytes | None, Generation] | None = None,
+    ) -> Held | None:
+        """Take a run whose lease is `lease` (None: a new run), and write its record; None where another was faster.
+
+        Who held the lease before has its commits refused from here on. `first`: a row that must still hold these bytes, and
+        what it shall hold then, instead of the lease's row.
+        """
+        commit, held = self._claiming(record, lease, deletes, first)
+        return self._claimed(held, await self.store.writer.commit(replace(commit, inserts=inserts)))
+
+    def claim_and_wait(self, record: RunRecord, row: tuple[str, bytes]) -> Held | None:
+        """A new run, for synchronous code: its record and `row` are on disk when this returns. None: there is one of that id.
+
+        That there is no lease doesn't say so: another process may have started the run meanwhile, and completed it.
+        """
+        commit, held = self._claiming(record, None, (), None)
+        key = rec.run_key(record.id)
+        new = tuple(row for row in commit.puts if row[0] == key)
+        commit = replace(commit, inserts=new, puts=(row, *(row for row in commit.puts if row[0] != key)))
+        return self._claimed(held, self.store.writer.commit_and_wait(commit))
+
+    def _claiming(
+        self,
+        record: RunRecord,
+        lease: Lease | None,
+        deletes: tuple[str, ...],
+        first: tuple[str, bytes | None, Generation] | None,
+    ) -> tuple[Commit, Held]:
+        lease_key, open_key = rec.lease_key(record.id), rec.open_prefix(record.scope) + record.id
+        before = pack(self.store.seal, lease_key, lease) if lease else None
+        held = self.held.get(record.id)
+        if held is None or held.row != before:  # else ours already: a body of an earlier execution still writes under it
+            new = Lease(lease.epoch + 1 if lease else 1, self.store.process.id)
+            held = Held(record.id, new.epoch, pack(self.store.seal, lease_key, new))
+        puts = [
+            (lease_key, held.row),
+            self.pack(rec.run_key(record.id), record),
+            (open_key, self.store.seal.close(open_key, b"")),
+        ]
+        guard = lease_key, before
+        if first is not None:
+            key, wanted, then = first
+            guard = key, wanted
+            puts.append(self.pack(key, then))
+        return Commit(guard, puts=tuple(puts), deletes=deletes), held
+
+    def _claimed(self, held: Held, verdict: Verdict) -> Held | None:
+        if verdict is not Verdict.APPLIED:
+            return None
+        self.held[held.run_id] = held
+        if asyncio._get_running_loop() is not None:
+            self.watch()
+        return held
+
+    def holds(self, held: Held) -> bool:
+        """Is it still this that the run is written under here?"""
+        return self.held.get(held.run_id) is held
+
+    def is_owned(self, run_id: str, lease: Lease | None) -> bool:
+        """Does a live process, this one or another, execute the run?"""
+        if lease is None:
+            return False
+        return (
+            run_id in self.active or run_id in self.changing
+            if lease.owner == self.store.process.id
+            else self.store.process.is_alive(lease.owner)
+        )
+
+    def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
+        """A run and its lease, as they stand in the journal."""
+        journal, seal = self.store.journal, self.store.seal
+        lease_row = journal.get(rec.lease_key(run_id))
+        row = journal.get(rec.run_key(run_id))
+        if row is None:
+            return None
+        if lease_row != journal.get(rec.lease_key(run_id)):  # it changed hands or ended between the two: look again
+            return self.read_run(run_id)
+        lease = unpack(seal, rec.lease_key(run_id), lease_row, Lease) if lease_row else None
+        return unpack(seal, rec.run_key(run_id), row, RunRecord), lease
+
+    # -- releasing -----------------------------------------------------------------------------------------------------
+
+    def disown(self, run_id: str) -> None:
+        """Give up a run that was begun and is not executed, after whatever was handed over."""
+        self.held.pop(run_id, None)
+        key = rec.lease_key(run_id)
+        mine, free = (self.pack(key, Lease(1, owner)) for owner in (self.store.process.id, ""))
+        with contextlib.suppress(StoreError):
+            self.store.writer.commit_and_wait(Commit(mine, puts=(free,)))
+
+    def lose(self, held: Held) -> None:
+        """Another process owns the run."""
+        if self.holds(held):
+            del self.held[held.run_id]
+
+    def let_go(self, run_id: str) -> asyncio.Future[Verdict] | None:
+        """Give a run that nothing here works on any more to whoever wants it: an interrupted one whose last thread has ended,
+        or whose end could not be written."""  # fmt: skip
+        held = self.held.get(run_id)
+        if held is None or run_id in self.active or run_id in self.changing or self.store.writer.closed:
+            return None
+        if self._is_at_work(run_id):
+            return None
+        row = self.pack(rec.lease_key(run_id), Lease(held.epoch, ""))
+        given = self.store.writer.commit(Commit(held.guard, puts=(row,)))
+        given.add_done_callback(lambda done: self._let_go(held, done))
+        return given
+
+    def _let_go(self, held: Held, done: asyncio.Future[Verdict]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self.lose(held)
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Look for what other processes want of the runs that are executed here, for as long as there are any."""
+        loop = asyncio.get_running_loop()
+        if type(loop) is WorkflowLoop:
+            loop = loop.carrier
+        if self.watching is None or self.watching.done() or self.watching.get_loop() is not loop:
+            self.watching = loop.create_task(self._watch_on(), context=Context(), name="durable_nb watch")
+
+    async def _watch_on(self) -> None:
+        while (self.held or self._awaited) and not self.store.writer.closed:
+            await asyncio.sleep(WATCH_S)
+            with contextlib.suppress(StoreError):  # whoever needs the disk is told; here it is tried again
+                for run_id in list(self.held):
+                    self.let_go(run_id)
+                runs = list(self.active.values())
+                awaited = dict(self._awaited)
+                for run, lease, cancel in await self.store.writer.call(functools.partial(self._news, runs)):
+                    if self.active.get(run.id) is run:  # not ended meanwhile
+                        run.hear(lease, cancel)
+                if awaited:
+                    for run_id in await self.store.writer.call(functools.partial(self._changed_of, awaited)):
+                        for waiting in self._awaited.pop(run_id).waiters:
+                            if not waiting.done():
+                                waiting.set_result(None)
+
+    async def change_of(self, run_id: str) -> None:
+        """Return when a run that another process executes has ended, or when that process has."""
+        seen = self._awaited.setdefault(run_id, _Awaited(self.store.journal.get(rec.run_key(run_id))))
+        waiting = asyncio.get_running_loop().create_future()
+        seen.waiters.append(waiting)
+        self.watch()
+        await waiting
+
+    def _changed_of(self, awaited: dict[str, _Awaited]) -> list[str]:
+        """Which of the runs have ended, or lost their owner. One look for all of them."""
+        journal, alive = self.store.journal, dict[str, bool]()
+        leases = dict(journal.scan(rec.lease_key("")))
+        changed = []
+        for run_id, seen in awaited.items():
+            row = leases.get(rec.lease_key(run_id))
+            owner = ""
+            with contextlib.suppress(StoreError):
+                owner = unpack(self.store.seal, rec.lease_key(run_id), row, Lease).owner if row else ""
+            if owner not in alive:
+                alive[owner] = owner != self.store.process.id and self.store.process.is_alive(owner)
+            if not alive[owner] or journal.get(rec.run_key(run_id)) != seen.row:
+                changed.append(run_id)
+        return changed
+
+    def _news(self, runs: list[Executed]) -> list[tuple[Executed, bytes | None, Cancel | None]]:
+        journal = self.store.journal
+        rows = dict(journal.scan(rec.cancel_key("")))
+        cancels = {}
+        for key, row in rows.items():
+            with contextlib.suppress(StoreError):  # one that can't be read is of no other run's concern
+                cancels[key] = unpack(self.store.seal, key, row, Cancel)
+        return [(run, journal.get(rec.lease_key(run.id)), cancels.get(rec.cancel_key(run.id))) for run in runs]

@@ -1,0 +1,69 @@
+"""What all executions of one store in this process share: the store, the clock, the threads, and the bodies at work."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from durable_nb._clock import Clock, SystemClock
+from durable_nb._current import Engine
+from durable_nb._engine.attempt import Attempt
+from durable_nb._engine.in_place import Changed
+from durable_nb._engine.muting import Muting
+from durable_nb._engine.ownership import Ownership
+from durable_nb._engine.workers import Workers
+from durable_nb._savings import Savings
+from durable_nb._store import Store
+
+
+class Shared:
+    """One for each store and process."""
+
+    def __init__(self, store: Store, clock: Clock | None = None, jitter: Callable[[], float] = random.random) -> None:
+        self.store = store
+        self.clock: Clock = clock or SystemClock()
+        self.jitter = jitter
+        self.workers = Workers()
+        self.savings = Savings(store)
+        self.ownership = Ownership(store, self.is_at_work)
+        self.bodies: dict[str, Attempt] = {}
+        """By idempotency key. Threads outlive the execution that began them, and are taken over by the next one."""
+        self.changed: defaultdict[str, list[Changed]] = defaultdict(list)
+        """By scope: steps of unfinished runs of cells that have changed live objects of this kernel, in order."""
+        self.muting: Callable[[], Muting] = Muting
+        """What keeps a repeated workflow from showing again what it showed."""
+        self.workflows: Engine
+        """What starts and finds the runs of workflows of this store, and awaits them."""
+        self._recording: Counter[str] = Counter()
+        """By run: how many results of bodies that nobody waits for are being recorded."""
+        self._kept: set[asyncio.Task[Any]] = set()
+        store.writer.expected = lambda: len(self.bodies)
+
+    def is_at_work(self, run_id: str) -> bool:
+        """Does a body of the run live, or is being recorded?"""
+        return self._recording[run_id] > 0 or any(b.run_id == run_id and not b.is_over for b in self.bodies.values())
+
+    def left_over(self, run_id: str) -> list[str]:
+        """Keys of bodies of the run that have ended and that nobody has taken over."""
+        return [key for key, body in self.bodies.items() if body.run_id == run_id and body.is_over]
+
+    def keep(self, recording: Coroutine[Any, Any, None], run_id: str) -> None:
+        """Record what a body has come to that nobody waits for. The run's lease is ours until then."""
+        self._recording[run_id] += 1
+        task = asyncio.get_running_loop().create_task(recording)
+        self._kept.add(task)
+
+        def done(_: asyncio.Task[Any]) -> None:
+            self._kept.discard(task)
+            self._recording[run_id] -= 1
+            self.ownership.let_go(run_id)
+
+        task.add_done_callback(done)
+
+    async def settled(self, run_id: str) -> None:
+        """Return when what is being recorded of the run is."""
+        while self._recording[run_id] > 0 and self._kept:
+            await asyncio.wait(set(self._kept), return_when=asyncio.FIRST_COMPLETED)

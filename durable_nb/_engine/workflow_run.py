@@ -1,0 +1,1077 @@
+"""One execution of a workflow's run: what verbs ask in it.
+
+Its steps are identified by history: replay goes the way the run went.
+
+The workflow's code runs on a loop of its own (`workflow_loop`), which this object steps from callbacks of the kernel's loop:
+first through everything recorded, one delivery at a time; then live. Bodies run on the kernel's loop and in its threads, and
+none begins before every recorded event was asked for and delivered. What ends is committed, then delivered, in the order of
+the commits: what the code has seen is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import sys
+import time
+from asyncio import events
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass, replace
+from typing import Any
+
+from durable_nb import _codec, _patches
+from durable_nb import _records as rec
+from durable_nb._codec import digest_of
+from durable_nb._current import SleepRequest, StartRequest, StepRequest, current_run
+from durable_nb._engine.blame import Blame
+from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, without_collector
+from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
+from durable_nb._engine.in_place import PYTHON, arguments_of, code_of, fingerprint_of
+from durable_nb._engine.observing import Observers
+from durable_nb._engine.outbox import Outbox
+from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, encoded, ended_step
+from durable_nb._engine.run_log import Held, LinearLog, cancelled, say
+from durable_nb._engine.run_time import RunTime
+from durable_nb._engine.shared import Shared
+from durable_nb._engine.workflow_loop import Interrupted, WorkflowLoop
+from durable_nb._facts import Snapshot, Status, Step, standing
+from durable_nb._journal import Verdict
+from durable_nb._records import Arguments, Asked, Attempts, Cancel, Event, Outcome, Result, RunRecord, Timer, unpack
+from durable_nb._replay import Wait, decide_sleep
+from durable_nb.errors import (
+    CorruptStoreError,
+    DurableError,
+    LeaseLost,
+    NonDeterminismError,
+    NotInRunError,
+    NotSupportedError,
+    RunCancelled,
+    StepInterrupted,
+    StoreError,
+    UnserializableError,
+    UntrustedStoreError,
+)
+
+SLICE_S = 0.01
+"""So long the workflow's code has the kernel's loop at a time."""
+_IDLE_S = 2.0
+"""So long code may wait for what nothing in its run can bring about."""
+_AT_ONCE = 32
+"""So many bodies begin in one turn of the kernel's loop."""
+_LOOKS = 100
+"""So many recorded steps of one name are compared with what is asked for now. Comparing is most of what a replay costs."""
+_POLICY = RunPolicy(keeps_late_results=False, verifies_lease=True)
+
+_lane: ContextVar[_Lane | None] = ContextVar("durable_nb_lane", default=None)
+
+
+class _Lane:
+    """Where a task of the workflow's stands in the tree of its tasks."""
+
+    __slots__ = ("_children", "path")
+
+    def __init__(self, path: tuple[int, ...] = ()) -> None:
+        self.path, self._children = path, 0
+
+    def child(self) -> _Lane:
+        self._children += 1
+        return _Lane((*self.path, self._children))
+
+
+class _Ask:
+    """A request of the code's, from the call of its verb to its delivery."""
+
+    __slots__ = (
+        "activation",
+        "begun",
+        "context",
+        "coro",
+        "future",
+        "handle",
+        "is_wanted",
+        "lane",
+        "path",
+        "request",
+        "task",
+        "timer",
+        "what",
+    )
+
+    def __init__(self, request: Request, future: asyncio.Future[Any] | None, lane: tuple[int, ...], what: Any = None) -> None:
+        self.request, self.future, self.lane, self.what = request, future, lane, what
+        self.handle: events.TimerHandle | None = None
+        self.coro: Coroutine[Any, Any, Any] | None = None
+        self.timer: Timer | None = None
+        self.path = ""
+        """Of the step that views show; '' of what they don't."""
+        self.task: asyncio.Task[Any] | None = None
+        self.context: Context | None = None
+        """Of the task that awaits it: its body sees the same context variables."""
+        self.is_wanted = self.begun = False
+        self.activation = -1
+        """The one that it was made in."""
+
+    @property
+    def is_given_up(self) -> bool:
+        """Does nobody wait for it any more, and nobody will?"""
+        if self.handle is not None:
+            return self.handle.cancelled()
+        if self.future is not None and self.future.cancelled():
+            return True
+        return not self.is_wanted and self.coro is not None and inspect.getcoroutinestate(self.coro) == inspect.CORO_CLOSED
+
+
+@dataclass(frozen=True, slots=True)
+class _Over:
+    """How the code ended."""
+
+    status: Status
+    value: Any = None
+    error: BaseException | None = None
+    ended_by: tuple[int, ...] = ()
+
+
+class WorkflowRun:
+    """Implements what verbs ask (`_current.Run`)."""
+
+    is_replayed = True
+
+    def __init__(self, shared: Shared, record: RunRecord, held: Held) -> None:
+        self.record, self.id, self.name = record, record.id, record.name
+        self._label = f"run {record.id!r} of workflow {record.name!r}"
+        rerun = "call the run's resume()"
+        wording = Wording(self._label, rerun, rerun, "begin the run anew with its restart()")
+        self._execution = Execution(shared, record, held, wording, _POLICY)
+        self._execution.began_at = record.started_at
+        self._performer, self._facts = self._execution.performer, self._execution.facts
+        self._shared, self._held = shared, held
+        self._time = RunTime(shared.clock, record.since, record.since_s, is_at_work=self._is_at_work)
+        self._log = LinearLog(self._execution.log)
+        self._outbox = Outbox(
+            self._log,
+            wall_s=self._execution.now_s,
+            run_s=self._time.now_s,
+            closed=lambda: self._closed,
+            written=self._written,
+            failed=self._not_written,
+        )
+        self._host_loop = asyncio.get_running_loop()
+        self._loop = WorkflowLoop(self)  # type: ignore[abstract]  # the rest of a loop is refused, see there
+        self._history = History(())
+        self._muting = shared.muting()
+        self._blame = Blame()
+        self._main: asyncio.Task[Any] | None = None
+        self._ended: asyncio.Future[_Over] = self._host_loop.create_future()
+        self._stopped: BaseException | None = None
+        """Why this execution ends before its code does; nothing of it is executed any more."""
+        self._cancelled: RunCancelled | None = None
+        self._broken: NonDeterminismError | None = None
+        self._attempts: dict[int, Attempts] = {}
+        # requests, by where they stand
+        self._fresh: list[_Ask] = []
+        """Made in the activation that is not closed."""
+        self._wanted: list[_Ask] = []
+        """Awaited now, their bodies not begun."""
+        self._open: dict[int, _Ask] = {}
+        """Not delivered."""
+        self._working: dict[int, _Ask] = {}
+        """With a task of the engine's at work on them."""
+        self._sleeping: dict[int, _Ask] = {}
+        self._starts: dict[str, _Ask] = {}
+        """Children, by id."""
+        self._forgotten: list[_Ask] = []
+        """Verbs that were called, have ended, and were never awaited."""
+        self._idle: asyncio.TimerHandle | None = None
+        self._fetching: asyncio.Task[None] | None = None
+        self._inbox: deque[tuple[Row, Any, BaseException | None]] = deque()
+        """On disk, not delivered."""
+        self._loaded: tuple[int, bytes, bytes] | None = None
+        """Of the next delivery: large values, read from their files."""
+        self._closed = -1
+        """The last activation that is over."""
+        self._is_live = self._is_over = self._is_scheduled = False
+        self._looked: Counter[str] = Counter()
+
+    @property
+    def runs(self) -> Any:
+        return self._shared.workflows
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._host_loop
+
+    @property
+    def observers(self) -> Observers:
+        """Whoever wants to know how the run goes subscribes here."""
+        return self._execution.observers
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """How the run and its steps stand now."""
+        return self._execution.snapshot(self.standing())
+
+    def standing(self) -> Status:
+        """How the run stands now; takes as long however many steps there are."""
+        status = self._execution.status
+        if status is not Status.RUNNING or self._performer.bodies:
+            return status
+        found = standing([self._facts[ask.path] for ask in self._working.values() if ask.path])
+        is_asleep = found is Status.RUNNING and self._time.is_armed and not self._working  # in asyncio.sleep
+        return Status.SLEEPING if is_asleep else found
+
+    def stop_soon(self, why: BaseException) -> None:
+        """The same as `stop`, from any thread."""
+        if asyncio._get_running_loop() is self._host_loop:
+            self.stop(why)
+        else:
+            self._host_loop.call_soon_threadsafe(self.stop, why)
+
+    # -- what verbs ask ------------------------------------------------------------------------------------------------
+
+    def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
+        __tracebackhide__ = True
+        return self._ask(Request(request.kind, request.name, functools.partial(arguments_of, request)), request.kind, request)
+
+    def expect(self, name: str, count: int) -> list[str]:
+        return [self._facts.take("", name, item) for item in range(count)]
+
+    def call_off(self, paths: list[str]) -> None:
+        """They were asked for, as the history tells."""
+
+    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+        __tracebackhide__ = True
+        return self._ask(Request("sleep", request.name, str(request.wake)), "sleep", request)
+
+    def start(self, request: StartRequest) -> str:
+        """The child's id, fixed now; it begins when the code awaits next."""
+        __tracebackhide__ = True
+        self._check_open(request.workflow)
+        if self._broken is not None:
+            raise self._broken
+        before = [other.request for other in self._fresh]
+        ask = self._asked(Request("start", request.workflow, functools.partial(arguments_of, request)), "start", request)
+        ask.is_wanted = True
+        self._history.bind(ask.request, before)
+        if request.run_id is None:
+            request.run_id, request.on_conflict = self._key(ask.request), "keep"
+        self._starts[request.run_id] = ask
+        return request.run_id
+
+    async def result_of(self, run_id: str) -> Any:
+        """What another run comes to, recorded in this one."""
+        __tracebackhide__ = True
+        start = self._starts.get(run_id)
+        if start is not None and start.future is not None:
+            await asyncio.shield(start.future)  # a conflict is raised here
+        return await self._ask(Request("result", run_id, ""), "", None)
+
+    def _ask(self, request: Request, kind: str, what: Any) -> Coroutine[Any, Any, Any]:
+        __tracebackhide__ = True
+        self._check_open(request.name)
+        if self._broken is not None:
+            return _raises(self._broken)
+        ask = self._asked(request, kind, what)
+        ask.coro = self._answer(ask)
+        return ask.coro
+
+    def _asked(self, request: Request, kind: str, what: Any) -> _Ask:
+        lane = _lane.get()
+        ask = _Ask(request, self._loop.create_future(), lane.path if lane else (), what)
+        if kind:
+            given = what.path if isinstance(what, StepRequest) else ""
+            ask.path = given or self._facts.take("", request.name)
+            self._facts.add(Step(request.name, ask.path, kind, Status.PENDING))
+        if isinstance(what, SleepRequest):
+            ask.timer = timer_of(what, self._shared.clock.now())
+        self._fresh.append(ask)
+        return ask
+
+    async def _answer(self, ask: _Ask) -> Any:
+        __tracebackhide__ = True
+        ask.is_wanted = True
+        ask.context = copy_context()
+        self._wanted.append(ask)
+        if ask.future is None or asyncio.get_running_loop() is not self._loop:
+            raise NotSupportedError(
+                f"{ask.request.said} of {self._label} was awaited on another event loop; nothing was run. Await it in the "
+                "workflow's own code"
+            )
+        return await ask.future
+
+    def _check_open(self, name: str) -> None:
+        __tracebackhide__ = True
+        if isinstance(self._stopped, LeaseLost):
+            raise asyncio.CancelledError
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # a `finally` that it came to asks for no step
+            self._host_loop.call_soon(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
+            raise KeyboardInterrupt
+        if self._is_over or self._main is None or self._main.done():
+            raise NotInRunError(
+                f"step {name!r} was asked for when {self._label} was over; nothing was run. Await the task that asks for it in "
+                "the workflow (await asyncio.gather(...)), then its steps are recorded"
+            )
+        if asyncio._get_running_loop() is not self._loop:
+            raise NotSupportedError(
+                f"step {name!r} of {self._label} was asked for outside the workflow's own code, by a thread or a callback; "
+                "nothing was run. Call durable's verbs in the workflow function itself"
+            )
+
+    # -- the loop's timers ---------------------------------------------------------------------------------------------
+
+    def timer(self, handle: events.TimerHandle, delay_s: float) -> None:
+        lane = _lane.get()
+        ask = _Ask(Request(TIMER, "", f"{delay_s:.6g}"), None, lane.path if lane else ())
+        ask.handle = handle
+        ask.is_wanted = True
+        self._fresh.append(ask)
+
+    def called_from_outside(self) -> None:
+        self._host_loop.call_soon(self._end, _Over(Status.FAILED, error=self._never_woken()))
+
+    def timer_cancelled(self, handle: events.TimerHandle) -> None:
+        """The alarm is set anew when the code has stopped."""
+
+    # -- stepping ------------------------------------------------------------------------------------------------------
+
+    async def drive(self, function: Any) -> Any:
+        """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
+        self._execution.begin(self)
+        self._history, self._attempts = await self._log.load()
+        args, kwargs = await self._arguments()
+        self._time.begin(self._log.at_s)
+        context = copy_context()
+        context.run(current_run.set, self)
+        context.run(_lane.set, _Lane())
+        with self._loop.delivering(0.0):
+            self._loop.call_soon(self._begin_main, function, args, kwargs, context=context)
+        self._shared.ownership.changing.discard(self.id)
+        if self._stopped is not None:
+            self._end(_Over(Status.INTERRUPTED, error=self._stopped))
+        elif self._cancelled is not None and self._history.is_empty:  # before its first line
+            self._end(_Over(Status.CANCELLED, error=self._cancelled))
+        else:
+            self._schedule()
+        try:
+            try:
+                over = await asyncio.shield(self._ended)
+            except asyncio.CancelledError as stopped:
+                self.stop(stopped)
+                over = self._ended.result() if self._ended.done() else _Over(Status.INTERRUPTED, error=stopped)
+            return await self._conclude(over)
+        finally:
+            self._close_loop()
+
+    def _begin_main(self, function: Any, args: Any, kwargs: Any) -> None:
+        self._main = self._loop.create_task(_called(function, args, kwargs), name=f"durable_nb run {self.id}")
+
+    def create_lane(self, context: Any) -> None:
+        """A task of the code's is created, in this context."""
+        parent = _lane.get()
+        if parent is not None:
+            context.run(_lane.set, parent.child())
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._host_loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Go on until there is nothing more to do now. A plain callback: no task of the kernel's loop is current."""
+        self._is_scheduled = False
+        if self._is_over or self._loop.is_running():  # the code itself may run the kernel's loop, and mustn't be re-entered
+            return
+        until_s = time.perf_counter() + SLICE_S
+        with self._loop.interruptible():
+            self._step_on(until_s)
+
+    def _step_on(self, until_s: float) -> None:
+        try:
+            with nullcontext() if self._is_live else self._muting.installed():
+                goes_on = True
+                if self._history.is_replaying():
+                    # Entered once for all that is only repeated: nothing of the kernel's loop is needed.
+                    with without_collector(), self._loop.entered():
+                        while goes_on and self._history.is_replaying() and time.perf_counter() < until_s:
+                            goes_on = self._go_on(until_s)
+                while goes_on and time.perf_counter() < until_s:
+                    goes_on = self._go_on(until_s)
+                if goes_on:
+                    self._schedule()
+        except Interrupted:
+            self._end(_Over(Status.INTERRUPTED, error=KeyboardInterrupt(f"{self._label} was interrupted")))
+        except Mismatch as mismatch:
+            self._break(self._told(mismatch), until_s)
+        except StoreError as error:
+            self._end(_Over(Status.INTERRUPTED, error=error))
+        except DurableError as error:
+            self._end(_Over(Status.FAILED, error=error))
+        except Exception as error:  # of the engine's own: told to whoever waits, instead of a run that hangs
+            self._end(_Over(Status.INTERRUPTED, error=error))
+
+    def _go_on(self, until_s: float) -> bool:
+        """Let the code run, or deliver one thing to it; False where there is nothing to do."""
+        history = self._history
+        self._muting.is_on = history.is_repeating()  # what the code says now was said when it happened
+        try:
+            all_ran = self._loop.run_ready(until_s)
+        finally:
+            self._muting.is_on = False
+        if not all_ran:
+            return True
+        if self._closed < history.activation or self._fresh:
+            self._close()
+        if self._main is not None and self._main.done():
+            self._returned(self._main)
+            return False
+        if history.is_replaying():
+            delivery = history.peek()
+            if not self._is_at_hand(delivery.row):
+                return False
+            history.check_delivery(delivery, self._open)
+            history.activation += 1
+            self._recall(delivery.row)
+            return True
+        if not self._is_live:
+            self._go_live()
+            return True
+        if self._inbox:
+            history.activation += 1
+            self._deliver(*self._inbox.popleft())
+            return True
+        if any(ask.request.id >= 0 for ask in self._wanted[:1]):  # of many the kernel's loop has a turn between
+            self._begin_wanted()
+            self._schedule()
+            return False
+        self._time.arm(self._fire)
+        self._check_idle()
+        return False
+
+    def _close(self) -> None:
+        """The activation is over: its requests are matched; live, they begin."""
+        history = self._history
+        asked = [ask for ask in self._fresh if not ask.is_given_up]
+        new = history.close([ask.request for ask in asked])
+        self._fresh = []
+        self._closed = history.activation
+        fresh = {id(request) for request in new}
+        for ask in asked:
+            self._open[ask.request.id] = ask
+            ask.activation = history.activation
+            if id(ask.request) in fresh:
+                self._outbox.unsaid.append(self._as_recorded(ask))
+            else:
+                recorded = history.recorded(ask.request.id)
+                if recorded is not None and recorded.timer is not None:
+                    ask.timer = recorded.timer
+            if (not ask.is_wanted and ask.request.kind == "sleep") or ask.handle is not None or ask.request.kind == "start":
+                self._wanted.append(ask)
+        if self._is_live:
+            self._begin_wanted()
+
+    def _as_recorded(self, ask: _Ask) -> Asked:
+        request = ask.request
+        where = request.id, self._history.activation, request.kind, request.name, request.digest, request.n
+        return Asked(*where, ask.lane, ask.timer)
+
+    def _go_live(self) -> None:
+        """Everything recorded was asked for and delivered: from here on bodies begin."""
+        self._is_live = True
+        if self._cancelled is None:
+            self._begin_wanted()
+        else:
+            self._outbox.append(Event("cancel", error=str(self._cancelled)))  # what is wanted after that begins
+
+    def _begin_wanted(self) -> None:
+        wanted, self._wanted = self._wanted[:_AT_ONCE], self._wanted[_AT_ONCE:]
+        for ask in wanted:
+            if ask.request.id < 0:
+                self._wanted.append(ask)  # its activation is not closed
+            elif not ask.begun:
+                self._begin(ask)
+        for ask in list(self._sleeping.values()):
+            if ask.is_given_up and ask.task is not None:
+                ask.task.cancel()
+
+    def _begin(self, ask: _Ask) -> None:
+        ask.begun = True
+        if self._open.get(ask.request.id) is not ask or ask.is_given_up or (ask.future is not None and ask.future.done()):
+            return
+        if ask.handle is not None:
+            self._time.add(ask.handle, ask.request.id)
+            return
+        kept = self._history.kept(ask.request)
+        if kept is not None:
+            row = replace(kept, request=ask.request.id, again=True)
+            self._outbox.append(row, *_decoded(row))
+            return
+        match ask.request.kind:
+            case "sleep":
+                work = self._sleep
+                self._sleeping[ask.request.id] = ask
+            case "start" | "result":
+                work = self._ask_engine
+            case _:
+                work = self._perform
+        self._working[ask.request.id] = ask
+        ask.task = self._host_loop.create_task(self._guarded(ask, work), context=copy_context())
+
+    async def _guarded(self, ask: _Ask, work: Callable[[_Ask], Coroutine[Any, Any, None]]) -> None:
+        """An engine's task for one request. A disk that refuses ends the execution; it goes on when the cause is gone."""
+        try:
+            await work(ask)
+        except (StoreError, LeaseLost) as error:
+            self._end(_Over(Status.INTERRUPTED, error=error))
+        finally:
+            self._working.pop(ask.request.id, None)
+            self._sleeping.pop(ask.request.id, None)
+
+    def _fire(self, number: int, at_s: float) -> None:
+        """A timer of the code's is due."""
+        with contextlib.suppress(StoreError):
+            self._outbox.append(Event("fired", number), at_s=at_s)
+
+    def _is_at_work(self) -> bool:
+        """Is a body executed, or about to be?"""
+        at_work = (Status.PENDING, Status.RUNNING)
+        return any(_is_step(ask) and self._facts[ask.path].status in at_work for ask in self._working.values())
+
+    def _check_idle(self) -> None:
+        """Where nothing is left that can wake the code, it is told so, after a moment in which somebody may cancel it."""
+
+        def look() -> None:
+            self._idle = None
+            if not self._is_over and self._is_idle():
+                never = _Over(Status.FAILED, error=self._never_woken())
+                self._end(never if self._cancelled is None else _Over(Status.CANCELLED, error=self._cancelled))
+
+        if self._idle is None and self._is_idle():
+            self._idle = self._host_loop.call_later(_IDLE_S, look)
+
+    def _is_idle(self) -> bool:
+        busy = self._working or self._time.is_waiting or self._inbox or self._outbox.count or self._is_scheduled
+        return not busy and self._is_live
+
+    def _never_woken(self) -> NotSupportedError:
+        return NotSupportedError(
+            f"{self._label} waits for something that its own code can't bring about, and that a replay would not see (an "
+            "asyncio.Event, Future or Queue of the notebook, a thread, or nothing at all). Do this in a step, await "
+            "durable.run(name, function), and call the run's resume()"
+        )
+
+    # -- delivering ----------------------------------------------------------------------------------------------------
+
+    def _is_at_hand(self, row: Row) -> bool:
+        """Are the large values of a record here? Else they are fetched, and it goes on then."""
+        names = [row.blob, row.patches_blob if isinstance(row, Outcome) else ""]
+        if not any(names):
+            return True
+        if self._loaded is not None and self._loaded[0] == self._history.activation:
+            return True
+
+        async def fetch() -> None:
+            try:
+                found = [await self._execution.log.blob(name) if name else b"" for name in names]
+            except StoreError as error:
+                self._end(_Over(Status.INTERRUPTED, error=self._unreadable(row, error)))
+            else:
+                self._loaded = self._history.activation, found[0], found[1]
+                self._schedule()
+
+        task = self._host_loop.create_task(fetch())
+        self._fetching = task
+        return False
+
+    def _recall(self, row: Row) -> None:
+        """Deliver what is recorded."""
+        value: Any = None
+        error: BaseException | None = None
+        ask = self._open.get(row.request)
+        if ask is not None and ask.future is not None and not ask.future.done() and row.form:
+            data, patches = row.value, row.patches if isinstance(row, Outcome) else b""
+            if self._loaded is not None and self._loaded[0] == self._history.activation - 1:
+                data, patches = self._loaded[1] or data, self._loaded[2] or patches
+                self._loaded = None
+            try:
+                value = _codec.decode(row.form, data)
+            except Exception as unreadable:
+                raise self._unreadable(row, unreadable) from unreadable
+            if isinstance(row, Outcome):
+                self._look(ask, row)
+                self._shared.savings.add(self.id, row.usage)
+                if patches:
+                    value = self._patched(ask, patches, value)
+            if row.failed:
+                value, error = None, value
+        self._deliver(row, value, error, restored=True)
+
+    def _deliver(self, row: Row, value: Any, error: BaseException | None, *, restored: bool = False) -> None:
+        self._loop.begin_delivery(row.at)
+        try:
+            if row.request < 0:
+                self._deliver_cancellation(row)
+            else:
+                self._deliver_end(row, value, error, restored=restored)
+        finally:
+            self._loop.end_delivery()
+
+    def _deliver_cancellation(self, row: Row) -> None:
+        if self._main is not None:
+            self._loop.call_soon(self._main.cancel)
+        self._cancel_bodies()
+        if self._cancelled is None:
+            self._cancelled = cancelled(self.id, row.error)
+
+    def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
+        ask = self._open.pop(row.request)
+        if _is_forgotten(ask):
+            self._forgotten.append(ask)
+        self._tell_end(ask, row, restored=restored)
+        if ask.handle is not None:
+            if not ask.handle.cancelled():
+                self._loop.fire(ask.handle)
+        elif ask.future is None or ask.future.done():
+            return
+        elif row.what == "dropped":
+            ask.future.cancel()
+        elif row.failed:
+            error = error if error is not None else DurableError(row.error)
+            if isinstance(error, StopIteration):
+                error = RuntimeError(f"the step's body raised StopIteration({error.value!r})")
+            self._blame.given(error, row.request)
+            ask.future.set_exception(error)
+            if not ask.is_wanted:
+                ask.future.exception()  # it may be awaited later, or never
+        else:
+            ask.future.set_result(value)
+
+    def _tell_end(self, ask: _Ask, row: Row, *, restored: bool) -> None:
+        if not ask.path:
+            return
+        if isinstance(row, Outcome):
+            self._facts.add(ended_step(self._facts[ask.path], row, restored=restored))
+        elif row.what == "dropped":
+            self._facts.update(ask.path, status=Status.CANCELLED)
+        else:
+            self._facts.update(
+                ask.path,
+                status=Status.FAILED if row.failed else Status.COMPLETED,
+                started_at=ask.timer.since.wall_s if ask.timer else row.wall_s,
+                ended_at=row.wall_s,
+                restored=restored,
+                error=row.error or None,
+                wake_at=None,
+            )
+
+    def _look(self, ask: _Ask, recorded: Outcome) -> None:
+        """Say once of a step that was edited that this changes nothing."""
+        name = recorded.name
+        if self._looked[name] >= _LOOKS or not isinstance(ask.what, StepRequest):
+            return
+        self._looked[name] += 1
+        written = recorded.provenance
+        other_code = written.python == PYTHON and written.code != code_of(ask.what.fn)
+        if other_code or ask.request.recorded_digest not in (None, ask.request.digest):
+            self._looked[name] = _LOOKS
+            self.observers.notice(
+                f"step {name!r} of {self._label} was edited, or has other arguments, since it was recorded; the recorded "
+                "result stands"
+            )
+
+    def _patched(self, ask: _Ask, packed: bytes, value: Any) -> Any:
+        """Change the step's arguments as its body did; what it returned, which may be one of them."""
+        try:
+            places = fingerprint_of(ask.what).places()
+            return _patches.apply(packed, places, value)
+        except Exception:  # there is something else at these places
+            self.observers.notice(
+                f"step {ask.request.name!r} of {self._label} changed its arguments when it ran; restored, it can't: they are "
+                "others now"
+            )
+            return value
+
+    def _unreadable(self, row: Row, error: Exception) -> StoreError:
+        kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
+        asked = self._history.recorded(row.request)
+        name = asked.name if asked else ""
+        return kind(
+            f"step {name!r} of {self._label} is recorded, but the record can't be used: {say(error)}. Its body was not run "
+            "again, since it may have been paid for; begin the run anew with its restart()"
+        )
+
+    def _break(self, error: NonDeterminismError, until_s: float) -> None:
+        """Whatever the code waits for, and whatever it asks for from here on, raises this: nothing is executed any more."""
+        self._broken = error
+        with self._loop.delivering(self._loop.now_s):
+            for ask in (*self._open.values(), *self._fresh):
+                if ask.future is not None and not ask.future.done():
+                    ask.future.set_exception(error)
+                    ask.future.exception()  # it needn't be awaited
+        with contextlib.suppress(Interrupted, DurableError):
+            self._loop.run_ready(until_s + 1.0)
+        self._end(_Over(Status.FAILED, error=error))
+
+    def _told(self, mismatch: Mismatch) -> NonDeterminismError:
+        what, _, columns = str(mismatch).partition("\n")
+        return NonDeterminismError(
+            f"{self._label} {what}; nothing was executed, and the records are as they were. Put the code back as it was and "
+            f"call the run's resume(), or begin a new run\n{columns}"
+        )
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def _written(self, row: Row, value: Any, error: BaseException | None) -> None:
+        """On disk: the code hears of it."""
+        if not self._is_over:
+            self._inbox.append((row, value, error))
+            self._schedule()
+
+    def _not_written(self, cause: BaseException | Verdict) -> None:
+        if isinstance(cause, BaseException):
+            self._end(_Over(Status.INTERRUPTED, error=cause))
+        elif cause is Verdict.MISSING:
+            self._end(_Over(Status.INTERRUPTED, error=StoreError(f"{self._label}: an earlier record could not be written")))
+        else:
+            self._give_way()
+
+    # -- at work on requests -------------------------------------------------------------------------------------------
+
+    def _key(self, request: Request) -> str:
+        """The idempotency key: of the request among its equals, never of a place in the log."""
+        digest = request.recorded_digest if request.recorded_digest is not None else request.digest
+        of = self._shared.store.id, self.id, str(self.record.generation)
+        return digest_of(*of, request.kind, request.name, digest, str(request.n))
+
+    async def _perform(self, ask: _Ask) -> None:
+        """Execute a step until its outcome is handed over."""
+        number, key = ask.request.id, self._key(ask.request)
+        call = StepCall(ask.what, key, ask.path)
+        call.context, call.failures = ask.context, self._attempts.get(number)
+        if self._outbox.unsaid:
+            self._outbox.say_soon()
+
+        async def note(failures: Attempts) -> None:
+            self._attempts[number] = failures
+            await self._outbox.written(Event("asked"), puts=(self._log.attempts_row(number, failures),))
+
+        async def keep(ended: Ended) -> None:
+            with contextlib.suppress(StoreError):
+                await self._record(ask, call, ended)
+
+        try:
+            ended = await self._performer.perform(call, note, keep, earlier=self._shared.bodies.get(key))
+        except StepInterrupted as cut_off:
+            tried = call.failures.failed + 1 if call.failures else 1
+            ended = Ended(call.inputs, tried, self._execution.now_s(), error=cut_off)
+        except asyncio.CancelledError:
+            if self._stopped is None and not self._is_over and self._cancelled is not None:
+                self._drop(ask)
+            raise
+        if ended.was_interrupted:
+            self._host_loop.call_soon(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
+        elif isinstance(ended.error, asyncio.CancelledError):
+            self._drop(ask)
+        else:
+            await self._record(ask, call, ended)
+
+    async def _record(self, ask: _Ask, call: StepCall, ended: Ended) -> None:
+        """Hand over what a step has come to. A failure is an outcome: the code may catch it and go on."""
+        number, value, error = ask.request.id, ended.value, None
+        if ended.error is None:
+            try:
+                outcome = await self._performer.outcome_of(call, ended, ended.inputs.after())
+            except UnserializableError as unserializable:
+                ended = replace(ended, error=unserializable)
+        if ended.error is not None:
+            value = None
+            outcome, error = self._performer.failure_of(call, ended)
+        gone = (self._log.attempts_key(number),) if self._attempts.pop(number, None) is not None else ()
+        done = self._outbox.append(replace(outcome, request=number), value, error, deletes=gone)
+        done.add_done_callback(lambda _: call.leave())
+
+    def _drop(self, ask: _Ask) -> None:
+        """The body was stopped, since the run was cancelled: whoever awaits it is cancelled."""
+        self._outbox.append(Event("dropped", ask.request.id))
+
+    async def _sleep(self, ask: _Ask) -> None:
+        timer, now = ask.timer, self._shared.clock.now()
+        if timer is None:
+            return
+        if (moved := of_this_boot(timer, now)) is not timer:
+            timer = ask.timer = moved
+            await self._outbox.written(Event("moved", ask.request.id, timer=timer))
+        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unsaid:
+            await self._outbox.written(Event("asked"))  # the deadline is on disk before the wait begins
+        await self._execution.sleep(timer, ask.path, timer.since)
+        self._outbox.append(Event("fired", ask.request.id))
+
+    async def _ask_engine(self, ask: _Ask) -> None:
+        """Start another run, or wait for one."""
+        workflows = self._shared.workflows
+        if ask.path:
+            self._facts.update(ask.path, status=Status.RUNNING, attempts=1, started_at=self._execution.now_s())
+        value, error = None, None
+        try:
+            if isinstance(ask.what, StartRequest):
+                workflows.start(ask.what, self.id)
+            else:
+                value = await workflows.outcome(ask.request.name)
+        except (asyncio.CancelledError, StoreError):
+            raise
+        except BaseException as raised:
+            error = raised
+        if error is None:
+            try:
+                form, data = encoded(value, f"the run {ask.request.name!r} returned")
+            except UnserializableError as unserializable:
+                error = unserializable
+        if error is not None:
+            form, data, error = _codec.encode_error(error)
+        data, blob = await self._execution.log.kept(data)
+        failed = error is not None
+        event = Event(
+            "ended", ask.request.id, form=form, value=data, blob=blob, failed=failed, error=say(error) if error else ""
+        )
+        self._outbox.append(event, value, error)
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def _returned(self, main: asyncio.Task[Any]) -> None:
+        """The code is done: what it returned or raised."""
+        self._history.check_returned()
+        self._is_live, ended = True, self._history.undelivered()
+        # Made before the last delivery, these had begun: in a former life, or they wait for a turn of the kernel's loop.
+        for ask in self._wanted:
+            if 0 <= ask.activation < self._history.activation and not ask.begun and ask.request.id not in ended:
+                self._begin(ask)
+        error = None if main.cancelled() else main.exception()
+        if isinstance(error, RuntimeError) and "different" in str(error) and "loop" in str(error):
+            error.add_note(f"durable_nb: {self._never_woken()}")
+        if self._cancelled is not None:
+            self._end(_Over(Status.CANCELLED, error=self._cancelled, ended_by=()))
+        elif main.cancelled():
+            own = RunCancelled(f"{self._label} ended with a CancelledError of its own code")
+            self._end(_Over(Status.CANCELLED, error=own))
+        elif error is not None:
+            self._end(_Over(Status.FAILED, error=error, ended_by=self._blame.of(error)))
+        else:
+            asked = (*self._forgotten, *self._open.values(), *self._fresh)
+            forgotten = [ask for ask in asked if _is_forgotten(ask)]
+            if forgotten:
+                name = forgotten[0].request.name
+                self._end(
+                    _Over(
+                        Status.FAILED,
+                        error=DurableError(
+                            f"{self._label} called step {name!r} and never awaited it, so it was not run: write 'await' before "
+                            "it, and call the run's resume()"
+                        ),
+                    )
+                )
+            else:
+                self._end(_Over(Status.COMPLETED, value=main.result()))
+
+    def stands_for(self, error: BaseException, value: Any) -> None:
+        """The code is given that value where the step failed (an answer with a status of 400 or more): should the run end with
+        it, that failure is what ended it."""  # fmt: skip
+        self._blame.stands_for(error, value)
+
+    def stop(self, why: BaseException) -> None:
+        """Cancelled, the code unwinds; for any other reason nothing of it is executed any more."""
+        if self._is_over:
+            return
+        if isinstance(why, RunCancelled):
+            self.cancel(why)
+            return
+        self._stopped = self._stopped or why
+        self._end(_Over(Status.INTERRUPTED, error=self._stopped))
+
+    def cancel(self, why: RunCancelled) -> None:
+        """Unwind the code at its next await; a second time, end at once."""
+        if self._cancelled is not None:
+            if self._is_live:
+                self._end(_Over(Status.CANCELLED, error=self._cancelled))
+            return
+        self._cancelled = why
+        if self._is_live:
+            self._outbox.append(Event("cancel", error=str(why)))
+
+    def die(self) -> None:
+        """End as a kill would."""
+        self.stop(asyncio.CancelledError())
+        for ask in list(self._working.values()):
+            if ask.task is not None:
+                ask.task.cancel()
+        self._close_loop()
+
+    def _cancel_bodies(self) -> None:
+        """Stop what can be stopped of what has begun, or waits to be tried again."""
+        for ask in list(self._working.values()):
+            body = self._performer.bodies.get(self._key(ask.request)) if _is_step(ask) else None
+            if body is not None:
+                body.cancel()
+            elif ask.task is not None and _is_step(ask):
+                ask.task.cancel()
+
+    def interrupt(self) -> None:
+        """As a kill would: nothing is recorded any more."""
+        self._host_loop.call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
+
+    def hear(self, lease: bytes | None, cancel: Cancel | None) -> None:
+        """What other processes have written about this run."""
+        ownership = self._shared.ownership
+        if not ownership.holds(self._held) or self.id in ownership.changing:
+            return
+        if lease != self._held.row:
+            self._give_way()
+        elif cancel is not None and self._cancelled is None:
+            self.cancel(cancelled(self.id, cancel.reason))
+
+    def _give_way(self) -> None:
+        """Another process owns the run: this one writes nothing more."""
+        self._shared.ownership.lose(self._held)
+        lost = self._stopped = self._execution.lost()
+        if not self._is_over and self._main is not None and not self._loop.is_running():
+            self._end(_Over(Status.INTERRUPTED, error=lost))
+            with self._loop.delivering(self._loop.now_s):
+                self._loop.call_soon(self._main.cancel)
+            with contextlib.suppress(Interrupted, DurableError):
+                self._loop.run_ready(time.perf_counter() + 1.0)
+        self._end(_Over(Status.INTERRUPTED, error=lost))
+
+    def _end(self, over: _Over) -> None:
+        """The code is over. Bodies that have begun go on; nothing begins any more."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._outbox.is_closed = True
+        self._time.stop()
+        if not self._ended.done():
+            self._ended.set_result(over)
+
+    async def _conclude(self, over: _Over) -> Any:
+        """Let begun bodies end, unwind the code, and write down how the run ended."""
+        normal = over.status in (Status.COMPLETED, Status.FAILED) and self._stopped is None
+        if not isinstance(over.error, NonDeterminismError):
+            if normal:
+                await self._drain()
+            else:
+                await self._stop_bodies()
+        self._close_loop()
+        status, error, value = over.status, over.error, over.value
+        if isinstance(error, LeaseLost):
+            self._execution.leave(Status.INTERRUPTED)
+            raise error
+        form, data = "", b""
+        if status is Status.COMPLETED:
+            try:
+                form, data = encoded(value, f"{self._label} returned")
+            except UnserializableError as unserializable:
+                status, error = Status.FAILED, unserializable
+        if status in (Status.FAILED, Status.CANCELLED) and error is not None:
+            form, data, error = _codec.encode_error(error)
+        elif status is Status.INTERRUPTED and isinstance(error, StoreError):
+            with contextlib.suppress(StoreError):  # the disk's failure is none of the run's: it goes on once the cause is gone
+                await self._finish(status, None, over.ended_by, form, data)
+            raise error
+        await self._finish(status, error, over.ended_by, form, data)
+        if status is Status.COMPLETED:
+            return value
+        if isinstance(error, Exception) or (status is Status.INTERRUPTED and isinstance(error, asyncio.CancelledError)):
+            raise error from None
+        if status is Status.INTERRUPTED:
+            raise asyncio.CancelledError from error
+        return None  # SystemExit: out of a task, it would end the loop; the record has it
+
+    async def _drain(self) -> None:
+        """Bodies that have begun end, and are recorded; what has not begun never does."""
+        unbegun = []
+        for ask in list(self._working.values()):
+            is_waiting = bool(ask.path) and self._facts[ask.path].status in (Status.RETRYING, Status.SLEEPING)
+            is_new = ask.activation == self._history.activation
+            has_body = _is_step(ask) and self._key(ask.request) in self._performer.bodies
+            if not has_body and ask.task is not None and (is_new or is_waiting or not _is_step(ask)):
+                ask.task.cancel()
+                if _is_step(ask):
+                    unbegun.append(ask.request.name)
+        if unbegun:
+            self.observers.notice(
+                f"{self._label} returned while {', '.join(map(repr, unbegun[:5]))} had not begun: what nobody awaits is not run"
+            )
+        while working := {ask.task for ask in self._working.values() if ask.task is not None and not ask.task.done()}:
+            await asyncio.wait(working, timeout=0.5)
+            if self._stopped is not None:
+                break
+        if self._outbox.last is not None and not self._outbox.last.done():
+            await asyncio.wait({self._outbox.last})
+
+    async def _stop_bodies(self) -> None:
+        tasks = {ask.task for ask in self._working.values() if ask.task is not None}
+        for body in list(self._performer.bodies.values()):
+            body.cancel()
+        for task in tasks:
+            task.cancel()
+        unwinding = {task for task in tasks if not task.done()}
+        if unwinding:
+            await asyncio.wait(unwinding, timeout=UNWIND_S)
+
+    def _close_loop(self) -> None:
+        for ask in (*self._forgotten, *self._open.values(), *self._fresh):
+            if ask.coro is not None and inspect.getcoroutinestate(ask.coro) == inspect.CORO_CREATED:
+                ask.coro.close()
+        self._loop.close()
+
+    async def _finish(
+        self, status: Status, error: BaseException | None, ended_by: tuple[int, ...], form: str, data: bytes
+    ) -> None:
+        """Write down how the run ended."""
+        data, blob = await self._execution.log.kept(data)
+        await self._execution.finish(
+            status,
+            error=say(error) if error is not None else "",
+            result=None if status is Status.INTERRUPTED else Result(form, data, blob),
+            ended_by=ended_by,
+            since=self._time.since,
+            since_s=self._time.since_s,
+        )
+
+    async def _arguments(self) -> tuple[Any, Any]:
+        log, key = self._execution.log, rec.arguments_key(self.id)
+        row = await log.read_row(key)
+        if row is None:
+            raise CorruptStoreError(f"the record {key!r} is missing: what {self._label} was started with; nothing was run")
+        arguments = unpack(log.seal, key, row, Arguments)
+        data = await log.blob(arguments.blob) if arguments.blob else arguments.value
+        args, kwargs = _codec.decode(arguments.form, data)
+        return args, kwargs
+
+
+async def _raises(error: BaseException) -> Any:
+    """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
+    raise error
+
+
+def _decoded(row: Row) -> tuple[Any, BaseException | None]:
+    """What is given again of a row that was recorded before the run was resumed."""
+    if not row.form or row.blob:
+        return None, None
+    value = _codec.decode(row.form, row.value)
+    return (None, value) if row.failed else (value, None)
+
+
+def _is_step(ask: _Ask) -> bool:
+    return isinstance(ask.what, StepRequest)
+
+
+def _is_forgotten(ask: _Ask) -> bool:
+    """Was a verb called, and its coroutine neither awaited nor made a task?"""
+    return ask.coro is not None and not ask.is_wanted and inspect.getcoroutinestate(ask.coro) == inspect.CORO_CREATED
+
+
+async def _called(function: Any, args: Any, kwargs: Any) -> Any:
+    return await function(*args, **kwargs)
