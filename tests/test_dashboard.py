@@ -36,7 +36,6 @@ from durable_nb._view import printed, terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.dashboard import LIMIT, state_of
 from durable_nb._view.listing import CellFacts, Query, RunFacts, page_of
-from durable_nb._engine.workflows import Workflows
 from durable_nb.testing import FakeClock, MemoryStore, runtime
 
 if TYPE_CHECKING:
