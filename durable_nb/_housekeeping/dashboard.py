@@ -43,7 +43,7 @@ class _Store:
 
     def __init__(self, workflows: Workflows) -> None:
         self._workflows = workflows
-        self.path = str(workflows._engine.store.path)
+        self.path = str(workflows.engine.store.path)
 
     def page(self, query: Query) -> Page:
         store = self._workflows.engine.store
