@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from durable_nb._cellcache.entries import Entries
 from durable_nb._journal import Commit, Verdict
@@ -38,59 +40,69 @@ class Examined:
 
 def examine(store: Store, *, verify: bool = False) -> Examined:
     """Look at everything; nothing is changed. `verify` compares every byte of entries, however large."""
-    journal, seal = store.journal, store.seal
-    findings = [Finding("journal", problem, "restore the folder from a backup") for problem in journal.problems()]
+    findings = [Finding("journal", problem, _RESTORE) for problem in store.journal.problems()]
     if store.path.stat().st_mode & 0o077:
         findings.append(Finding(str(store.path), "others may read it", f"chmod 700 {store.path}"))
-    foreign: Counter[str] = Counter()
-    blobs: dict[str, tuple[str, str]] = {}
-    rows = journal.sizes()
-    for key, _ in rows:
-        row = journal.get(key)
+    rows, values, entries = store.journal.sizes(), dict[str, _Holder](), list(Entries(store.cells, store.seal).all())
+    findings += _of_rows(store, [key for key, _ in rows], values)
+    findings += _of_values(store, values)
+    findings += _of_entries(store, [entry.path for entry in entries if entry.manifest is None or verify])
+    notes = (*filter(None, [store.advice]), *store.journal.caveats())
+    return Examined(len(rows), len(values), len(entries), tuple(findings), notes)
+
+
+_RESTORE = "restore the folder from a backup"
+_Holder = tuple[str, str]
+"""What refers to a large value, and what to do where that is damaged."""
+
+
+def _of_rows(store: Store, keys: list[str], values: dict[str, _Holder]) -> Iterator[Finding]:
+    """What is wrong with rows; `values` is filled with the large values that they name."""
+    seal, foreign = store.seal, Counter[str]()
+    for key in keys:
+        row = store.journal.get(key)
         try:
-            body = seal.open(key, row) if row is not None else None
-            if body is not None and key.startswith("step/"):
-                outcome = unpack(seal, key, row or b"", Outcome)
-                named = f"step {outcome.name!r}", f"--rerun={outcome.name} executes the step anew"
-                blobs |= dict.fromkeys((outcome.blob, outcome.patches_blob), named)
-            if body is not None and key.startswith(("arguments/", "result/")):
-                named = f"run {key.partition('/')[2]!r}", "start the workflow again, under another id"
+            if row is None:  # deleted meanwhile
+                continue
+            seal.open(key, row)
+            if key.startswith("step/"):
+                outcome = unpack(seal, key, row, Outcome)
+                holder = f"step {outcome.name!r}", f"--rerun={outcome.name} executes the step anew"
+                values |= dict.fromkeys(filter(None, (outcome.blob, outcome.patches_blob)), holder)
+            elif key.startswith(("arguments/", "result/")):
                 kind: type[Arguments | Result] = Arguments if key.startswith("arguments/") else Result
-                blobs[unpack(seal, key, row or b"", kind).blob] = named
+                holder = f"run {key.partition('/')[2]!r}", "start the workflow again, under another id"
+                values |= dict.fromkeys(filter(None, (unpack(seal, key, row, kind).blob,)), holder)
         except UntrustedStoreError:
             foreign[key.partition("/")[0]] += 1
         except CorruptStoreError as error:
-            remedy = "restore the folder from a backup"
-            if key.startswith("step/"):
-                remedy = f"run the cell once with --rerun, or {remedy}"
-            findings.append(Finding(key, str(error), remedy))
+            yield Finding(
+                key, str(error), ("run the cell once with --rerun, or " if key.startswith("step/") else "") + _RESTORE
+            )
     if foreign:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(foreign.items()))
-        findings.append(Finding("journal", f"rows signed with another key: {kinds}", f"durable-nb trust {store.path}"))
-    blobs.pop("", None)
-    for digest, (whose, remedy) in blobs.items():
+        yield Finding("journal", f"rows signed with another key: {kinds}", f"durable-nb trust {store.path}")
+
+
+def _of_values(store: Store, values: dict[str, _Holder]) -> Iterator[Finding]:
+    for digest, (whose, remedy) in values.items():
         try:
-            journal.get_blob(digest)
+            store.journal.get_blob(digest)
         except StoreError as error:
-            findings.append(Finding(f"values/{digest}", f"{whose}: {error}", remedy))
-    entries = Entries(store.cells, seal)
-    kept = list(entries.all())
-    for entry in kept:
-        name = str(entry.path.relative_to(store.path))
+            yield Finding(f"values/{digest}", f"{whose}: {error}", remedy)
+
+
+def _of_entries(store: Store, paths: list[Path]) -> Iterator[Finding]:
+    entries = Entries(store.cells, store.seal)
+    for path in paths:
+        name = str(path.relative_to(store.path))
         try:
-            if entry.manifest is None or verify:
-                entries.verify(entry.path)
+            entries.verify(path)
         except UntrustedStoreError:
-            findings.append(
-                Finding(
-                    name,
-                    "damaged, or signed with another key",
-                    f"delete it, and the cell is stored anew; or, if you know whose it is, durable-nb trust {store.path}",
-                )
-            )
+            remedy = f"delete it, and the cell is stored anew; or, if you know whose it is, durable-nb trust {store.path}"
+            yield Finding(name, "damaged, or signed with another key", remedy)
         except CorruptStoreError as error:
-            findings.append(Finding(name, str(error), "nothing to do: the cell will run, and is stored anew"))
-    return Examined(len(rows), len(blobs), len(kept), tuple(findings), (*filter(None, [store.advice]), *journal.caveats()))
+            yield Finding(name, str(error), "nothing to do: the cell will run, and is stored anew")
 
 
 @dataclass(frozen=True, slots=True)
