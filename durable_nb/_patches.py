@@ -16,6 +16,7 @@ from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from durable_nb import _figures, _sqlite
 from durable_nb._pickling import References, Unpickler
 from durable_nb._readback import pickled
 
@@ -57,7 +58,7 @@ class Standing:
                 self._sizes[id(obj)] = obj.size, obj.dtype
             elif _is_frame(obj):
                 self._axes[id(obj)] = obj.axes
-            elif not (kind in _OTHERS or _is_of_python(kind) or _is_index(obj) or _is_generator(obj)):
+            elif not (kind in _OTHERS or _is_of_python(kind) or _is_index(obj) or _is_generator(obj) or _is_of_sqlite(obj)):
                 self._digests[id(obj)] = self._digest_of(obj)
 
     def _digest_of(self, obj: Any) -> str:
@@ -100,6 +101,11 @@ def _held_by_polars(obj: Any) -> str:
     return "" if polars is None else {polars.DataFrame: "_df", polars.Series: "_s"}.get(type(obj), "")
 
 
+def _is_of_sqlite(obj: Any) -> bool:
+    sqlite: Any = sys.modules.get("sqlite3")
+    return sqlite is not None and isinstance(obj, (sqlite.Connection, sqlite.Cursor))
+
+
 def _is_index(obj: Any) -> bool:
     pandas: Any = sys.modules.get("pandas")
     return pandas is not None and isinstance(obj, pandas.Index)
@@ -108,6 +114,11 @@ def _is_index(obj: Any) -> bool:
 def _is_generator(obj: Any) -> bool:
     numpy: Any = sys.modules.get("numpy")
     return numpy is not None and isinstance(obj, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def _is_masked(obj: Any) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and type(obj) is numpy.ma.MaskedArray and not obj.hardmask and not obj.dtype.names
 
 
 def content_of(obj: Any, standing: Standing | None = None) -> Any:
@@ -122,6 +133,13 @@ def _kind(obj: Any) -> str:
 
 def _content_of(obj: Any, standing: Standing | None) -> Any:
     kind = type(obj)
+    if _is_of_sqlite(obj):
+        try:
+            return _sqlite.standing(obj) if _sqlite.is_connection(obj) else _sqlite.place(obj)
+        except _sqlite.UntoldError as error:
+            raise UnpatchableError(kind.__name__) from error
+    if _figures.is_part(obj):
+        return _figures.content_of(obj)
     if kind in (list, set, collections.deque, bytearray):
         return (bytes if kind is bytearray else list)(obj)
     if kind in _PLAIN:
@@ -133,6 +151,10 @@ def _content_of(obj: Any, standing: Standing | None) -> Any:
         content = numpy.array(obj, copy=True)
         content.flags.writeable = obj.flags.writeable
         return content
+    if _is_masked(obj):
+        if standing is not None and standing.resized(obj):
+            raise UnpatchableError(kind.__name__)
+        return obj.copy()
     if _is_generator(obj):
         if isinstance(obj, numpy.random.RandomState):
             return obj.get_state()
@@ -154,8 +176,10 @@ def _content_of(obj: Any, standing: Standing | None) -> Any:
         return dict(vars(obj)), {}, None
     if _is_of_python(kind):
         base = next(base for base in kind.__mro__ if not base.__flags__ & _HEAPTYPE)
-        inner = None if base is object else _BASES[base](obj)
+        inner = _BASES[base](obj) if base in _BASES else None
         return dict(getattr(obj, "__dict__", {})), {name: slot.__get__(obj) for name, slot in _slots(obj)}, inner
+    if kind is object:
+        return None
     raise UnpatchableError(kind.__name__)
 
 
@@ -194,6 +218,8 @@ def fits(obj: Any, content: Any) -> bool:
     kind, content = content
     if kind != _kind(obj):
         return False
+    if _sqlite.is_connection(obj):
+        return _sqlite.is_closed(obj) == (content is None) or not _sqlite.is_reading(obj)
     if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
         lies_well = obj.shape == content.shape or obj.flags.forc
         alike = obj.size == content.size and obj.dtype == content.dtype and lies_well
@@ -214,7 +240,11 @@ def put(obj: Any, content: Any) -> None:
     _, content = content
     kind = type(obj)
     library = kind.__module__.partition(".")[0]
-    if kind in (list, bytearray):
+    if _is_of_sqlite(obj):
+        (_sqlite.bring if _sqlite.is_connection(obj) else _sqlite.bring_cursor)(obj, content)
+    elif _figures.is_part(obj):
+        _figures.put(obj, content)
+    elif kind in (list, bytearray):
         obj[:] = content
     elif kind in (set, collections.deque):
         obj.clear()
@@ -223,6 +253,8 @@ def put(obj: Any, content: Any) -> None:
         obj.clear()
         for key, value in content:  # Counter.update would count the pairs
             obj[key] = value
+    elif kind is object:
+        return
     elif _is_frame(obj):
         _put_frame(obj, *content)
     elif held := _held_by_polars(obj):
@@ -237,6 +269,9 @@ def put(obj: Any, content: Any) -> None:
         obj[...] = content
         if not content.flags.writeable:
             obj.flags.writeable = False
+    elif _is_masked(obj):
+        obj._data[...] = content._data
+        obj.mask, obj.fill_value = content.mask, content.fill_value
     elif library == "numpy" and kind.__name__ == "RandomState":
         obj.set_state(content)
     elif library == "numpy":
@@ -299,6 +334,8 @@ _BASES: dict[type, Callable[[Any], list[Any]]] = {
     dict: lambda obj: list(dict.items(obj)),
 }
 """What a class of Python may be derived from, and the items that an instance holds."""
+_FIXED = (tuple, frozenset, str, bytes, int, float)
+"""And what it holds that can't change."""
 _HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 
 
@@ -312,9 +349,8 @@ def _is_of_python(kind: Any) -> bool:
         room = base.__basicsize__ + _POINTER * (slots + 2)  # and for __dict__ and __weakref__
         made_in_c = [names for names in own if isinstance(names.get("__new__"), types.BuiltinFunctionType)]
         usual = "__dict__" not in {name for names in own for name in names if isinstance(names[name], property)}
-        known = (
-            (base is object or base in _BASES) and kind is not base and kind.__basicsize__ <= room and not made_in_c and usual
-        )
+        is_told = base is object or base in _BASES or base in _FIXED
+        known = is_told and kind is not base and kind.__basicsize__ <= room and not made_in_c and usual
         known = known and not issubclass(kind, (type, types.ModuleType))
         _of_python[kind] = known
     return known

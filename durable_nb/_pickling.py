@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 
+from durable_nb import _enums
 from durable_nb._memory import Frames, Sharing, is_frame, share
 from durable_nb._packed import LARGE_BYTES
 from durable_nb._redaction import without_credentials
@@ -43,9 +44,10 @@ Key = Any
 _SINGLES = (
     *(("math", "nan"), ("math", "inf"), ("numpy", "nan"), ("numpy", "inf")),
     *(("numpy.random.mtrand", "_rand"), ("random", "_inst")),
+    ("matplotlib", "rcParams[path.effects]"),
 )
 """Objects that code compares by `is`, and finds as keys, though pickle takes them for numbers like others; and the global
-generators, which many an object holds: a copy would not hear of `seed`."""
+generators, which many an object holds: a copy would not hear of `seed`. All artists of matplotlib hold one list."""
 
 
 def main_namespace() -> dict[str, Any]:
@@ -162,9 +164,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         super().__init__(self._file, protocol=5, buffer_callback=keep if apart else None)
         self._namespace = main_namespace()
         # Asked for every single object, numbers included: one look into one dict.
-        modules = ((number, sys.modules.get(module), name) for number, (module, name) in enumerate(_SINGLES))
-        singles = {id(getattr(module, name)): number for number, module, name in modules if module is not None}
-        self._keys: dict[int, Any] = {**references, id(self._namespace): _NAMESPACE, **singles}
+        self._keys: dict[int, Any] = {**references, id(self._namespace): _NAMESPACE, **_singles()}
         self._known = self._keys.get
         self._bulk: list[memoryview] = []
         self._refers, self._referred = bool(references), False
@@ -205,6 +205,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             return reduced
         if kind is types.FunctionType:
             return self._function(obj)
+        if isinstance(kind, enum.EnumMeta) and not is_installed(kind):
+            return _enums.reduced_member(obj) or obj.__reduce_ex__(5)
         if isinstance(obj, types.ModuleType) and sys.modules.get(obj.__name__) is obj:
             return importlib.import_module, (obj.__name__,)
         reduce = _REDUCERS.get(kind)
@@ -215,6 +217,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         numpy: Any = sys.modules.get("numpy")
         if numpy is not None and isinstance(obj, numpy.ndarray):
             return self._array(obj)
+        if numpy is not None and isinstance(obj, numpy.dtype):
+            return _reduce_dtype(obj)
         if is_frame(obj):
             self._frames.note(obj)
             if kind.__module__.startswith("pandas"):
@@ -286,8 +290,8 @@ class Unpickler(pickle.Unpickler):
         if pid == _NAMESPACE:
             return main_namespace()
         if isinstance(pid, int):
-            module, name = _SINGLES[pid]
-            return getattr(importlib.import_module(module), name)
+            single = _single(*_SINGLES[pid])
+            return [] if single is None else single
         if type(pid) is tuple and pid[0] == _BULK:
             _, is_text, number = pid
             if number not in self._bulk:
@@ -300,6 +304,21 @@ class Unpickler(pickle.Unpickler):
 
 
 _NAMESPACE = -1
+
+
+def _singles() -> dict[int, int]:
+    loaded = ((number, module, name) for number, (module, name) in enumerate(_SINGLES) if module in sys.modules)
+    found = ((number, _single(module, name)) for number, module, name in loaded)
+    return {id(single): number for number, single in found if single is not None}
+
+
+def _single(module: str, name: str) -> Any:
+    attribute, bracket, key = name.rstrip("]").partition("[")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not bracket:
+        return found
+    listed = dict.get(found or {}, key)
+    return listed if listed == [] else None  # another one is the user's
 
 
 def class_at(_key: str) -> type:
@@ -502,12 +521,26 @@ def _reduce_array(obj: Any) -> Any:
     if is_small and obj.dtype.isnative and not obj.dtype.hasobject:
         reduced = obj.__reduce__()
         return reduced if obj.flags.writeable else (_read_only, (_Owned(reduced),))
+    if type(obj) is numpy.ma.MaskedArray and obj._mask is numpy.ma.nomask:
+        make, made_from, state = obj.__reduce__()  # which writes a mask that there isn't
+        return make, made_from, state, None, None, _fill_unmasked
     if type(obj) is numpy.memmap and obj._mmap is not None and obj.mode != "c" and obj.flags.writeable:
         raise TypeError("cannot pickle a writable 'memmap' object")
     if type(obj) not in (numpy.ndarray, numpy.memmap) or obj.flags.writeable:
         return NotImplemented
     plain = type(obj) is numpy.ndarray and obj.flags.forc and not obj.dtype.hasobject
     return NotImplemented if plain else (_read_only, (obj.copy(order="A"),))
+
+
+def _reduce_dtype(obj: Any) -> Any:
+    """numpy's own makes copies, and `numpy.asarray(a, float)` is `a` itself only where its type is the very one."""
+    numpy: Any = sys.modules["numpy"]
+    return (numpy.dtype, (obj.str,)) if obj.names is None and numpy.dtype(obj.str) is obj else NotImplemented
+
+
+def _fill_unmasked(array: Any, state: Any) -> None:
+    array.__setstate__(state)
+    array._mask = sys.modules["numpy.ma"].nomask
 
 
 class _Owned:
@@ -572,6 +605,8 @@ def _faithful(cls: type, reduced: Any, *, anew: bool = False) -> Any:
     if not isinstance(reduced, tuple) or not reduced[0].__name__.startswith("_make_skeleton"):
         return reduced
     make, (*arguments, tracked, extra), (attributes, slot_state), *more = reduced
+    if isinstance(cls, enum.EnumMeta):
+        return _enums.reduced_class(cls, None if anew else tracked) or reduced
     places = {name: place for place, name in enumerate(vars(cls))}
     attributes = dict(sorted(attributes.items(), key=lambda item: places.get(item[0], -1)))
     slots = vars(cls).get("__slots__")

@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from durable_nb import _pickling
+from durable_nb import _pickling, _sqlite
 from durable_nb._fingerprint import hash_value, lasting_parts, without_passing
 from durable_nb._memory import byte_bounds
 from durable_nb._pickling import _REDUCERS, NO_REFERENCES, Key, Pickled, References, Unpickler, class_at, is_installed
@@ -60,6 +60,8 @@ class _Reader(Unpickler):
         if module == "__main__":
             raise DriftError(name)  # it is there now; in the next kernel nothing may have defined it
         found = super().find_class(module, name)
+        if found is _sqlite.cursor_again:
+            return lambda kind, con, _: kind(con)  # the connection is the live one, and counts what cursors do
         return self._classes.__getitem__ if found is class_at else found
 
 
@@ -111,8 +113,9 @@ def compare(before: Any, after: Any) -> None:
         pairs += [(a, b, one) for a, b in zip(*parts, strict=True)]
 
 
-_REBUILT = ("matplotlib.", "mpl_toolkits.")
-"""Libraries that number anew, when they come back, what calls what: no two of their objects are alike."""
+_REBUILT = ("matplotlib.", "mpl_toolkits.", "sqlite3")
+"""matplotlib numbers anew, when its objects come back, what calls what: no two are alike. Cursors are not brought to where they
+were while they are looked at."""
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
 
 

@@ -13,6 +13,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from durable_nb import _sqlite
+
 _DIALECT = ("delimiter", "doublequote", "escapechar", "lineterminator", "quotechar", "quoting", "skipinitialspace", "strict")
 _DISPATCHER = getattr(functools.singledispatch(lambda _: None), "__code__", None)
 
@@ -60,6 +62,8 @@ def reduction_of(obj: Any) -> Any:
         return reduce(obj)
     if kind is types.FunctionType:
         return _reduce_dispatcher(obj) if obj.__code__ is _DISPATCHER else None
+    if kind.__module__ == "sqlite3":
+        return _sqlite.reduction_of(obj)
     if kind.__module__.startswith("patsy.") and "no_pickling" in str(getattr(kind, "__reduce__", "")):
         return _as, (obj.view(kind.__base__), kind), (dict(vars(obj)), {}), None, None, _fill  # an array with attributes
     held = attributes_of(obj)

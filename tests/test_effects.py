@@ -44,6 +44,7 @@ REMADE = {
     "a connection": ("", "import sqlite3\ncon = sqlite3.connect('made.db')\ncon.row_factory = sqlite3.Row\ncur = con.cursor()", "con.execute('create table if not exists t (a)')\nlook = con.execute('select count(*) as n from t').fetchone()['n'], cur.connection is con"),
     "a connection that has written": ("", "import sqlite3\ncon = sqlite3.connect('made.db')\ncon.row_factory = lambda c, row: {d[0]: v for d, v in zip(c.description, row)}\ncon.executescript('drop table if exists t; create table t (a); insert into t values (1), (2), (3); delete from t');", "look = con.total_changes, con.execute('select last_insert_rowid() as n').fetchone()['n'], con.in_transaction"),
     "a connection that was closed": ("", "import sqlite3\nfrom contextlib import closing\nwith closing(sqlite3.connect('made.db')) as con:\n    one = con.execute('select 1').fetchone()", "try: con.execute('select 1')\nexcept sqlite3.ProgrammingError as e: look = str(e), one"),
+    "a database in memory": ("import sqlite3", "con = sqlite3.connect(':memory:')\ncon.execute('PRAGMA foreign_keys = ON')\ncur = con.cursor()\ncur.execute('create table t (a)')\ncur.executemany('insert into t values (?)', [(9,), (8,)])\ncon.commit()\nrows = con.execute('select a as n from t')\nall = rows.fetchall()", "look = con.execute('select * from t').fetchall(), con.total_changes, con.in_transaction, con.execute('select last_insert_rowid()').fetchone(), con.execute('PRAGMA foreign_keys').fetchone(), (cur.lastrowid, cur.rowcount, cur.description), rows.description, rows.fetchone(), cur.connection is con"),
     "an empty database in memory": ("import sqlite3", "con = sqlite3.connect(':memory:')", "con.execute('create table t (a)')\nlook = con.execute('select count(*) from t').fetchone()"),
     "an engine": ("", "from sqlalchemy import create_engine\nfrom sqlalchemy.orm import sessionmaker\nurl = 'sqlite:///made.db'\nengine = create_engine(url, echo=False)\nSession = sessionmaker(bind=engine)", "from sqlalchemy import text\nwith engine.connect() as c: one = c.execute(text('select 1')).scalar()\nlook = one, str(engine.url), Session().get_bind() is engine"),
     "a bar at its end": ("", "from tqdm import tqdm\nbar = tqdm(range(5), desc='rows', bar_format='{desc}{n}', mininterval=99)\nfor _ in bar: pass", "look = bar.n, bar.total, bar.desc, bar.disable"),
@@ -66,7 +67,8 @@ STATEFUL = {
     "a held lock": ("", "import threading\nlock = threading.Lock()\nx = lock.acquire()", "look = lock.locked()", "lock (lock) holds a held lock"),
     "a semaphore that was taken": ("import asyncio", "sem = asyncio.Semaphore(3)\nx = await sem.acquire()", "look = sem._value", "sem (Semaphore) holds state that the cell put into it"),
     "a queue with items": ("import asyncio", "q = asyncio.Queue()\nq.put_nowait(1)", "look = q.qsize()", "q (Queue) holds state"),
-    "tables in memory": ("import sqlite3", "con = sqlite3.connect(':memory:')\nx = con.execute('create table t (a)')\ndel x", "look = con.execute('select count(*) from t').fetchone()", "con (Connection) holds tables in memory"),
+    "temporary tables": ("import sqlite3", "con = sqlite3.connect(':memory:')\nx = con.execute('create temp table t (a)')\ndel x", "look = con.execute('select count(*) from t').fetchone()", "con (Connection) holds temporary tables"),
+    "rows that are yet to come": ("import sqlite3\ncon = sqlite3.connect(':memory:')", "cur = con.execute('select 1')", "look = cur.fetchall()", "cur (Cursor) can't be pickled"),
     "tables in memory, of an engine": ("from sqlalchemy import create_engine, text", "engine = create_engine('sqlite://')\nwith engine.begin() as c:\n    c.execute(text('create table t (a)'))\ndel c", "with engine.connect() as c: look = c.execute(text('select count(*) from t')).scalar()", "engine (Engine) holds tables in memory"),
     "an open transaction": ("import sqlite3", "con = sqlite3.connect('made.db')\nx = con.execute('create table if not exists t (a)') and con.execute('insert into t values (1)') and 1", "look = con.in_transaction\ncon.rollback()", "con (Connection) holds an open transaction"),
     "a function given to a connection": ("import sqlite3", "con = sqlite3.connect(':memory:')\ncon.create_function('twice', 1, lambda a: 2 * a)", "look = con.execute('select twice(4)').fetchone()", "con (Connection) holds what create_function() gave it"),
@@ -153,7 +155,10 @@ REFUSED = {
     "a function for the end of the process": ("import atexit", "atexit.register(str);", "look = 1", "it registers a function for the end of the process"),
     "an earlier lock that is held": ("import threading\nlock = threading.Lock()", "lock.acquire();", "look = lock.locked()\ndel lock", "it changes lock in place"),
     "an earlier semaphore": ("import threading\ns = threading.Semaphore(3)", "s.acquire();", "look = s._value\ndel s", "it changes s in place"),
-    "how an earlier connection gives rows": ("import sqlite3\ncon = sqlite3.connect(':memory:')", "con.row_factory = sqlite3.Row", "look = con.row_factory is sqlite3.Row\ndel con", "it changes con in place"),
+    "functions of an earlier connection": ("import sqlite3\ncon = sqlite3.connect(':memory:')", "con.create_function('twice', 1, lambda a: 2 * a)", "look = con.execute('select twice(4)').fetchone()\ndel con", "it changes con in place"),
+    "functions of a connection that something holds": ("import sqlite3\nclass D: con = sqlite3.connect('made.db')\nd = D()", "d.con.create_function('twice', 1, lambda a: 2 * a)", "look = d.con.execute('select twice(4)').fetchone()\ndel d, D", "it changes class D in place"),
+    "a transaction of an earlier connection": ("import sqlite3\ncon = sqlite3.connect(':memory:')\ncon.execute('create table t (a)');", "con.execute('insert into t values (1)');", "look = con.in_transaction\ndel con", "it changes con in place"),
+    "a database attached to an earlier connection": ("import sqlite3\ncon = sqlite3.connect(':memory:')", "con.execute(\"attach ':memory:' as other\");", "look = [name for _, name, _ in con.execute('pragma database_list')][-1]\ndel con", "it changes con in place"),
     "an earlier bar": ("from tqdm import tqdm\nbar = tqdm(total=5, file=open('/dev/null', 'w'))", "bar.update(2);", "look = bar.n\ndel bar", "it changes bar in place"),
     "a hook of Python": ("import sys", "def hook(*a): pass\nsys.__dict__['excepthook'] = hook", "look = sys.excepthook is hook", "it sets sys.excepthook"),
     "sys.path": ("import sys", "sys.path.append('lib')", "look = 'lib' in sys.path", "it changes sys.path"),
@@ -197,20 +202,51 @@ def test_what_goes_while_a_cell_runs_does_not_lend_its_address_to_what_comes(ses
     assert found["state"]["look"] == '"bool True"', found["shown"]
 
 
-IN_MEMORY = "import sqlite3\ncon = sqlite3.connect(':memory:')\nx = con.execute('create table t (a)') and con.execute('insert into t values ({})') and con.commit()"
+CON = "import sqlite3\ncon = sqlite3.connect(':memory:')\nx = con.executescript('create table t (a); insert into t values ({})') and con.commit()"
+CHANGED = {
+    "rows": ("with con:\n    con.executemany('insert into t values (?)', [(2,), (3,)])", "look = con.execute('select * from t').fetchall(), con.total_changes, con.execute('select last_insert_rowid()').fetchone()"),
+    "tables, by a script whose cursor is shown": ("con.executescript('drop table t; create table u (b); insert into u values (4)')", "look = con.execute('select * from u').fetchall(), _.connection is con, _.description"),
+    "how it gives rows": ("con.row_factory = sqlite3.Row\nrow = con.execute('select a, 5 as b from t').fetchone()", "look = row['b'], row.keys(), con.row_factory is sqlite3.Row, type(con.execute('select 1').fetchone())"),
+    "a setting": ("con.execute('pragma foreign_keys = on')", "look = con.execute('pragma foreign_keys').fetchone()"),
+    "nothing but counts": ("con.execute('insert into t values (5)')\ncon.rollback()\nn = con.execute('select count(*) from t').fetchone()[0]", "look = n, con.in_transaction, con.total_changes"),
+    "that it is open": ("con.close()", "try: con.execute('select 1')\nexcept sqlite3.ProgrammingError as e: look = str(e)"),
+    "an earlier cursor": ("cur = con.cursor()\ncur.execute('insert into t values (9)')\ncon.commit()", "look = cur.lastrowid, cur.rowcount, con.total_changes, cur.description"),
+    "by pandas": ("import pandas as pd\npd.DataFrame({'a': [1, 2]}).to_sql('q', con, index=False)", "look = pd.read_sql('select * from q', con).a.tolist()"),
+}  # fmt: skip
+"""What a cell does to an earlier connection, what is looked at."""
 
 
-def test_a_database_in_memory_counts_by_what_it_holds(sessions, tmp_path):
-    """It is no outside: a cell that reads other rows is another one, and one that writes some runs each time."""
-    read = "%%durable read\nrows = con.execute('select a from t').fetchall()"
-    told = [sessions.run([IN_MEMORY.format(value), read], tmp_path) for value in (1, 1, 2, 1)]
+@pytest.mark.parametrize(("body", "after"), CHANGED.values(), ids=CHANGED.keys())
+def test_what_a_cell_does_to_an_earlier_connection_is_done_again(executed, body, after):
+    """A database in memory comes back with its content, and the connection stands as the cell left it."""
+    assert not [line for line in executed(CON.format(1), body, f"{after}\ndel con") if "not stored" in line]
+    assert executed(CON.format(1), body, f"{after}\ndel con")[-1] == "restored"
+
+
+ENGINE = "import pandas as pd\nfrom sqlalchemy import create_engine\ncon = create_engine('sqlite://')\nx = pd.DataFrame({{'a': [{}]}}).to_sql('t', con, index=False)"
+
+
+@pytest.mark.parametrize("before", [CON, ENGINE], ids=["sqlite3", "SQLAlchemy"])
+def test_a_database_in_memory_counts_by_what_it_holds(sessions, tmp_path, before):
+    """It is no outside: a cell that reads other rows is another one."""
+    read = "%%durable read\nimport pandas as pd\nrows = pd.read_sql('select a from t', con).a.tolist()"
+    told = [sessions.run([before.format(value), read], tmp_path) for value in (1, 1, 2, 1)]
     assert [found["told"][-1] == "restored" for found in told] == [False, True, False, True]
     assert [found["state"]["rows"] for found in told][2] != told[0]["state"]["rows"]
-    write = "%%durable write\nx = con.execute('insert into t values (7)').rowcount\ncon.commit()"
-    for _ in range(2):
-        found = sessions.run([IN_MEMORY.format(1), write, "look = con.execute('select count(*) from t').fetchone()"], tmp_path)
-        assert found["told"][-1] == "not stored: it changes con in place"
-        assert found["state"]["look"] == '["builtins.tuple", "int 0x2"]'
+
+
+DUCKDB = "import duckdb\ncon = duckdb.connect()\ncon.execute('create table t as select {} a');"
+
+
+def test_a_database_of_duckdb_in_memory_is_no_input_that_could_be_compared(sessions, tmp_path):
+    """A cell that reads it or writes to it runs each time, and says so."""
+    for body in ("rows = con.execute('select a from t').fetchall()", "con.execute('insert into t values (5)');"):
+        for value in (1, 1, 2):
+            look = "look = con.execute('select * from t').fetchall()"
+            plain = sessions.run([DUCKDB.format(value), body, look], tmp_path)
+            found = sessions.run([DUCKDB.format(value), f"%%durable duck\n{body}", look], tmp_path)
+            assert (found["state"]["look"], found["state"].get("rows")) == (plain["state"]["look"], plain["state"].get("rows"))
+            assert found["told"][-1].startswith("not stored: con holds a _duckdb.DuckDBPyConnection, which can't be compared")
 
 
 def test_a_key_that_a_client_is_made_with_is_read_anew_and_never_written_to_disk(sessions, tmp_path):

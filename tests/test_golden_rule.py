@@ -513,7 +513,7 @@ REFUSED = {
     "the module of the notebook": ("import sys\nk = 1", "y = sys.modules['__main__'].k", "it looks names up by __main__"),
     "a frame": ("import inspect\nk = 1", "y = inspect.currentframe().f_globals['k']", "it looks names up by f_globals"),
     "a function's globals": ("k = 1\ndef f(): pass", "y = f.__globals__['k']", "it looks names up by __globals__"),
-    "a method that evaluates": ("k = 1\nclass A:\n    def f(self): return eval('k')\na = A()", "y = a.f()", "helper A.f may look names up"),
+    "a method that looks names up": ("k = 1\nclass A:\n    def f(self): return globals()['k']\na = A()", "y = a.f()", "helper A.f may look names up"),
     "the names there are": ("k = 1", "%who", "it looks names up by %who"),
     "an attribute of a module": ("import string", "string.mine = 1", "it sets string.mine"),
     "an attribute that a helper sets": ("import string\ndef f(): string.mine = 1", "f()", "helper f sets string.mine"),

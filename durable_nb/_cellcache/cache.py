@@ -19,20 +19,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from durable_nb import _records as rec
+from durable_nb import _sqlite
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import CellResult, Entries, Entry, Manifest
+from durable_nb._cellcache.evaluated import Evaluated
 from durable_nb._cellcache.external import Around, name_digest
 from durable_nb._cellcache.files import here
 from durable_nb._cellcache.generators import set_generator
 from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, describe, globals_held, key_of, mutated, stored_by
 from durable_nb._cellcache.mentions import mentions_of, packages_imported, places_of
-from durable_nb._cellcache.names import Names
+from durable_nb._cellcache.names import EVALUATING, Names
 from durable_nb._cellcache.patches import (
     attributes_set,
     digest_if_whole,
     imported_by,
     links,
+    patch_of,
     patches_for,
     resolver,
     submodules_imported_by,
@@ -244,6 +247,7 @@ class CellCache:
                 remaker = Remaker(code.tree, namespace)
                 with silenced():
                     values = entry.values(either(remaker, resolver(key.places, namespace, lambda: code_of(key))))
+                    remaker.finish()
                 if any(type(values.get(name)) is not Unmade for name in remaker.failed):
                     continue  # another value holds what can't be made
                 if all(fits(obj, content) for obj, content in values[_PATCHES]):
@@ -286,7 +290,8 @@ class CellCache:
         places = places_of(mentions, here())
         prepare(places)
         packages = {*key.versions, *packages_imported(code.tree)}
-        watch = Watch(self.around(namespace), mentions, places, packages, displays=True)
+        evaluated = Evaluated(namespace, key.names, mentioned=not EVALUATING.isdisjoint(key.words))
+        watch = Watch(self.around(namespace), mentions, places, packages, displays=True, evaluated=evaluated)
         effects = Effects(code.tree, key.words, self._settings)
         standing = Standing(key.places.values(), code_of(key).values(), digest_if_whole)
         resources = standing_of({name: namespace[name] for name in code.names.read if name in namespace})
@@ -343,10 +348,12 @@ class _Saving:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:
             patches = patches_for(self.changed, key.places, self.before.standing, held, code_of(key))
+            for name in moved_on(self.before.resources):
+                patches += patch_of(name, held[name], key.places, patches)
         except UnpatchableError as error:
             problems.append(f"it changes {describe(str(error))} in place")
         problems += [f"{name} can't be compared" for name, digest in external.names.items() if not digest]
-        problems += [f"it changes {name} in place" for name in moved_on(self.before.resources)]
+        problems += [f"it changes {describe(label)} in place" for label in self._unseen_by_anybody()]
         problems += [f"it sets {module}.{name}" for module, name in attributes_set(code.tree, namespace)]
         problems += [*key.sets, *self.after.problems]
         patched = {id(obj) for obj, _ in patches} if not problems else set()
@@ -387,6 +394,12 @@ class _Saving:
         )
         return self._write(result, earlier, {id(value) for value in bound.values()})
 
+    def _unseen_by_anybody(self) -> list[str]:
+        """Inputs with connections to which the code gives functions and the like, of which no connection tells."""
+        key = self.before.key
+        places = key.places.items() if not _sqlite.SEEN_BY_NOBODY.isdisjoint(key.words) else ()
+        return [label for (label, _), obj in places if _sqlite.is_connection(obj)]
+
     def _write(self, result: CellResult, earlier: References, bound: set[int]) -> Stored | NotStored:
         code, key = self.before.code, self.before.key
         try:
@@ -422,6 +435,8 @@ def _unpicklable(values: dict[str, Any], earlier: References, error: Exception, 
         except Exception as own:
             named = name.isidentifier()
             what = f"{name} ({type(value).__name__})" if named else _SAID.get(name, "the displayed value")
+            if name == _PATCHES:
+                what = next((w for obj, new in value if (w := _unpatchable(obj, new, earlier))), what)
             if isinstance(own, DriftError):
                 return f"{what} holds a {own}, which does not come back whole from its own pickle"
             if inspect.iscoroutine(value):
@@ -433,6 +448,14 @@ def _unpicklable(values: dict[str, Any], earlier: References, error: Exception, 
     if isinstance(error, DriftError):
         return f"a {error} does not come back whole from its own pickle"
     return f"its variables can't be pickled together ({type(error).__name__}: {error})"
+
+
+def _unpatchable(obj: Any, content: Any, earlier: References) -> str:
+    try:
+        pickled(content, earlier, apart=True)
+    except Exception:
+        return f"what it changes in place, a {type(obj).__name__},"
+    return ""
 
 
 _SAID = {

@@ -20,6 +20,8 @@ from durable_nb._cellcache.generators import UNSEEDED, generators
 from durable_nb._codec import Seal
 from durable_nb._fingerprint import hash_value
 
+UNBOUND = "unbound"
+
 
 @dataclass(frozen=True, slots=True)
 class Around:
@@ -94,7 +96,9 @@ class ExternalState:
 
 
 def name_digest(namespace: Mapping[str, Any], name: str) -> str:
-    """Of what a name holds; '' where it holds nothing, or what can't be compared."""
+    """Of what a name holds; '' where that can't be compared."""
+    if name not in namespace:
+        return UNBOUND
     with contextlib.suppress(Exception):
         return hash_value(namespace[name])
     return ABSENT
@@ -170,10 +174,11 @@ def _elsewhere(_os: Any) -> str:
     return "" if now == _STARTED_IN else now
 
 
+RCPARAMS = "matplotlib's rcParams"
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "numpy's options": ("numpy", _unusual_in_numpy),
     "pandas' options": ("pandas._config.config", _unusual_in_pandas),
-    "matplotlib's rcParams": ("matplotlib", _unusual_in_matplotlib),
+    RCPARAMS: ("matplotlib", _unusual_in_matplotlib),
     "the decimal context": ("decimal", _unusual_in_decimal),
     "the working directory": ("os", _elsewhere),
 }

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from durable_nb._cellcache.names import NAMESPACES, SHELL_METHODS, Names, dynamic_reads
+from durable_nb import _figures
+from durable_nb._cellcache.external import RCPARAMS, settings_used
+from durable_nb._cellcache.mentions import packages_imported
+from durable_nb._cellcache.names import EVALUATING, Names, dynamic_reads, looks_up
 from durable_nb._cellcache.patches import attributes_set
 from durable_nb._fingerprint import (
     FORMAT,
@@ -27,6 +30,8 @@ from durable_nb._fingerprint import (
 
 EXTRA = "extra"
 """The component that `--extra` adds."""
+FIGURES = "figures"
+"""The component of the figures that pyplot keeps from one cell to the next."""
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -55,6 +60,11 @@ class CellKey:
     ignored: frozenset[str] = frozenset()
     """Names that the cell or its helpers read, and that were not to count."""
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The notebook's names that count."""
+        return frozenset(label.removeprefix("global ") for label in self.components if label.startswith("global "))
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -79,10 +89,12 @@ def key_of(
 ) -> CellKey:
     """The key of a cell called `name` ('' for none) that is about to run in `namespace`."""
     found, unknown = _fingerprint(tree, names.read, namespace, terms)
-    unknown += [f"it looks names up by {way}, which can't be followed" for way in sorted(dynamic_reads(tree))]
+    unknown += [f"it looks names up by {way}, which can't be followed" for way in sorted(dynamic_reads(tree) - EVALUATING)]
     print_ = found.result()
     for label, function in found.functions().items():
-        if _looks_up(function.__code__):
+        ways = looks_up(function.__code__)
+        # what it evaluates in the notebook is seen, but not what a module's variables are
+        if ways - EVALUATING or (ways and function.__globals__.get("__name__") != "__main__"):
             unknown.append(f"{describe(label)} may look names up dynamically, which can't be followed")
     words, asks = _words(tree, found), _INPUT in print_.components and "input" not in namespace
     if asks or ("getpass" in words and "getuser" not in words):
@@ -134,22 +146,9 @@ def _words_in(tree: ast.Module) -> frozenset[str]:
     return frozenset(field for field in fields if isinstance(field, str) and field.isidentifier())
 
 
-def _looks_up(code: types.CodeType) -> bool:
-    """May a helper read names that its code doesn't show?"""
-    return any(
-        _DYNAMIC & set(inner.co_names)
-        or ("__main__" in inner.co_consts and "__name__" not in inner.co_names)
-        or ("get_ipython" in inner.co_names and not set(SHELL_METHODS) & set(inner.co_names))
-        for inner in nested_codes(code)
-    )
-
-
 _INPUT = "global input"
 _OWN_SHELL = "global get_ipython"
 """IPython writes `!command` as a call of it, in helpers too."""
-
-
-_DYNAMIC = {"eval", "exec", "globals", "__main__"} | NAMESPACES
 
 
 def key_from(name: str, components: Mapping[str, str]) -> str:
@@ -233,7 +232,17 @@ def _fingerprint(
             unknown.append(f"{describe(error.label)} can't be compared ({error.reason})")
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
+    figures = _figures.open_ones()
+    if figures and _draws(tree, found):
+        found.add_value(FIGURES, figures)
     return found, unknown
+
+
+def _draws(tree: ast.Module, found: Fingerprinter) -> bool:
+    """May the cell use the figures that pyplot keeps?"""
+    packages, words = {*found.packages, *packages_imported(tree)}, _words(tree, found)
+    by_pandas = "pandas" in packages and not words.isdisjoint({"plot", "hist", "boxplot"})
+    return by_pandas or RCPARAMS in settings_used(packages, words)
 
 
 _uses = lru_cache(maxsize=256)(attribute_uses)  # a cell's tree is kept as long as its text is executed again and again
@@ -256,4 +265,6 @@ def describe(label: str) -> str:
             return "which names share an object"
         case "extra":
             return "what --extra gives"
+        case "figures":
+            return "what pyplot keeps"
     return label

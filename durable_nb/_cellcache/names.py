@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import re
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from durable_nb._fingerprint import children, nodes, walk
+from durable_nb._fingerprint import children, nested_codes, nodes, walk
 
 _Bound = frozenset[str] | None
 """Names bound for certain at a place in the code; None where the place is never reached."""
@@ -80,6 +81,21 @@ def dynamic_reads(tree: ast.Module) -> frozenset[str]:
 _LOOKING_UP = {"eval", "exec", "globals", "locals", "vars", "get_ipython"}
 NAMESPACES = frozenset({"__globals__", "f_globals", "f_locals", "user_ns", "user_global_ns"})
 """Attributes that are a whole namespace."""
+
+EVALUATING = frozenset({"eval", "exec"})
+"""What they look up is seen when they do."""
+
+
+def looks_up(code: types.CodeType) -> frozenset[str]:
+    """Ways by which a function may read names that its code doesn't show."""
+    found: set[str] = set()
+    for inner in nested_codes(code):
+        names = set(inner.co_names)
+        found |= names & (EVALUATING | NAMESPACES | {"globals", "__main__"})
+        found |= {"__main__"} if "__main__" in inner.co_consts and "__name__" not in names else set()
+        found |= {"get_ipython"} if "get_ipython" in names and not names & set(SHELL_METHODS) else set()
+    return frozenset(found)
+
 
 SHELL_METHODS = ("system", "getoutput", "run_line_magic", "run_cell_magic")
 

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from durable_nb import _sqlite
 from durable_nb._cellcache.resources import Resources, either
 from durable_nb._fingerprint import is_installed, nodes, of_value
 from durable_nb._patches import Patch, Place, Standing, UnpatchableError, content_of, content_of_code
@@ -37,7 +38,7 @@ def patches_for(
         try:
             if label in code:
                 found.append((code[label], content_of_code(code[label], standing)))
-            elif kind != "global" or not objects:
+            elif kind not in ("global", "figures") or not objects:
                 raise UnpatchableError(label)  # noqa: TRY301  the handler adds the label to the others' reasons only
             for obj in objects:
                 try:
@@ -48,6 +49,18 @@ def patches_for(
         except UnpatchableError as error:
             raise UnpatchableError(label) from error
     return found
+
+
+def patch_of(name: str, obj: Any, places: Mapping[Place, Any], found: list[Patch]) -> list[Patch]:
+    """The new content of a resource that stands otherwise than before, if it isn't among `found` yet; UnpatchableError."""
+    if any(obj is patched for patched, _ in found):
+        return []
+    if not _sqlite.is_connection(obj) or not any(obj is held for held in places.values()):
+        raise UnpatchableError(name)
+    try:
+        return [(obj, content_of(obj))]
+    except UnpatchableError as error:
+        raise UnpatchableError(name) from error
 
 
 def digest_if_whole(obj: Any) -> str:

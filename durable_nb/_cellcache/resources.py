@@ -13,11 +13,13 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from durable_nb import _sqlite
 from durable_nb._cellcache.silence import silenced
 from durable_nb._fingerprint import is_installed, nodes, walk
 
@@ -122,61 +124,17 @@ def _shut_down(new: Any, was: Any) -> None:
         new.shutdown()
 
 
-def _sqlite_closed(con: Any) -> bool:
-    import sqlite3
-
-    try:
-        con.total_changes  # noqa: B018  a closed one refuses
-    except sqlite3.ProgrammingError as error:
-        return "closed" in str(error)
-    return False
-
-
-def _sqlite_rows(con: Any, query: str) -> list[tuple[Any, ...]]:
-    """Tuples, whatever the connection makes of rows."""
-    import sqlite3
-
-    return sqlite3.Cursor(con).execute(query).fetchall()
-
-
 def _sqlite_held(con: Any) -> str:
-    if _sqlite_closed(con):
-        return ""
-    if con.in_transaction:
-        return "an open transaction"
-    for _, schema, file in _sqlite_rows(con, "PRAGMA database_list"):
-        if not file and _sqlite_rows(con, f'SELECT 1 FROM "{schema}".sqlite_master LIMIT 1'):
-            return "tables in memory"
-        if schema not in ("main", "temp"):
-            return "an attached database"
-    return "a count of many changes" if con.total_changes > _COUNTED else ""
+    try:
+        _sqlite.standing(con)
+    except _sqlite.UntoldError as error:
+        return str(error)
+    return ""
 
 
-_COUNTED = 1_000_000
-"""So many changes a new connection is made to count, in less than a second."""
-
-
-def _sqlite_end(con: Any) -> Any:
-    if _sqlite_closed(con):
-        return ()
-    last = _sqlite_rows(con, "SELECT last_insert_rowid()")[0][0]
-    return con.row_factory, con.text_factory, con.isolation_level, con.total_changes, last
-
-
-def _sqlite_brought(new: Any, end: Any) -> None:
-    if end:
-        *_, changes, last = end
-        if changes:  # rows of tables that are gone again count, and are nowhere on disk
-            more = f"WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < {changes}) SELECT i FROM n"
-            new.executescript(
-                "BEGIN; CREATE TEMP TABLE durable_nb_more (i); CREATE TEMP TABLE durable_nb_last (i);"
-                + (f"INSERT INTO durable_nb_more {more};" if changes > 1 else "")
-                + f"INSERT INTO durable_nb_last (rowid) VALUES ({last});"
-                "DROP TABLE durable_nb_more; DROP TABLE durable_nb_last; COMMIT"
-            )
-        new.row_factory, new.text_factory, new.isolation_level = end[:3]
-    else:
-        new.close()
+def _sqlite_stands(con: Any) -> Any:
+    closed = _sqlite.is_closed(con)
+    return _sqlite.looks(con), closed or (con.in_transaction, _sqlite.databases(con))
 
 
 def _engine_held(engine: Any) -> str:
@@ -184,7 +142,8 @@ def _engine_held(engine: Any) -> str:
     if engine.url.get_backend_name() != "sqlite" or engine.url.database not in (None, "", ":memory:"):
         return ""
     with contextlib.closing(engine.raw_connection()) as borrowed:
-        return _sqlite_held(borrowed.driver_connection)
+        known = _sqlite.databases(borrowed.driver_connection)
+        return "tables in memory" if any(_sqlite.content(borrowed.driver_connection, name) for name, _ in known) else ""
 
 
 def _engine_configuration(engine: Any) -> Any:
@@ -260,12 +219,11 @@ KINDS: dict[str, Kind] = {  # by the qualified name of the type or of one it inh
     ),
     "sqlite3.Connection": Kind(
         put_in=_sqlite_held,
-        end=_sqlite_end,
-        brought_to=_sqlite_brought,
+        end=_sqlite.standing,
+        brought_to=lambda new, standing: _sqlite.bring(new, standing, counts=False),  # its cursors count as well
         factories=frozenset({"connect"}),
-        stands=_attributes("row_factory", "text_factory", "isolation_level"),
+        stands=_sqlite_stands,
     ),
-    "sqlite3.Cursor": Kind(put_in=lambda c: "rows" if c.description else "", factories=frozenset({"cursor"})),
     "sqlalchemy.engine.base.Engine": _engines,
     "sqlalchemy.ext.asyncio.engine.AsyncEngine": _engines,
     "sqlalchemy.engine.base.Connection": Kind(
@@ -315,12 +273,18 @@ def kind_of(value: Any) -> Kind | None:
 
 def standing_of(names: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """By name, the resources among these values, each with how it stands."""
-    return {name: (value, kind.stands(value)) for name, value in names.items() if (kind := kind_of(value)) is not None}
+    return {name: (value, _stands(kind, value)) for name, value in names.items() if (kind := kind_of(value)) is not None}
 
 
 def moved_on(before: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Those that stand otherwise than `standing_of` said, by name."""
-    return [name for name, (value, stood) in before.items() if (kind := kind_of(value)) and kind.stands(value) != stood]
+    return [name for name, (value, stood) in before.items() if (kind := kind_of(value)) and _stands(kind, value) != stood]
+
+
+def _stands(kind: Kind, value: Any) -> Any:
+    with contextlib.suppress(Exception):  # a connection of another thread
+        return kind.stands(value)
+    return None
 
 
 # -- how a name came to be ---------------------------------------------------------------------------------------------
@@ -490,10 +454,7 @@ def _makes(callee: Any, kind: Kind | None) -> bool:
     return callee is os.getenv or (name == "secret" and getattr(callee, "__module__", "").startswith("durable_nb"))
 
 
-_SQLITE_STATE = frozenset(
-    "create_function create_aggregate create_collation create_window_function set_authorizer set_progress_handler "
-    "set_trace_callback enable_load_extension load_extension setlimit setconfig".split()
-)
+_PRAGMA = re.compile(r"\s*pragma\s+(?:\w+\.)?(\w+)\s*[=(]", re.IGNORECASE)
 
 
 def _touched(tree: ast.Module, name: str, value: Any) -> str:
@@ -501,9 +462,9 @@ def _touched(tree: ast.Module, name: str, value: Any) -> str:
     sqlite = type(value).__module__.startswith("sqlite3")
     for node in nodes(tree):
         match node:
-            case ast.Attribute(attr=attribute) if sqlite and attribute in _SQLITE_STATE:
+            case ast.Attribute(attr=attribute) if sqlite and attribute in _sqlite.SEEN_BY_NOBODY:
                 return f"what {attribute}() gave it"
-            case ast.Constant(value=str() as text) if sqlite and text.lstrip()[:6].lower() == "pragma" and "=" in text:
+            case ast.Constant(value=str() as text) if sqlite and _sets_what_nobody_tells(text):
                 return f"what {text.strip()!r} set"
             case ast.Attribute(attr="listens_for" | "listen") if type(value).__module__.startswith("sqlalchemy"):
                 return "listeners"
@@ -511,6 +472,16 @@ def _touched(tree: ast.Module, name: str, value: Any) -> str:
                 if not (sqlite and attribute in ("row_factory", "text_factory", "isolation_level")):
                     return f"an attribute {attribute!r} that the cell sets"
     return ""
+
+
+def _sets_what_nobody_tells(text: str) -> bool:
+    found = _PRAGMA.match(text)
+    return found is not None and found[1].lower() not in (*_sqlite.PRAGMAS, *_TELLING)
+
+
+_TELLING = ("table_info", "table_xinfo", "index_list", "index_info", "foreign_key_list", "foreign_key_check", "integrity_check",
+            "quick_check", "optimize", "user_version", "application_id")  # fmt: skip
+"""Pragmas that tell of what they are given, or set what is a part of the content."""
 
 
 def _digest(configuration: Any) -> str:
@@ -541,12 +512,23 @@ class Remaker:
     failed: dict[str, str] = field(default_factory=dict)
     """By name, why a constructor failed."""
 
+    _connections: list[tuple[Any, Any]] = field(default_factory=list)
+    """Those of sqlite3 that were made, each with how it has to stand."""
+
     def resolve(self, written: Any) -> Any:
         """The resource for one of `Resources.references`. OtherwiseError."""
         _, name, own, end, configuration = written
         if name not in self._made:
-            self._made[name] = self._make(name, own, end, configuration)
+            made = self._made[name] = self._make(name, own, end, configuration)
+            if _sqlite.is_connection(made):
+                self._connections.append((made, end))
         return self._made[name]
+
+    def finish(self) -> None:
+        """All that consists of the resources has come back, cursors among it."""
+        for con, end in self._connections:
+            if not _sqlite.is_closed(con):
+                _sqlite.bring(con, end)
 
     def _make(self, name: str, own: Mapping[str, Any], end: Any, configuration: str) -> Any:
         call = constructions(self.tree)[name].call

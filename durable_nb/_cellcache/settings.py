@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from durable_nb import _figures
+
 GONE = "<gone>"
 """In place of the value of a key that is there no more."""
 
@@ -639,6 +641,12 @@ KNOWN: tuple[Setting, ...] = (
     Setting("pandas' options", "pandas._config.config", _pandas, _set_pandas, usual=_pandas_usual),
     Setting("pandas' classes", "pandas", _patched_by_others("pandas", _FRAMES), said=_adds),
     Setting("matplotlib's rcParams", "matplotlib", _matplotlib, _set_matplotlib, usual=_matplotlib_usual, by_mention=_BACKEND),
+    Setting(
+        "pyplot's figures",
+        "matplotlib._pylab_helpers",
+        lambda _: _figures.open_ones(),
+        lambda _, found: _figures.keep_open(found, GONE),
+    ),
     Setting("polars' options", "polars", _polars, _set_polars, usual=_polars_usual),
     Setting("polars' classes", "polars", _patched_by_others("polars", _POLARS), said=_adds),
     Setting("scikit-learn's configuration", "sklearn", _sklearn, _set_sklearn, usual=lambda s: dict(s._config._global_config)),

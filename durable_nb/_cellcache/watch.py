@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from durable_nb._cellcache import environment, inotify
+from durable_nb._cellcache.evaluated import Evaluated
 from durable_nb._cellcache.external import (
     Around,
     ExternalState,
@@ -80,11 +81,19 @@ class Watch:
     """What one execution of a cell or step sees."""
 
     def __init__(
-        self, around: Around, mentions: Mentions, places: Places, packages: Iterable[str], *, displays: bool = False
+        self,
+        around: Around,
+        mentions: Mentions,
+        places: Places,
+        packages: Iterable[str],
+        *,
+        displays: bool = False,
+        evaluated: Evaluated | None = None,
     ) -> None:
         """`places`: where the mentions lead; `packages`: those that the code uses; `displays`: what it displays may be of
-        others. It sees from now on."""  # fmt: skip
+        others; `evaluated` is told what it evaluates. It sees from now on."""  # fmt: skip
         self._around, self.mentions, self._places, self._packages = around, mentions, places, tuple(packages)
+        self._evaluated = evaluated
         self._folder = here()
         self._counts = Counting(around.own, places.hidden)
         self._lock = threading.Lock()
@@ -132,6 +141,10 @@ class Watch:
             self._is_inherited |= event not in _GIVING or args[-1] is None or len(args[-1]) >= len(os.environ)
             return
         path = args[0]
+        if event == "exec":
+            if self._evaluated is not None:
+                self._evaluated.event(path, sys._getframe(2))
+            return
         if event == "import":
             self._imported[str(path)] = None
             return
@@ -220,7 +233,11 @@ class Watch:
             packages = (*self._packages, *(type(value).__module__.partition(".")[0] for value in results))
             used = settings_used(packages, self.mentions.words)
             kept = {what: self._settings.get(what, "") for what in used} | self._given_settings
-            return ExternalState(files, self._moved(), kept, self._names, self._seen_variables()), problems
+            names = self._names
+            if self._evaluated is not None:
+                names = names | self._evaluated.names
+                problems += self._evaluated.problems()
+            return ExternalState(files, self._moved(), kept, names, self._seen_variables()), problems
 
     def _moved(self) -> dict[str, str]:
         """Generators whose numbers were drawn, each with the state that it was in, or that nobody had seeded it."""
@@ -427,7 +444,7 @@ _GIVING = frozenset({"subprocess.Popen", "os.posix_spawn"})
 """Children may be given another environment, by the last argument."""
 _CHILDREN = _GIVING | {"os.system", "os.fork", "os.forkpty"}
 _EVENTS = frozenset(
-    {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect", "import"}
+    {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "sqlite3.connect", "import", "exec"}
     | _CHILDREN
 )
 

@@ -262,6 +262,11 @@ class Fingerprinter:
         """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
         return _Places(tuple(self._walks))
 
+    @property
+    def packages(self) -> frozenset[str]:
+        """The installed packages of which something was met so far."""
+        return frozenset(self._packages)
+
     def functions(self) -> dict[str, types.FunctionType]:
         """The user's functions met so far, methods and closures included, by component."""
         return {

@@ -5,6 +5,7 @@ Types are known by their names, as none of their packages is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import dis
 import functools
@@ -16,6 +17,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128
+
+from durable_nb import _sqlite
 
 from ._owners import is_installed
 
@@ -71,6 +74,15 @@ def _queue(obj: Any) -> tuple[Any, ...]:
     return obj.maxsize, list(obj._queue if held is None else held)
 
 
+def _cursor(obj: Any) -> tuple[Any, ...] | None:
+    if _sqlite.is_closed(obj.connection):
+        return (obj.connection,)
+    try:
+        return obj.connection, tuple(_sqlite.place(obj))
+    except _sqlite.UntoldError:
+        return None
+
+
 HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
     "weakref.ReferenceType": _referent,
     "weakref.WeakMethod": _referent,
@@ -86,6 +98,8 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
     "asyncio.futures.Future": _outcome,
     "_csv.reader": _reader,
     "queue.Queue": _queue,
+    "sqlite3.Cursor": _cursor,
+    "sqlite3.Row": lambda obj: (tuple(obj.keys()), tuple(obj)),
     "asyncio.queues.Queue": _queue,
     # neither in how many chunks they lie nor whether they were found to be sorted says anything
     "polars.dataframe.frame.DataFrame": lambda obj: (obj.height, obj.get_columns()),
@@ -121,23 +135,26 @@ HOLDS: dict[str, Callable[[Any], tuple[Any, ...] | None]] = {
 
 
 def _database(obj: Any) -> Any:
-    import sqlite3
-
-    rows = sqlite3.Cursor(obj)  # tuples, whatever the connection makes of rows
-    files = [row[1:] for row in rows.execute("PRAGMA database_list").fetchall()]
-    if not rows.execute("SELECT 1 FROM temp.sqlite_master LIMIT 1").fetchone():  # SQLite makes it when it is first asked for
-        files = [found for found in files if found[0] != "temp"]
+    if _sqlite.is_closed(obj):
+        return "closed"
     # one in memory is nowhere else
-    return [(name, file or xxh3_128(_content(obj, rows, name)).hexdigest()) for name, file in files]
+    return [(name, file or xxh3_128(_content(obj, name)).hexdigest()) for name, file in _sqlite.databases(obj)]
 
 
-def _content(connection: Any, rows: Any, name: str) -> bytes:
+def _content(connection: Any, name: str) -> bytes:
     """A database in memory as a file, whatever SQLite wrote it: without the count of changes and the version in its header."""
-    if not rows.execute(f"PRAGMA {name}.page_count").fetchone()[0]:
-        return b""  # older ones can't serialise it
-    content = bytearray(connection.serialize(name=name))
-    content[24:28], content[92:100] = bytes(4), bytes(8)
+    content = bytearray(_sqlite.content(connection, name))
+    content[24:28], content[92:100] = bytes(4 if content else 0), bytes(8 if content else 0)
     return bytes(content)
+
+
+def _engine(obj: Any) -> Any:
+    sync = getattr(obj, "sync_engine", obj)
+    said = obj.url.render_as_string(hide_password=True)
+    if sync is not obj or sync.url.get_backend_name() != "sqlite" or sync.url.database not in (None, "", ":memory:"):
+        return said
+    with contextlib.closing(sync.raw_connection()) as borrowed:
+        return said, _database(borrowed.driver_connection)
 
 
 def _http(obj: Any) -> Any:
@@ -242,9 +259,9 @@ def _processes(obj: Any) -> Any:
 
 CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "sqlite3.Connection": _database,
-    "sqlalchemy.engine.base.Engine": lambda obj: obj.url.render_as_string(hide_password=True),
-    "sqlalchemy.engine.base.Connection": lambda obj: obj.engine.url.render_as_string(hide_password=True),
-    "sqlalchemy.ext.asyncio.engine.AsyncEngine": lambda obj: obj.url.render_as_string(hide_password=True),
+    "sqlalchemy.engine.base.Engine": _engine,
+    "sqlalchemy.engine.base.Connection": lambda obj: _engine(obj.engine),
+    "sqlalchemy.ext.asyncio.engine.AsyncEngine": _engine,
     "httpx.BaseClient": _http,
     "httpx.Client": _http,
     "httpx.AsyncClient": _http,
