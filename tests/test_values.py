@@ -29,6 +29,7 @@ MEMORY = {
     "Fortran order": (NP, "f = np.asfortranarray(np.arange(6.).reshape(2, 3))\nv = f[:, 1]", "v[:] = 0; l = f.tolist(), f.flags.f_contiguous"),
     "another dtype": (NP, "a = np.zeros(4)\nbits = a.view('u8')\nre = np.zeros(3, complex)\nim = re.imag", "bits[0] = 1; im[1] = 5; l = a.tolist(), re.tolist()"),
     "a field": (NP, "rec = np.zeros(3, [('x', 'i4'), ('y', 'f8')])\nx = rec['x']", "x[:] = 4; l = rec.tolist()"),
+    "an empty view": (NP, "v = np.arange(8.).reshape(4, 2)[4:]", "l = v.shape"),
     "a displayed view": (NP + "\nA = np.arange(12).reshape(3, 4)", "A[1:3]", "_[0] = 9; l = A.tolist()"),
     "a displayed view of a large array": (NP + "\nA = np.arange(300_000.).reshape(3, -1)", "A[1:3]", "_[0] = 9; l = A.sum()"),
     "of a frame of one column of its kind": (PD, "d = pd.DataFrame({'a': np.arange(9.), 's': list('abcabcabc')})\nd['b'] = d.a * 2\nd.loc[[3], 'b'] = np.nan\nd = d.dropna()\nd[-5:]", "l = d.b.tolist(), _.b.tolist()"),

@@ -337,8 +337,8 @@ class Entries:
             raise CorruptStoreError("another version of durable-nb wrote it")
         start = _HEAD.size + packed_size
         data = start + manifest.pickle_size + manifest.outputs_size
-        buffers = sum(_aligned(b.size) for b in manifest.buffers if not b.blob)
-        if size != (_aligned(data) + buffers if buffers else data) + manifest.notes_size:
+        own = [_aligned(b.size) for b in manifest.buffers if not b.blob]  # they may all be empty
+        if size != (_aligned(data) + sum(own) if own else data) + manifest.notes_size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         return manifest, start
 
