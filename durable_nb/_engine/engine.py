@@ -53,8 +53,8 @@ class Engine:
 
     @property
     def workflows(self) -> Any:
-        """What starts and finds the runs of workflows of this store, and awaits them."""
-        return self.shared.workflows
+        """What starts and finds the runs of workflows of this store, and awaits them; None before it is made."""
+        return vars(self.shared).get("workflows")
 
     @property
     def active(self) -> dict[str, Any]:
