@@ -31,6 +31,9 @@ _REST_S, _DRAIN_S = 0.2, 60.0
 """A reader that closes a stream has what it wants, and what was paid for is recorded: so long the rest is waited for when its
 last event has come, and when it has not."""
 
+_ASK_S = 0.1
+"""So often synchronous code asks whether it is to stop."""
+
 _ONCE = RetryPolicy(retries=0)
 """SDKs try again by themselves."""
 
@@ -313,9 +316,22 @@ class _BlockingTransport(_Transport):
 
 def _waiting_on(loop: asyncio.AbstractEventLoop) -> Callable[[Coroutine[Any, Any, Any]], Any]:
     """How synchronous code waits for work on the run's loop: on its own thread by a nested one, else as threads do."""
-    if asyncio._get_running_loop() is loop:
-        return wait_for
-    return lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()
+    if asyncio._get_running_loop() is not loop:
+        return lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()
+    task = asyncio.current_task()
+    return lambda work: wait_for(_unless_cancelled(work, task))
+
+
+async def _unless_cancelled(work: Coroutine[Any, Any, Any], waiting: asyncio.Task[Any] | None) -> Any:
+    """What the work comes to. A task that waits in synchronous code hears only by asking that it is cancelled, or interrupted:
+    it is told by CancelledError."""
+    working = asyncio.ensure_future(work)
+    while not working.done():
+        if waiting is not None and waiting.cancelling():
+            working.cancel()
+            raise asyncio.CancelledError
+        await asyncio.wait({working}, timeout=_ASK_S)
+    return working.result()
 
 
 # -- clients ---------------------------------------------------------------------------------------------------------------
