@@ -110,6 +110,10 @@ class Run(Protocol):
         """The loop that executes its steps."""
         ...
 
+    def at_end(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """`close()` is awaited on that loop when this execution is over: no body is at work any more."""
+        ...
+
     @property
     def runs(self) -> Engine:
         """The engine of its own store: where the runs that it starts belong."""

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from durable_nb import _secrets, _usage
 from durable_nb._clock import say_duration
 from durable_nb._codec import keyed_digest
-from durable_nb._current import current_body, note_usage
+from durable_nb._current import Run, current_body, current_run, note_usage
 from durable_nb._redaction import REDACTED, SECRET_HEADERS, SECRET_PARAMETER, redact, said, without_secrets
 from durable_nb.errors import NonRetryableError
 
@@ -191,8 +192,8 @@ def _as_meant(headers: list[tuple[str, str]], body: bytes) -> Any:
 
 
 class Line:
-    """What sends a request in this process, such as a client's own transport. In another process: a connection for this one
-    request."""  # fmt: skip
+    """What sends a request in this process: a client's own transport, or a client that the run's calls share. In another
+    process: a client for this one request."""
 
     def __init__(self, send: Callable[[Any], Any] | None = None) -> None:
         self.send = send
@@ -204,9 +205,27 @@ class Line:
         """The response, its body not read, and what is to be awaited when it has been."""
         if self.send is not None:
             return await self.send(request), _nothing
-        library = importlib.import_module(type(request).__module__.partition(".")[0])
-        client = library.AsyncClient(verify=certificates(library.__name__))
-        return await client.send(request, stream=True), client.aclose
+        run = current_run.get()
+        family = type(request).__module__.partition(".")[0]
+        if run is None:
+            client = _client(family)
+            return await client.send(request, stream=True), client.aclose
+        shared = _shared.setdefault(run, {})
+        if family not in shared:
+            shared[family] = _client(family)
+            run.at_end(shared[family].aclose)
+        return await shared[family].send(request, stream=True), _nothing
+
+
+_shared: WeakKeyDictionary[Run, dict[str, Any]] = WeakKeyDictionary()
+"""The clients of runs."""
+
+
+def _client(family: str) -> Any:
+    """A client for any number of requests at once: how many there are is for the run's code to say."""
+    library = importlib.import_module(family)
+    limits = library.Limits(max_connections=None, max_keepalive_connections=100)
+    return library.AsyncClient(verify=certificates(family), limits=limits)
 
 
 async def _nothing() -> None:

@@ -94,7 +94,8 @@ class ModelServer:
         """Streams that have begun and not ended."""
         self._faults: deque[Fault | None] = deque()
         self._seen: Counter[str] = Counter()
-        self._connections: set[asyncio.Task[None]] = set()
+        self.connections: set[asyncio.Task[None]] = set()
+        """One for each connection that is open."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping: asyncio.Event | None = None
@@ -164,9 +165,9 @@ class ModelServer:
             ready.set()
             await self._stopping.wait()
             server.close()
-            for connection in list(self._connections):
+            for connection in list(self.connections):
                 connection.cancel()
-            await asyncio.gather(*self._connections, return_exceptions=True)
+            await asyncio.gather(*self.connections, return_exceptions=True)
 
         try:
             asyncio.run(main())
@@ -176,7 +177,7 @@ class ModelServer:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         if task is not None:
-            self._connections.add(task)
+            self.connections.add(task)
         try:
             while (request := await _read(reader)) is not None:
                 await self._answer(request, reader, writer)
@@ -184,7 +185,7 @@ class ModelServer:
             pass  # the client went away, or a fault or `stop` says that it is cut
         finally:
             if task is not None:
-                self._connections.discard(task)
+                self.connections.discard(task)
             writer.transport.abort()
 
     async def _answer(self, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -662,3 +662,31 @@ def test_a_request_can_be_sent_by_another_process(server, tmp_path, monkeypatch)
         assert KEY.encode() not in data
         with pytest.raises(durable.NonRetryableError, match=f"{told}.*stays? in the process.*durable.secret"):
             pickle.loads(data)
+
+
+def test_the_calls_of_a_run_share_their_connections(server):
+    """One after the other they need one; any number may be under way at once; the end of the run closes them."""
+
+    async def many():
+        for n in range(5):
+            await durable.call(f"one {n}", f"{server.openai_url}/models")
+        one = len(server.connections)
+        answers = await asyncio.gather(*(durable.call(f"{n}", f"{server.openai_url}/models", timeout=60) for n in range(150)))
+        return one, [answer.status_code for answer in answers] == [200] * 150
+
+    async def main():
+        async with runtime():
+            assert await define(many).start() == (1, True)
+            await asyncio.to_thread(until, lambda: not server.connections, "all connections are closed")
+
+    asyncio.run(main())
+
+
+@pytest.mark.kernel
+def test_stop_reaches_code_that_waits_for_the_synchronous_client(shared, server):
+    clients(shared, server)
+    server.next(Fault(hang_after=0))
+    cell = shared.send(f"%%durable stopped\n{ASK.replace('gpt', 'gpt_now').removeprefix('await ')}'stopped')")
+    until(lambda: server.count == 1, "it waits for the answer")
+    shared.manager.interrupt_kernel()
+    assert shared.wait(cell, timeout=20).error.startswith("KeyboardInterrupt")

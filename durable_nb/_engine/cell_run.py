@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
@@ -100,6 +100,9 @@ class CellRun:
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._scope.loop
+
+    def at_end(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._execution.closing.append(close)
 
     @property
     def runs(self) -> Any:
@@ -206,6 +209,7 @@ class CellRun:
         unwinding = {body.task for body in self._performer.bodies.values() if not (body.is_over or body.in_thread)}
         if unwinding:
             await asyncio.wait(unwinding, timeout=UNWIND_S)
+        await self._execution.close()
 
     def _busy(self) -> set[asyncio.Future[Any]]:
         overdue = {key for key, body in self._performer.bodies.items() if body.is_overdue}

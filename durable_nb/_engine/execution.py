@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -33,6 +33,8 @@ class Execution:
         self.observers = Observers()
         self.facts = Facts(self.observers.changed)
         self.performer = Performer(shared, self.log, held, self.facts, self.observers, wording, policy)
+        self.closing: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        """What is to be closed when no body is at work any more."""
         self.status = Status.RUNNING
         self.began_at = self.now_s()
         self.ended_at: float | None = None
@@ -60,6 +62,11 @@ class Execution:
                 wait(left.seconds, f"sleeps {timer.name!r}")
             await self.shared.clock.sleep(min(left.seconds, RECHECK_S))
         return was_left
+
+    async def close(self) -> None:
+        """The code is done, and the bodies are: close what they have had in common."""
+        while self.closing:
+            await self.closing.pop()()
 
     def lost(self) -> LeaseLost:
         """What is raised where another process owns the run."""

@@ -210,6 +210,9 @@ class WorkflowRun:
         """Whoever wants to know how the run goes subscribes here."""
         return self._execution.observers
 
+    def at_end(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._execution.closing.append(close)
+
     # -- facts ---------------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
@@ -366,6 +369,7 @@ class WorkflowRun:
             return await self._conclude(over)
         finally:
             self._close_loop()
+            await self._execution.close()
 
     def _begin_main(self, function: Any, args: Any, kwargs: Any) -> None:
         self._main = self._loop.create_task(_called(function, args, kwargs), name=f"durable_nb run {self.id}")
