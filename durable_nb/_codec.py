@@ -1,6 +1,6 @@
 """Values and records as bytes, and the seal that says they are ours.
 
-A value is JSON where JSON gives back exactly what went in, else pickle. A row of the journal is sealed: an HMAC over its
+A value is JSON where JSON gives back exactly what went in, else pickle. A row of the journal is signed: an HMAC over its
 key and its bytes, under a signing key that stays outside the store, verified before anything is decoded. So a store that
 somebody else prepared is never unpickled, and a row can't be moved to another key.
 """
@@ -132,16 +132,16 @@ class Seal:
         return digest.digest()
 
     def close(self, name: str, body: bytes) -> bytes:
-        """`body` sealed as the row `name`."""
+        """`body` signed as the row `name`."""
         return self._prefix + self.mac(name.encode(), body) + body
 
     def open(self, name: str, row: bytes) -> bytes:
-        """The body of a sealed row.
+        """The body of a signed row, verified.
 
         UntrustedStoreError where another key signed it, CorruptStoreError where the bytes are not what was signed.
         """
         if row[: len(_MAGIC)] != _MAGIC or len(row) < _HEADER:
-            raise CorruptStoreError(f"the record {name!r} is damaged: it is no sealed row")
+            raise CorruptStoreError(f"the record {name!r} is damaged: it is not a signed row")
         if row[: len(self._prefix)] != self._prefix:
             raise UntrustedStoreError(
                 f"the record {name!r} was signed with another key, so nothing of it was read. If the store is yours, set "
@@ -160,7 +160,7 @@ class Seal:
     def sign_anew(self, name: str, row: bytes) -> bytes:
         """A row that another key signed, signed with this one: whoever wrote it is trusted from here on."""
         if row[: len(_MAGIC)] != _MAGIC or len(row) < _HEADER:
-            raise CorruptStoreError(f"the record {name!r} is damaged: it is no sealed row")
+            raise CorruptStoreError(f"the record {name!r} is damaged: it is not a signed row")
         return self.close(name, row[_HEADER:])
 
 

@@ -282,7 +282,7 @@ def test_a_class_that_the_notebook_defines_is_the_live_one(tmp_path):
 
 
 @given(st.text(), st.binary())
-def test_a_sealed_row_opens_under_its_key_and_name(name, body):
+def test_a_signed_row_is_verified_under_its_key_and_name(name, body):
     assert Seal(KEY).open(name, Seal(KEY).close(name, body)) == body
 
 
