@@ -234,7 +234,8 @@ const AREAS = ["status", "name", "at", "took", "steps", "wake", "last"];
 function list(name, columns, makeLine, turn) {
   const node = make("section", "dnb-list");
   const head = make("div", "dnb-list-head");
-  const title = make("strong", "", name);
+  const title = roled("strong", "heading", "", name);
+  title.setAttribute("aria-level", "3");
   const about = make("span", "dnb-quiet");
   head.append(title, about);
   const frame = make("div", "dnb-frame");
