@@ -349,12 +349,12 @@ CELL = "%%durable load\nrows = await durable.run('count', len, [1, 2])"
 MANY = """from durable_nb import _records as rec
 from durable_nb._current import engine
 from durable_nb._journal import Commit
-store, now, rows = engine()._engine, time.time() - 86400, []
+store, now, rows = engine().engine.store, time.time() - 86400, []
 for i in range(10_000):
     scope = rec.scope_of(f"~run past-{i:05}")
     past = rec.RunRecord(f"past-{i:05}", "workflow", "past", scope, 0, "", now - i, status="completed", ended_at=now - i + 1)
-    rows.append(store.pack(rec.run_key(past.id), past))
-_ = store.store.writer.commit_and_wait(Commit(puts=tuple(rows)))
+    rows.append((rec.run_key(past.id), rec.pack(store.seal, rec.run_key(past.id), past)))
+_ = store.writer.commit_and_wait(Commit(puts=tuple(rows)))
 """
 NAP = "%%durable nap\nimport os\nif os.path.exists('nap'):\n    await durable.sleep('nap', '1h')"
 BUSY = "import pathlib\nwhile not pathlib.Path('free').exists(): time.sleep(0.05)"
