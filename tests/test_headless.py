@@ -86,6 +86,9 @@ def test_plan_and_why_tell_what_an_edit_will_cost_without_a_shell(book):
     edited = book.plan(load="rows = [1, 2, 4]")
     assert [(one.what, one.why) for one in edited] == [("run", "code changed"), ("depends", "on what load makes")]
     assert "1 cell would run, 1.0 s as recorded; 1 cell may run, up to 1.0 s" in plan_table(edited, {}).text()
+    broken = {**book.executed, "load": Executed(Planned(None), book.executed["load"].report)}
+    found = run_all(book.cache.entries, book.namespace, broken)
+    assert (found[0].what, found[0].why) == ("run", "its code can't be compiled")
     book.namespace["rows"] = [5]
     report = book.run("total", TOTAL)
     assert report.why == "rows changed"
