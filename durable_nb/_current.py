@@ -18,7 +18,7 @@ from durable_nb import _usage
 from durable_nb._clock import Clock
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
-from durable_nb._secrets import holds_secret, revealed
+from durable_nb._secrets import call_revealed, holds_secret
 from durable_nb._usage import Usage
 from durable_nb.errors import NestedStepError, NotInRunError, NotSupportedError
 
@@ -73,7 +73,7 @@ class StepRequest:
     def body(self) -> Any:
         """Calls the function, with values in place of references to secrets among its arguments."""
         if any(map(holds_secret, self.args)) or (self.kwargs and any(map(holds_secret, self.kwargs.values()))):
-            return self.fn(*map(revealed, self.args), **{key: revealed(value) for key, value in self.kwargs.items()})
+            return call_revealed(self.fn, self.args, self.kwargs)
         return self.fn(*self.args, **self.kwargs)
 
 

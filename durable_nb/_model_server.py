@@ -92,7 +92,8 @@ class ModelServer:
         """By digest of the request's body: how often it was answered in full, with a status below 400."""
         self.open_streams = 0
         """Streams that have begun and not ended."""
-        self._faults: deque[Fault | None] = deque()
+        self.faults: deque[Fault | None] = deque()
+        """Those that `next` has announced and that have not happened."""
         self._seen: Counter[str] = Counter()
         self.connections: set[asyncio.Task[None]] = set()
         """One for each connection that is open."""
@@ -117,7 +118,7 @@ class ModelServer:
 
     def next(self, *faults: Fault | None) -> None:
         """These happen to the requests that come next, one to each; None: nothing happens to that one."""
-        self._faults.extend(faults)
+        self.faults.extend(faults)
 
     def start(self) -> Self:
         """Serve. The port is open when this returns; OSError where it is taken."""
@@ -197,7 +198,7 @@ class ModelServer:
         number = f"{self.count:06d}"
         digest = hashlib.blake2b(request.body, digest_size=8).hexdigest()
         self._seen[digest] += 1
-        fault = self._faults.popleft() if self._faults else self._chance(digest)
+        fault = self.faults.popleft() if self.faults else self._chance(digest)
         await asyncio.sleep(self.latency_s)
         if fault is not None and fault.status:
             headers = fault.headers | ({} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)})

@@ -7,11 +7,13 @@ A reference is a text that stands for the value: it may be put into headers and 
 from __future__ import annotations
 
 import hmac
+import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Self
 
+from durable_nb._redaction import REDACTED
 from durable_nb.errors import NonRetryableError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
@@ -126,15 +128,52 @@ def holds_secret(value: Any, depth: int = 2) -> bool:
     return any(holds_secret(held, depth - 1) for held in (value.values() if kind is dict else value))
 
 
-def revealed(value: Any) -> Any:
-    """The same with values in place of the references that `holds_secret` finds."""
-    if not holds_secret(value):
-        return value
+def revealed(value: Any, values: set[str]) -> Any:
+    """The same with values in place of the references that `holds_secret` finds; they are added to `values`."""
     if isinstance(value, str):
+        if _MARK in value:
+            values.update(value_of(found[1]) for found in _REFERENCE.finditer(value) if _is_own(found))
         return reveal(value)
+    if not holds_secret(value, 3):
+        return value
     if isinstance(value, dict):
-        return {key: revealed(held) for key, held in value.items()}
-    return type(value)(map(revealed, value))
+        return {key: revealed(held, values) for key, held in value.items()}
+    return type(value)(revealed(held, values) for held in value)
+
+
+def call_revealed(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`fn(*args, **kwargs)` with values in place of references. What it raises says none of the values: it is recorded."""
+    values: set[str] = set()
+    given, named = revealed(args, values), revealed(kwargs, values)
+    try:
+        result = fn(*given, **named)
+    except Exception as error:
+        _redact(error, values)
+        raise
+    return _awaited(result, values) if inspect.isawaitable(result) else result
+
+
+async def _awaited(result: Awaitable[Any], values: set[str]) -> Any:
+    try:
+        return await result
+    except Exception as error:
+        _redact(error, values)
+        raise
+
+
+def _redact(error: BaseException | None, values: set[str]) -> None:
+    """Take the values out of an error's text, and of what caused it."""
+    met = list[BaseException]()
+    while error is not None and not any(error is one for one in met):
+        met.append(error)
+        error.args = tuple(_without(arg, values) for arg in error.args)
+        error = error.__cause__ or error.__context__
+
+
+def _without(text: Any, values: set[str]) -> Any:
+    for value in values if isinstance(text, str) else ():
+        text = text.replace(value, REDACTED)
+    return text
 
 
 _MARK = "durable-secret-"

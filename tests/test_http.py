@@ -690,3 +690,80 @@ def test_stop_reaches_code_that_waits_for_the_synchronous_client(shared, server)
     until(lambda: server.count == 1, "it waits for the answer")
     shared.manager.interrupt_kernel()
     assert shared.wait(cell, timeout=20).error.startswith("KeyboardInterrupt")
+
+
+def test_what_a_body_raises_says_no_secret(tmp_path, monkeypatch, caplog):
+    """Of those that it was given by reference, in a text, a list or a dict; async or not, retried or not."""
+    monkeypatch.setenv("TEST_MODEL_KEY", KEY)
+
+    def ask(key, headers):
+        assert headers["auth"] == f"Bearer {key}"
+        assert key.startswith("sk-test-0")
+        try:
+            raise RuntimeError(f"refused {key}")
+        except RuntimeError as error:
+            raise ConnectionError(f"with {headers['auth']}") from error
+
+    async def ask_async(key, headers):
+        ask(key, headers)
+
+    async def body(fn, retries):
+        key = durable.secret("TEST_MODEL_KEY")
+        return await durable.run("ask", durable.step(fn, retries=retries), key, headers={"auth": f"Bearer {key}"})
+
+    async def main():
+        async with runtime(tmp_path / "store"):
+            for retries, fn in enumerate((ask, ask_async)):
+                with pytest.raises(ConnectionError, match=re.escape("with Bearer [redacted]")):
+                    await define(body).start(fn, retries)
+
+    asyncio.run(main())
+    assert KEY not in caplog.text
+    assert not files_with(tmp_path, KEY)
+
+
+def test_an_sdk_that_tries_again_in_a_workflow_wherever_it_dies(server, tmp_path):
+    """Its pauses are durable, and an attempt whose failure is recorded is not made again."""
+
+    async def ask(url):
+        async with durable.AsyncClient() as http:
+            gpt = openai.AsyncOpenAI(base_url=url, api_key=KEY, http_client=http, max_retries=3)
+            return (await gpt.chat.completions.create(model="small", messages=SAY)).choices[0].message.content
+
+    async def main():
+        clock = FakeClock()
+        for nth in range(1, 30):
+            before = server.count
+            server.next(Fault(429, retry_after=20), Fault(500), Fault(cut_after=0), None, None)
+            async with runtime(tmp_path / "store", clock=clock, crash="after:write", nth=nth) as process:
+                await define(ask).start(server.openai_url, id=f"{nth}")
+            async with runtime(tmp_path / "store", clock=clock):
+                run = define(ask).start(server.openai_url, id=f"{nth}")
+                assert await run == "You said: the blue house"
+            assert 4 <= server.count - before <= 5
+            server.faults.clear()
+            if not process.crashed:
+                assert server.count - before == 4
+                return
+        raise AssertionError("it dies at every write")
+
+    asyncio.run(main())
+
+
+def test_a_service_that_refused_every_attempt_is_asked_again_on_resume(server):
+    async def ask(url):
+        async with durable.AsyncClient() as http:
+            gpt = openai.AsyncOpenAI(base_url=url, api_key=KEY, http_client=http, max_retries=2)
+            return (await gpt.chat.completions.create(model="small", messages=SAY)).choices[0].message.content
+
+    async def main():
+        async with runtime(clock=FakeClock()):
+            server.next(Fault(503), Fault(503), Fault(503))
+            run = define(ask).start(server.openai_url, id="1")
+            with pytest.raises((openai.InternalServerError, durable.StepFailed)):
+                await run
+            assert server.count == 3
+            run.resume()
+            assert await run == "You said: the blue house"
+
+    asyncio.run(main())

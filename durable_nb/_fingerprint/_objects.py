@@ -269,6 +269,7 @@ CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "httpx2.Client": _http,
     "httpx2.AsyncClient": _http,
     "requests.sessions.Session": _session,
+    "durable_nb._secrets.Secret": lambda _: (),  # which one, and what it is, changes nothing
     "sqlalchemy.orm.session.Session": _orm_session,
     "IPython.core.interactiveshell.InteractiveShell": lambda _: "the notebook's own",
     "_io.FileIO": _file,
