@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from durable_nb._facts import Status
+from durable_nb._view.words import counted
 
 PAGE = 25
 NAMED = 200
@@ -147,18 +147,12 @@ def page_of(
         tuple(map(whole, chosen[query.page * most : (query.page + 1) * most])),
         len(chosen),
         len(runs),
-        in_order(run.status for run in wanted),
+        counted(run.status for run in wanted),
         tuple((kind, name, n) for (kind, name), n in Counter((run.kind, run.name) for run in runs).most_common(NAMED)),
         tuple(Counter(label for run in runs for label in set(run.labels)).most_common(NAMED)),
         unread,
         most=most,
     )
-
-
-def in_order(statuses: Iterable[str]) -> dict[str, int]:
-    """How often each status occurs, in the order in which readers know them."""
-    found = Counter(statuses)
-    return {str(status): found[status] for status in Status if status in found}
 
 
 def _of_cells(cells: Sequence[CellFacts], query: Query) -> list[CellFacts]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from durable_nb._facts import Status
 from durable_nb._view import terminal
 from durable_nb._view.listing import CellFacts, Page, RunFacts
-from durable_nb._view.words import COLOURS, ICONS, clipped, plain, say_seconds, say_size
+from durable_nb._view.words import COLOURS, ICONS, TERMINAL, clipped, plain, say_seconds, say_size
 
 EMPTY = "nothing yet: put '%%durable NAME' above a cell"
 _PATH = 160
@@ -41,11 +41,11 @@ def blocks(page: Page) -> list[terminal.Block]:
     if page.query.with_cells:
         rows = [_cell_texts(cell, page.at, dated=False) for cell in page.cells]
         below = [f"  {_where(page.query.cells_page, page.most, page.cells_total, 'cells')}"] if page.cells_pages > 1 else []
-        found.append(terminal.Block(f"durable cells in {store}", CELLS, rows, below if rows else none, _TERMINAL, _SPARE))
+        found.append(terminal.Block(f"durable cells in {store}", CELLS, rows, below if rows else none, TERMINAL, _SPARE))
     rows = [_run_texts(run, page.at, dated=False) for run in page.runs]
     below = [f"  {_where(page.query.page, page.most, page.matched, 'runs')}"] if page.pages > 1 else []
     below = [*(below if rows else none), *notes]
-    return [*found, terminal.Block(f"runs in {store}", RUNS, rows, below, _TERMINAL, _SPARE)]
+    return [*found, terminal.Block(f"runs in {store}", RUNS, rows, below, TERMINAL, _SPARE)]
 
 
 def html(page: Page) -> str:
@@ -77,19 +77,6 @@ def shown_path(path: str) -> str:
     with contextlib.suppress(ValueError, OSError):
         return str(Path(path).relative_to(Path.cwd()))
     return path
-
-
-_TERMINAL = {
-    "completed": "green",
-    "stored": "green",
-    "running": "blue",
-    "sleeping": "yellow",
-    "waiting": "yellow",
-    "retrying": "yellow",
-    "interrupted": "yellow",
-    "failed": "red",
-    "cancelled": "dim",
-}
 
 
 def _cell_texts(cell: CellFacts, now: float, *, dated: bool) -> tuple[str, ...]:
