@@ -9,57 +9,73 @@ const STATES = {
   p: "pending", f: "failed", i: "interrupted", x: "cancelled",
 };
 
-/* Once a model: stamps each state with the time it came, so that every view of it, also a later one, draws the present. */
+/* A model without a view: its place is the html that the kernel displayed, wherever that is in the page, now or later. What is
+   saved is html therefore, and never says 'model not found'. */
 function initialize({ model }) {
-  let leave;
-  const stamp = () => {
-    const state = model.get("state");
-    if (state?.rows && state.heard === undefined) model.set("state", { ...state, heard: Date.now() / 1000 });
-    if (state?.ended) leave ??= offerRetry(model, state);
-  };
-  model.on("change:state", stamp);
-  stamp();
-  return () => {
-    leave?.();
-    model.off("change:state", stamp);
-  };
-}
-
-/* A run that has failed is html that stays; as long as its kernel lives, the page has this button beside it. */
-function offerRetry(model, { ended, again }) {
-  const place = `[data-durable-nb-run="${CSS.escape(ended)}"]`;
+  const places = document.getElementsByClassName(model.get("anchor"));
+  const mounted = new Map(); // place -> what was put there
   let frame;
   const find = () => {
     frame = undefined;
-    for (const box of document.querySelectorAll(place)) {
-      if (box.parentElement.querySelector(":scope > .durable-nb")) continue;
-      const side = make("div", "durable-nb dnb-again");
-      const retry = button("Retry", () => {
-        retry.set("asked for", "Retrying…");
-        if (again === "run") model.send({ ask: "retry", run: ended });
-        else if (!runCell(box)) retry.set("run the cell again to go on from its last completed step");
-      });
-      side.append(retry.node);
-      box.before(side);
+    const state = model.get("state");
+    if (state?.rows && state.heard === undefined) {
+      // each state bears the time it came, so that a place that is found later shows the present
+      model.set("state", { ...state, heard: Date.now() / 1000 });
     }
+    const what = state?.rows ? live : state?.ended ? offerRetry : undefined;
+    for (const [place, found] of mounted) if (!place.isConnected || found.what !== what) leave(place);
+    for (const place of what ? places : []) {
+      if (!mounted.has(place)) mounted.set(place, { what, unmount: what(model, place) });
+    }
+  };
+  const leave = (place) => {
+    mounted.get(place).unmount();
+    mounted.delete(place);
   };
   const later = () => {
     frame ??= requestAnimationFrame(find);
   };
   const watch = new MutationObserver(later);
-  const withdraw = () => {
+  const stop = () => {
     watch.disconnect();
     cancelAnimationFrame(frame);
-    frame = undefined;
-    for (const box of document.querySelectorAll(place)) box.parentElement.querySelector(":scope > .dnb-again")?.remove();
+    model.off("change:state", later);
+    model.off("comm_live_update", stop); // the kernel that knew of it is gone: the html is what there is
+    for (const place of [...mounted.keys()]) leave(place);
   };
-  model.on("comm_live_update", withdraw); // the kernel that knew of it is gone
+  model.on("change:state", later);
+  model.on("comm_live_update", stop);
   watch.observe(document.body, { childList: true, subtree: true });
-  later();
+  find();
+  return stop;
+}
+
+/* Put the live form where the static one is; what is returned puts that back. */
+function live(model, place) {
+  const still = [...place.children];
+  for (const node of still) node.hidden = true;
+  const el = make("div");
+  place.append(el);
+  const unmount = mount(model, el);
   return () => {
-    model.off("comm_live_update", withdraw);
-    withdraw();
+    unmount();
+    el.remove();
+    for (const node of still) node.hidden = false;
   };
+}
+
+/* A run that has failed is html that stays; as long as its kernel lives, the page has this button beside it. */
+function offerRetry(model, place) {
+  const { ended, again } = model.get("state");
+  const side = make("div", "durable-nb dnb-again");
+  const retry = button("Retry", () => {
+    retry.set("asked for", "Retrying…");
+    if (again === "run") model.send({ ask: "retry", run: ended });
+    else if (!runCell(place)) retry.set("run the cell again to resume it");
+  });
+  side.append(retry.node);
+  place.prepend(side);
+  return () => side.remove();
 }
 
 /* Run the cell that shows `node` as its reader would, where the page is JupyterLab or Notebook; else false. */
@@ -75,7 +91,7 @@ function runCell(node) {
   return true;
 }
 
-function render({ model, el }) {
+function mount(model, el) {
   const root = make("section", "durable-nb dnb-run");
   const head = header((action) => model.send({ ask: action, run: state.run.id }));
   const asks = questions((action, step, comment) => model.send({ ask: action, run: state.run.id, step, comment }));
@@ -137,6 +153,7 @@ function render({ model, el }) {
     cancelAnimationFrame(frame);
     list.forget();
     model.off("change:state", later);
+    root.remove();
   };
 }
 
@@ -629,4 +646,4 @@ function firstLine(text) {
   return text.split("\n", 1)[0];
 }
 
-export default { initialize, render };
+export default { initialize };

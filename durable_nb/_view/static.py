@@ -39,13 +39,13 @@ _CLEAR = "rgba(128, 128, 128, 0.18)"
 _COLOUR_OF = {letter: COLOURS.get(name, "rgba(128, 128, 128, 0.55)") for name, letter in LETTERS.items()} | {" ": _CLEAR}
 
 
-def bundle(source: Source, *, line: str = "", now: float | None = None, note: str = "") -> dict[str, str]:
-    """Return both forms, as a display's data. `line` is what stands above; without it the run says how it ended."""
+def bundle(source: Source, *, line: str = "", now: float | None = None, note: str = "", anchor: str = "") -> dict[str, str]:
+    """Return both forms, as a display's data. `line` is what stands above; without it the run says how it ended. `anchor`: the
+    class by which a live page finds the html."""  # fmt: skip
     snapshot = source.snapshot()
+    found = html(snapshot, line=line, now=now, note=note, detail=source.detail, footer=saved(snapshot, source.extras()))
     return {
-        "text/html": html(
-            snapshot, line=line, now=now, note=note, detail=source.detail, footer=saved(snapshot, source.extras())
-        ),
+        "text/html": f'<div class="{anchor}">\n{found}\n</div>' if anchor else found,
         "text/plain": text(snapshot, line=line, now=now, note=note),
     }
 
@@ -110,10 +110,9 @@ def html(
     """Return the same as html; whatever a user named or raised is escaped."""
     now = _last_known(snapshot) if now is None else now
     head = _head(snapshot, line or headline(snapshot, now), now)
-    mark = f'data-durable-nb-run="{escape(clipped(snapshot.id, 200))}" style="{_FONT}"'
     if not snapshot.steps:
-        return f"<div {mark}>{head}</div>"
-    lines = [f"<details {mark}>", f'<summary style="cursor: pointer">{head}</summary>', *_table(snapshot, now, detail)]
+        return f'<div style="{_FONT}">{head}</div>'
+    lines = [f'<details style="{_FONT}">', f'<summary style="cursor: pointer">{head}</summary>', *_table(snapshot, now, detail)]
     lines += [f'<div style="{_QUIET}"><em>{escape(words)}</em></div>' for words in (footer, note) if words]
     return "\n".join([*lines, "</details>"])
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -70,6 +71,9 @@ class RunView:
         self._lock = threading.RLock()
         self._run_id = ""
         self._panel: Any = None
+        self._anchor = f"dnb-at-{uuid.uuid4().hex}"
+        """The class of its html. The display is html alone: a widget that is shown says 'model not found' for ever once its
+        kernel is gone. The widget's model has no view; its script finds the html in the page and draws in its place."""
         self._asked: set[tuple[str, str]] = set()
         """What has been sent already: a button is pressed twice, its message sent again."""
         self._began = self._rest_until = 0.0
@@ -129,14 +133,13 @@ class RunView:
                 return
             now = time.time()
             self._state = whole(self._source, self._look, version=0, now=now, why=self._why())
-            self._panel = panel_class()(self._state)
+            self._panel = panel_class()(self._anchor, self._state)
             self._appeared = self._loop.time()
             self._panel.on_msg(self._heard)
             listening.begin(self)
             self._beat_in(_BEAT_S)
-            view = {"version_major": 2, "version_minor": 0, "model_id": self._panel.model_id}
-            forms = static.bundle(self._source, line=self._line(), now=now, note=static.UNFINISHED)
-            self._place.show({"application/vnd.jupyter.widget-view+json": view, **forms}, view=self._run_id)
+            forms = static.bundle(self._source, line=self._line(), now=now, note=static.UNFINISHED, anchor=self._anchor)
+            self._place.show(forms, view=self._run_id)
 
     def _plan(self) -> None:
         if self._timer is None:
@@ -230,17 +233,15 @@ class RunView:
         for timer in (self._timer, self._beat, self._show):
             if timer is not None:
                 timer.cancel()
-        forms = static.bundle(self._source, line=self._line())
+        may_retry = self._live and not self._source.actions(self._source.snapshot().status).retry
+        forms = static.bundle(self._source, line=self._line(), anchor=self._anchor if may_retry else "")
         if is_terminal():
             forms["text/plain"] = terminal.coloured([static.block(self._source.snapshot(), line=self._line())])
         self._place.show(forms, view=self._run_id)
-        may_retry = self._live and not self._source.actions(self._source.snapshot().status).retry
         if may_retry:
-            # A widget that is shown in a saved notebook says 'model not found' for ever: what is shown is html, and the page
-            # puts the button into it as long as this kernel lives.
             ended = {"ended": self._run_id, "again": self._again}
             if self._panel is None:
-                self._panel = panel_class()(ended)
+                self._panel = panel_class()(self._anchor, ended)
                 self._panel.on_msg(self._heard)
             self._panel.stay(self._stay_as, ended)
         elif self._panel is not None:
@@ -270,12 +271,13 @@ def panel_class() -> Any:
     class Panel(anywidget.AnyWidget):
         _esm = script("run")
         _css = style("run")
+        anchor = traitlets.Unicode().tag(sync=True)
         # Not the trait's value but what was told last, as of now: a page that is loaded again asks for it.
         state = traitlets.Dict().tag(sync=True, to_json=lambda _value, panel: {**panel.now, "now": time.time()})
 
-        def __init__(self, state: State) -> None:
+        def __init__(self, anchor: str, state: State) -> None:
             self.now = state
-            super().__init__()
+            super().__init__(anchor=anchor)
 
         def stay(self, name: str, state: State) -> None:
             """Show nothing any more, but go on to hear what is asked, in place of what stayed for that name before."""
