@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import operator
 import os
 import re
 import sys
@@ -177,11 +176,14 @@ def _set_environment(_os: Any, changes: dict[str, Any]) -> None:
 
 
 _STARTED_IN = Path.cwd()
+_BEGINNING = str(_STARTED_IN)
 
 
 def _working_directory(_os: Any) -> dict[str, Any]:
     """Within the folder of the beginning relative to it, which may be moved as a whole."""
     try:
+        if os.getcwd() == _BEGINNING:  # noqa: PTH109  it is asked twice a cell
+            return {"folder": "."}
         now = Path.cwd()
     except OSError:  # removed
         return {"folder": GONE}
@@ -549,31 +551,33 @@ def _sklearn(sklearn: Any) -> dict[str, Any]:
 def _patched_by_others(library: str, classes: str) -> Callable[[Any], dict[str, Any]]:
     """Looks for what others have added to a library's classes: methods, and accessors that they registered."""
     known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    paths = [path.rpartition(".")[::2] for path in classes.split()]
 
     def look(_module: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for path in classes.split():
-            module, _, name = path.rpartition(".")
+        for module, name in paths:
             cls = getattr(sys.modules.get(module), name, None)
             if cls is None:
                 continue
-            members = vars(cls)
-            held, added = known.get(path, ({}, {}))
+            members = vars(cls).copy()
+            held, added = known.get(name, ({}, {}))
             if not _are_same(held, members):  # several hundred names, looked at twice a cell
                 added = {
                     f"{name}.{a}": Same(v) for a, v in members.items() if _root_of(v) not in (library, "builtins", "numpy")
                 }
-                known[path] = dict(members), added
+                known[name] = members, added
             found |= added
         return found
 
     return look
 
 
-def _are_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Have they the same names, in one order, for the very same objects?"""
-    names = len(one) == len(other) and all(map(operator.eq, one, other))
-    return names and all(map(operator.is_, one.values(), other.values()))
+def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Have they the same names for the same objects? Equal objects that aren't the same would be no accessors."""
+    try:
+        return one == other
+    except Exception:  # arrays, and what else refuses to be compared
+        return False
 
 
 def _root_of(value: Any) -> str:

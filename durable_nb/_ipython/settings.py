@@ -181,11 +181,18 @@ def _printers(shell: Any) -> dict[str, Any]:
     """One that waits for its type to be imported is the same then. Not figures', which inline display sets with its formats."""
     found = {}
     for mime, formatter in shell.display_formatter.formatters.items():
-        known = [((kind.__module__, kind.__name__), printer) for kind, printer in formatter.type_printers.items()]
-        for (module, name), printer in [*known, *formatter.deferred_printers.items()]:
-            if not module.startswith("matplotlib"):
-                found[f"{module}.{name} as {mime}"] = Same(printer)
+        for kind, printer in (*formatter.type_printers.items(), *formatter.deferred_printers.items()):
+            label = _labels.get((kind, mime))
+            if label is None:
+                module, name = kind if isinstance(kind, tuple) else (kind.__module__, kind.__name__)
+                label = _labels[kind, mime] = "" if module.startswith("matplotlib") else f"{module}.{name} as {mime}"
+            if label:
+                found[label] = Same(printer)
     return found
+
+
+_labels: dict[tuple[Any, str], str] = {}
+"""By type, or its module and name, and by MIME type; '' for what isn't looked at."""
 
 
 def _hooks(shell: Any) -> dict[str, Any]:
