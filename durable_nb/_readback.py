@@ -34,7 +34,7 @@ def pickled(
     if done.unproven:
         try:
             with _undisturbed():
-                _check(value, references, done)
+                _check(value, references, done, apart=apart)
         except DriftError:
             raise
         except Exception as error:
@@ -42,9 +42,9 @@ def pickled(
     return done
 
 
-def _check(value: Any, references: References, done: Pickled) -> None:
+def _check(value: Any, references: References, done: Pickled, *, apart: bool) -> None:
     classes: dict[str, type] = {}
-    if done.classes or not done.buffers:  # a class made a second time would register itself a second time
+    if done.classes or not apart:  # a class made a second time would register itself a second time
         done = _pickling.pickled(value, references=references, apart=True, live_classes=classes)
     compare(value, _Reader(done, classes, references.resolve).load())
 
