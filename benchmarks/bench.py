@@ -5,6 +5,7 @@ Everything that is compared takes turns with everything else, so that a busy mac
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import platform
@@ -63,6 +64,15 @@ class Times:
     @property
     def cpu_ms(self) -> float:
         return statistics.median(self.cpu) * 1000
+
+
+@dataclasses.dataclass
+class Point:
+    """Plain data, of a module that can be imported: joblib pickles it by name."""
+
+    x: int
+    y: float
+    name: str
 
 
 class Floor:

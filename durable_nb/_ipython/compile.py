@@ -15,7 +15,7 @@ import IPython
 from IPython.core.displayhook import DisplayHook
 
 from durable_nb._cellcache.names import Names, names_of
-from durable_nb._ipython.transform import imports_features
+from durable_nb._ipython.transform import imports_features, transformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def _imported_features(tree: ast.Module) -> set[str]:
 
 def compile_body(shell: Any, body: str) -> Code:
     """A cell's body as IPython would compile it, with top-level await; tracebacks show the user's lines."""
-    source = shell.transform_cell(body)
+    source = transformed(shell, body)
     number = max(shell.execution_count - 1, 1)  # IPython has counted this cell already
     filename = shell.compile.cache(source, number, raw_code=body)  # of restored functions, too
 

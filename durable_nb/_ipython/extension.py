@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,8 @@ class Extension:
         advice = file_system_of(session.path).advice
         said = f"durable_nb: this notebook's store is {session.path}" + (f"\ndurable_nb: {advice}" if advice else "")
         print(said + _waiting(session))  # noqa: T201  what loading says
+        with contextlib.suppress(RuntimeError):  # a terminal has no loop yet
+            asyncio.get_running_loop().call_later(_IDLE_S, _import_the_rest)
 
     def unload(self) -> None:
         """Take everything back; the store is closed."""
@@ -112,6 +115,17 @@ class Extension:
 
         with one_line_errors():
             LineMagic(self._session, self.line_magic.__doc__ or "")(line)
+
+
+_IDLE_S = 0.05
+"""After so long a front end has heard that the extension is loaded."""
+
+
+def _import_the_rest() -> None:
+    """What the first durable cell needs, while the kernel is idle or between two cells; not in a thread, since a process that
+    is forked meanwhile could not import."""  # fmt: skip
+    from durable_nb import _workflows  # noqa: F401
+    from durable_nb._ipython import cell  # noqa: F401
 
 
 def load(shell: Any) -> None:

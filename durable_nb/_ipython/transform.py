@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 _MAGIC = re.compile(r"%%durable(?:\s|$)")
@@ -52,13 +53,33 @@ class DurableTransformer:
 
     def _compiles(self, body: str) -> bool:
         try:
-            tree = ast.parse(self._shell.transform_cell(body))
-            # Statements will be compiled one by one, as IPython does it: these may stand below others.
-            tree.body.sort(key=lambda node: not imports_features(node))
-            compile(tree, "<durable>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-        except (SyntaxError, ValueError, OverflowError):
+            source = self._shell.transform_cell(body)
+        except SyntaxError:
             return False
-        return True
+        _transformed[:] = [(body, source)]
+        return _is_code(source)
+
+
+_transformed: list[tuple[str, str]] = []
+"""The body that was looked at last, and what IPython makes of it."""
+
+
+def transformed(shell: Any, body: str) -> str:
+    """What IPython makes of a durable cell's body; transforming it is most of what a small hit costs, so it is done once."""
+    known = _transformed.pop() if _transformed else ("", "")
+    return known[1] if known[0] == body else str(shell.transform_cell(body))
+
+
+@lru_cache(maxsize=256)
+def _is_code(source: str) -> bool:
+    try:
+        tree = ast.parse(source)
+        # Statements will be compiled one by one, as IPython does it: these may stand below others.
+        tree.body.sort(key=lambda node: not imports_features(node))
+        compile(tree, "<durable>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    except (SyntaxError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def imports_features(node: ast.stmt) -> TypeGuard[ast.ImportFrom]:
