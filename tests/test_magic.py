@@ -586,6 +586,17 @@ def test_the_listing_says_how_a_run_stands_as_the_run_itself_does(shared):
     assert "cancelled" in line
 
 
+def test_what_the_first_durable_cell_needs_is_imported_while_the_kernel_is_idle(tmp_path):
+    """Loading waits for none of it."""
+    loaded = "[name in __import__('sys').modules for name in ('durable_nb._ipython.cell', 'durable_nb._engine.workflows')]"
+    with kernel(tmp_path, load=False) as k:
+        first = k.run("%load_ext durable_nb\nimport sys\n'durable_nb._fingerprint' in sys.modules")
+        assert first.result == "False"
+        deadline = time.monotonic() + 30
+        while not all(k.value(loaded)):
+            assert time.monotonic() < deadline
+
+
 def test_when_an_interrupted_sleep_wakes_is_told_wherever_it_is_listed(tmp_path):
     """With the word that nothing wakes by itself; after a kill as after Stop."""
     cell = "%%durable nap\nawait durable.sleep('rest', '2h')"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,8 @@ _IDLE_S = 0.05
 def _import_the_rest() -> None:
     """What the first durable cell needs, while the kernel is idle or between two cells; not in a thread, since a process that
     is forked meanwhile could not import."""  # fmt: skip
-    from durable_nb import _workflows  # noqa: F401
-    from durable_nb._ipython import cell  # noqa: F401
+    for name in ("durable_nb._engine.workflows", "durable_nb._ipython.cell"):
+        importlib.import_module(name)
 
 
 def load(shell: Any) -> None:
