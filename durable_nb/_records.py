@@ -9,7 +9,7 @@
 | `log/SCOPE/GENERATION/SEQ` | any other row of a run's log: requests made, timers fired, children ended, a cancellation |
 | `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
 | `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
-| `cancel/RUN` | the run is to be cancelled by whoever executes it |
+| `inbox/RUN/SEQ` | what somebody wants of the run: its cancellation. It goes when it has been delivered |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `arguments/RUN` | what a workflow's run was started with |
 | `result/RUN` | what it returned, or the exception it raised |
@@ -269,12 +269,16 @@ class RunRecord:
     format: int = FORMAT
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Asked for by a process that doesn't execute the run, of one that does."""
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """The run is to unwind; a second time, to end at once."""
 
     reason: str
+    sent_at: float
     format: int = FORMAT
+
+
+Message = Cancel
+"""What somebody wants of a run: a tagged union, of which there will be more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,9 +443,19 @@ def lease_key(run_id: str) -> str:
     return f"lease/{run_id}"
 
 
-def cancel_key(run_id: str) -> str:
-    """Key of what was asked of a run's executor."""
-    return f"cancel/{run_id}"
+def inbox_prefix(run_id: str) -> str:
+    """Keys of what others want of a run; of nothing, those of all runs."""
+    return f"inbox/{quote(run_id, safe='')}/" if run_id else "inbox/"
+
+
+def inbox_key(run_id: str, seq: int) -> str:
+    """Key of the SEQth message."""
+    return f"{inbox_prefix(run_id)}{seq:06}"
+
+
+def run_of_inbox(key: str) -> str:
+    """The run that a message is for."""
+    return unquote(key.split("/", 2)[1])
 
 
 def saved_key(run_id: str, process_id: str) -> str:

@@ -16,6 +16,7 @@ from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
 from durable_nb._engine.by_history import TIMER
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
 from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
@@ -49,11 +50,11 @@ class Catalog:
         found = self._ownership.read_run(run_id)
         if found is None or found[0].status != Status.RUNNING or self.is_owned(run_id, found[1]):
             return found
-        return self._heeding(found[0], self._journal.get(rec.cancel_key(run_id))), found[1]
+        return self._heeding(found[0], self._ownership.inbox.of(run_id)), found[1]
 
     def all(self) -> Iterator[tuple[RunRecord, Lease | None]]:
         """Every run that can be read. One that is damaged, or that another key signed, is left out: `doctor` tells of it."""
-        leases, cancels = (dict(self._journal.scan(prefix)) for prefix in (rec.lease_key(""), rec.cancel_key("")))
+        leases, inboxes = dict(self._journal.scan(rec.lease_key(""))), self._ownership.inbox.all()
         owners: dict[str, bool] = {}
         for key, row in self._journal.scan(rec.run_key("")):
             with contextlib.suppress(StoreError):
@@ -67,7 +68,7 @@ class Catalog:
                 if owner not in owners or owner == self._shared.store.process.id:
                     owners[owner] = self.is_owned(record.id, lease)
                 yield (
-                    record if owners[owner] else self._heeding(record, cancels.get(rec.cancel_key(record.id))),
+                    record if owners[owner] else self._heeding(record, inboxes.get(record.id, [])),
                     lease if owners[owner] else replace(lease, owner="") if lease else None,
                 )
 
@@ -114,12 +115,12 @@ class Catalog:
         """Does a live process, this one or another, execute the run?"""
         return self._is_started(run_id) or self._ownership.is_owned(run_id, lease)
 
-    def _heeding(self, record: RunRecord, row: bytes | None) -> RunRecord:
-        """The run, cancelled by that row while nobody executed it."""
-        if row is None:
+    def _heeding(self, record: RunRecord, inbox: list[Received]) -> RunRecord:
+        """The run, cancelled where somebody wanted that while nobody executed it."""
+        cancel = next((one.message for one in inbox if isinstance(one.message, Cancel)), None)
+        if cancel is None:
             return record
-        reason = unpack(self._seal, rec.cancel_key(record.id), row, Cancel).reason
-        return replace(record, status=Status.CANCELLED.value, error=str(cancelled(record.id, reason)))
+        return replace(record, status=Status.CANCELLED.value, error=str(cancelled(record.id, cancel.reason)))
 
     def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
         key = rec.generation_key(rec.scope_of(name))

@@ -22,6 +22,7 @@ from durable_nb._engine.branches import branch_name
 from durable_nb._engine.by_content import ByContent
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
 from durable_nb._engine.in_place import Changed, Inputs, arguments_of, described, fingerprint_of
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Host, Observers
 from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, ended_step
 from durable_nb._engine.run_log import CellRecords, Held, cancelled, say
@@ -30,7 +31,7 @@ from durable_nb._engine.task_scope import TaskScope, enters_engine_code, in_user
 from durable_nb._facts import Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
 from durable_nb._journal import Verdict
-from durable_nb._records import Again, Attempts, Cancel, Outcome, RunRecord, StepKey
+from durable_nb._records import Again, Attempts, Outcome, RunRecord, StepKey
 from durable_nb._usage import Usage
 from durable_nb.errors import (
     CorruptStoreError,
@@ -230,14 +231,19 @@ class CellRun:
         """The status that an error leaves the run in."""
         return Status.CANCELLED if error is self._scope.stopped and isinstance(error, RunCancelled) else Status.FAILED
 
-    def hear(self, lease: bytes | None, cancel: Cancel | None) -> None:
+    def hear_soon(self, inbox: list[Received]) -> None:
+        self._scope.soon(lambda: self.hear(self._held.row, inbox))
+
+    def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
         ownership = self._shared.ownership
         if not ownership.holds(self._held) or self.id in ownership.changing:
             return
         if lease != self._held.row:
             self._give_way()
-        elif cancel is not None and self._scope.stopped is None:  # once: its code may be tidying up by now
-            self.stop(cancelled(self.id, cancel.reason))
+            return
+        for received in self._execution.unheard(inbox):
+            if self._scope.stopped is None:  # once: its code may be tidying up by now
+                self.stop(cancelled(self.id, received.message.reason))
 
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""

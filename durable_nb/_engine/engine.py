@@ -18,7 +18,7 @@ from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.cell_run import CellRun
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Status
-from durable_nb._records import Generation, Lease, RunRecord, unpack
+from durable_nb._records import Cancel, Generation, Lease, RunRecord, unpack
 from durable_nb._store import Store
 from durable_nb.errors import StoreError, UntrustedStoreError
 
@@ -161,7 +161,8 @@ class Engine:
 
     def _was_cancelled(self, run: RunRecord, lease: Lease | None) -> bool:
         """Was it cancelled while nobody executed it, or its executor killed before hearing of it?"""
-        return self.store.journal.get(rec.cancel_key(run.id)) is not None and not self.ownership.is_owned(run.id, lease)
+        cancels = [one for one in self.ownership.inbox.of(run.id) if isinstance(one.message, Cancel)]
+        return bool(cancels) and not self.ownership.is_owned(run.id, lease)
 
     async def _claim(
         self, asked: Asked, found: _Unfinished, adopted: tuple[RunRecord, Lease] | None, new: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from durable_nb import _records as rec
 from durable_nb._clock import RECHECK_S, Instant, remaining_s
 from durable_nb._current import SleepRequest
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.performer import Performer, RunPolicy, Wording
 from durable_nb._engine.run_log import Held, RunLog
@@ -38,6 +39,8 @@ class Execution:
         self.status = Status.RUNNING
         self.began_at = self.now_s()
         self.ended_at: float | None = None
+        self._heard: dict[str, bytes] = {}
+        """Messages that are on disk and that this execution has heard of."""
 
     def now_s(self) -> float:
         return self.shared.clock.now().wall_s
@@ -50,6 +53,12 @@ class Execution:
     def begin(self, run: Any) -> None:
         """`run` is what executes it here from now on."""
         self.shared.ownership.active[self.record.id] = run
+
+    def unheard(self, inbox: Iterable[Received]) -> list[Received]:
+        """Of what is in the run's inbox, what this execution has not heard of yet; from now on it has."""
+        new = [one for one in inbox if self._heard.get(one.key) != one.row]
+        self._heard.update((one.key, one.row) for one in new)
+        return new
 
     async def sleep(self, timer: Timer, path: str, since: Instant, wait: Callable[[float, str], None] | None = None) -> bool:
         """Return when a sleep is over; was there anything left of it? `wait` is told of a pause before it, and may raise."""
@@ -107,7 +116,9 @@ class Execution:
             )
             is_at_work = self.shared.is_at_work(run_id)
             closes = status in (Status.COMPLETED, Status.CANCELLED)
-            verdict = await self.log.end(record, result, closes=closes, is_at_work=is_at_work)
+            # What was heard of an execution that is interrupted is delivered to the next one.
+            heard = tuple(self._heard) if is_over else ()
+            verdict = await self.log.end(record, result, closes=closes, is_at_work=is_at_work, heard=heard)
             if not is_at_work:
                 ownership.lose(self.held)
         finally:

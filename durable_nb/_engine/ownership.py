@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from durable_nb import _records as rec
+from durable_nb._engine.inbox import Inbox, Received
 from durable_nb._engine.run_log import Held
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._facts import Snapshot, Status
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Cancel, Generation, Lease, RunRecord, pack, unpack
+from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
 from durable_nb._store import Store
 from durable_nb.errors import StoreError
 
@@ -40,16 +41,16 @@ class Executed(Protocol):
         """How it and its steps stand now."""
         ...
 
-    def stop_soon(self, why: BaseException) -> None:
-        """End the execution, because of that; from any thread."""
-        ...
-
     def die(self) -> None:
         """End as a kill would."""
         ...
 
-    def hear(self, lease: bytes | None, cancel: Cancel | None) -> None:
-        """What other processes have written about it."""
+    def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
+        """What stands in the journal: the row of its lease, and what others want of it."""
+        ...
+
+    def hear_soon(self, inbox: list[Received]) -> None:
+        """The same of its inbox, from any thread."""
         ...
 
 
@@ -66,6 +67,7 @@ class Ownership:
     def __init__(self, store: Store, is_at_work: Callable[[str], bool]) -> None:
         """`is_at_work`: does a body of that run still live, or is being recorded?"""
         self.store, self._is_at_work = store, is_at_work
+        self.inbox = Inbox(store)
         self.held: dict[str, Held] = {}
         self.active: dict[str, Executed] = {}
         self.changing: set[str] = set()
@@ -217,9 +219,9 @@ class Ownership:
                     self.let_go(run_id)
                 runs = list(self.active.values())
                 awaited = dict(self._awaited)
-                for run, lease, cancel in await self.store.writer.call(functools.partial(self._news, runs)):
+                for run, lease, inbox in await self.store.writer.call(functools.partial(self._news, runs)):
                     if self.active.get(run.id) is run:  # not ended meanwhile
-                        run.hear(lease, cancel)
+                        run.hear(lease, inbox)
                 if awaited:
                     for run_id in await self.store.writer.call(functools.partial(self._changed_of, awaited)):
                         for waiting in self._awaited.pop(run_id).waiters:
@@ -250,11 +252,6 @@ class Ownership:
                 changed.append(run_id)
         return changed
 
-    def _news(self, runs: list[Executed]) -> list[tuple[Executed, bytes | None, Cancel | None]]:
-        journal = self.store.journal
-        rows = dict(journal.scan(rec.cancel_key("")))
-        cancels = {}
-        for key, row in rows.items():
-            with contextlib.suppress(StoreError):  # one that can't be read is of no other run's concern
-                cancels[key] = unpack(self.store.seal, key, row, Cancel)
-        return [(run, journal.get(rec.lease_key(run.id)), cancels.get(rec.cancel_key(run.id))) for run in runs]
+    def _news(self, runs: list[Executed]) -> list[tuple[Executed, bytes | None, list[Received]]]:
+        journal, inboxes = self.store.journal, self.inbox.all()
+        return [(run, journal.get(rec.lease_key(run.id)), inboxes.get(run.id, [])) for run in runs]

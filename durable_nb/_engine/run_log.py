@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -103,14 +103,15 @@ class RunLog:
     def read_row(self, key: str) -> asyncio.Future[bytes | None]:
         return self.read(lambda: self.store.journal.get(key))
 
-    def end(self, record: RunRecord, result: rec.Result | None, *, closes: bool, is_at_work: bool) -> asyncio.Future[Verdict]:
+    def end(
+        self, record: RunRecord, result: rec.Result | None, *, closes: bool, is_at_work: bool, heard: Iterable[str] = ()
+    ) -> asyncio.Future[Verdict]:
         """Write down how an execution ended. `closes`: nobody goes on with the run. While a body of it `is_at_work`, the lease
-        stays ours, so that what it comes to can be recorded."""  # fmt: skip
-        is_over = record.status != "running"
+        stays ours, so that what it comes to can be recorded. `heard`: messages that are done with."""  # fmt: skip
         puts = [self.pack(rec.run_key(record.id), record)]
         if result is not None:
             puts.append(self.pack(rec.result_key(record.id), result))
-        deletes = [rec.cancel_key(record.id)] if is_over else []
+        deletes = [*heard]
         if closes:
             deletes.append(rec.open_prefix(record.scope) + record.id)
         if is_at_work:

@@ -32,6 +32,7 @@ from durable_nb._engine.blame import Blame
 from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, without_collector
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
 from durable_nb._engine.in_place import PYTHON, arguments_of, code_of, fingerprint_of
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, encoded, ended_step
@@ -41,7 +42,7 @@ from durable_nb._engine.shared import Shared
 from durable_nb._engine.workflow_loop import Interrupted, WorkflowLoop
 from durable_nb._facts import Snapshot, Status, Step, standing
 from durable_nb._journal import Verdict
-from durable_nb._records import Arguments, Asked, Attempts, Cancel, Event, Outcome, Result, RunRecord, Timer, unpack
+from durable_nb._records import Arguments, Asked, Attempts, Event, Outcome, Result, RunRecord, Timer, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb.errors import (
     CorruptStoreError,
@@ -188,8 +189,10 @@ class WorkflowRun:
         """Verbs that were called, have ended, and were never awaited."""
         self._idle: asyncio.TimerHandle | None = None
         self._fetching: asyncio.Task[None] | None = None
-        self._inbox: deque[tuple[Row, Any, BaseException | None]] = deque()
+        self._due: deque[tuple[Row, Any, BaseException | None]] = deque()
         """On disk, not delivered."""
+        self._delivering: list[str] = []
+        """Messages that were heard and whose delivery is not recorded."""
         self._loaded: tuple[int, bytes, bytes] | None = None
         """Of the next delivery: large values, read from their files."""
         self._closed = -1
@@ -354,6 +357,7 @@ class WorkflowRun:
         with self._loop.delivering(0.0):
             self._loop.call_soon(self._begin_main, function, args, kwargs, context=context)
         self._shared.ownership.changing.discard(self.id)
+        self.hear(self._held.row, self._shared.ownership.inbox.of(self.id))  # sent before there was anybody to hear it
         if self._stopped is not None:
             self._end(_Over(Status.INTERRUPTED, error=self._stopped))
         elif self._cancelled is not None and self._history.is_empty:  # before its first line
@@ -444,9 +448,9 @@ class WorkflowRun:
         if not self._is_live:
             self._go_live()
             return True
-        if self._inbox:
+        if self._due:
             history.activation += 1
-            self._deliver(*self._inbox.popleft())
+            self._deliver(*self._due.popleft())
             return True
         if any(ask.request.id >= 0 for ask in self._wanted[:1]):  # of many the kernel's loop has a turn between
             self._begin_wanted()
@@ -489,7 +493,7 @@ class WorkflowRun:
         if self._cancelled is None:
             self._begin_wanted()
         else:
-            self._outbox.append(Event("cancel", error=str(self._cancelled)))  # what is wanted after that begins
+            self._record_cancellation(self._cancelled)  # what is wanted after that begins
 
     def _begin_wanted(self) -> None:
         wanted, self._wanted = self._wanted[:_AT_ONCE], self._wanted[_AT_ONCE:]
@@ -558,7 +562,7 @@ class WorkflowRun:
             self._idle = self._host_loop.call_later(_IDLE_S, look)
 
     def _is_idle(self) -> bool:
-        busy = self._working or self._time.is_waiting or self._inbox or self._outbox.count or self._is_scheduled
+        busy = self._working or self._time.is_waiting or self._due or self._outbox.count or self._is_scheduled
         return not busy and self._is_live
 
     def _never_woken(self) -> NotSupportedError:
@@ -732,7 +736,7 @@ class WorkflowRun:
     def _written(self, row: Row, value: Any, error: BaseException | None) -> None:
         """On disk: the code hears of it."""
         if not self._is_over:
-            self._inbox.append((row, value, error))
+            self._due.append((row, value, error))
             self._schedule()
 
     def _not_written(self, cause: BaseException | Verdict) -> None:
@@ -903,7 +907,12 @@ class WorkflowRun:
             return
         self._cancelled = why
         if self._is_live:
-            self._outbox.append(Event("cancel", error=str(why)))
+            self._record_cancellation(why)
+
+    def _record_cancellation(self, why: RunCancelled) -> None:
+        """The message that asked for it goes in the same commit."""
+        consumed, self._delivering = tuple(self._delivering), []
+        self._outbox.append(Event("cancel", error=str(why)), deletes=consumed)
 
     def die(self) -> None:
         """End as a kill would."""
@@ -926,15 +935,22 @@ class WorkflowRun:
         """As a kill would: nothing is recorded any more."""
         self._host_loop.call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
 
-    def hear(self, lease: bytes | None, cancel: Cancel | None) -> None:
-        """What other processes have written about this run."""
+    def hear_soon(self, inbox: list[Received]) -> None:
+        if asyncio._get_running_loop() is self._host_loop:
+            self.hear(self._held.row, inbox)
+        else:
+            self._host_loop.call_soon_threadsafe(self.hear, self._held.row, inbox)
+
+    def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
         ownership = self._shared.ownership
         if not ownership.holds(self._held) or self.id in ownership.changing:
             return
         if lease != self._held.row:
             self._give_way()
-        elif cancel is not None and self._cancelled is None:
-            self.cancel(cancelled(self.id, cancel.reason))
+            return
+        for received in self._execution.unheard(inbox):
+            self._delivering.append(received.key)
+            self.cancel(cancelled(self.id, received.message.reason))
 
     def _give_way(self) -> None:
         """Another process owns the run: this one writes nothing more."""

@@ -25,12 +25,11 @@ from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
 from durable_nb._engine.observing import log
-from durable_nb._engine.run_log import BLOB_BYTES, Held, cancelled, read_log
+from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._fingerprint import Unhashable, hash_value
-from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Arguments, Cancel, Event, Lease, Result, RunRecord, unpack
 from durable_nb._store import Store
 from durable_nb.errors import (
@@ -53,8 +52,6 @@ class Workflows:
         self._main = main or _script
         self._tasks: dict[str, asyncio.Task[Any] | None] = {}
         """Runs that are executed here; None: the task is about to be made, on the loop's thread."""
-        self._cancelling: dict[str, RunCancelled] = {}
-        """Runs whose task has been made and has not begun, that are to stop as soon as it does."""
         self._loop: asyncio.AbstractEventLoop | None = None
         """Where runs are executed that are started from another thread."""
         with contextlib.suppress(RuntimeError):
@@ -153,18 +150,17 @@ class Workflows:
         return self._main() if module == "__main__" else module
 
     def cancel(self, run_id: str, reason: str) -> None:
-        record, lease = self.catalog.find(run_id)
+        record, _ = self.catalog.find(run_id)
+        row = self._store.journal.get(rec.run_key(record.id))
+        if row is None or (record.status != Status.RUNNING and record.id not in self._tasks):
+            return
+        # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
+        if not self._ownership.inbox.send(record.id, row, Cancel(reason, self._shared.clock.now().wall_s)):
+            self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
+            return
         run = self._ownership.active.get(record.id)
         if run is not None:
-            run.stop_soon(cancelled(record.id, reason))
-        elif record.id in self._tasks:
-            self._cancelling[record.id] = cancelled(record.id, reason)
-        elif record.status == Status.RUNNING and lease is not None:
-            # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
-            guard = rec.lease_key(record.id), self._ownership.pack(rec.lease_key(record.id), lease)[1]
-            row = self._ownership.pack(rec.cancel_key(record.id), Cancel(reason))
-            if self._store.writer.commit_and_wait(Commit(guard, puts=(row,))) is not Verdict.APPLIED:
-                self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
+            run.hear_soon(self._ownership.inbox.of(record.id))
 
     # -- executing -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +173,8 @@ class Workflows:
                 *(record.id, record.name, record.id),
             )
             return
-        self._spawn(record.id, lambda: self._drive(record, lease, anew=anew))
+        stale = [one.key for one in self._ownership.inbox.of(record.id)]  # what is sent from here on is for this execution
+        self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
 
     def _loop_for(self, run_id: str) -> asyncio.AbstractEventLoop:
         """The loop that executes it: the running one; in another thread, the one that executes this store's runs."""
@@ -212,13 +209,12 @@ class Workflows:
     def _ended(self, run_id: str, task: asyncio.Task[Any]) -> None:
         if self._tasks.get(run_id) is task:
             del self._tasks[run_id]
-            self._cancelling.pop(run_id, None)
             self._ownership.changing.discard(run_id)
         if not task.cancelled():
             task.exception()  # on record: whoever waits for the run gets it from there
 
-    async def _drive(self, record: RunRecord, lease: Lease | None, *, anew: bool) -> None:
-        now, deletes = self._shared.clock.now(), [rec.cancel_key(record.id)]
+    async def _drive(self, record: RunRecord, lease: Lease | None, stale: list[str], *, anew: bool) -> None:
+        now, deletes = self._shared.clock.now(), stale
         rows: list[tuple[str, bytes]] = []
         since, since_s = record.since, record.since_s
         if anew:
@@ -270,8 +266,6 @@ class Workflows:
     async def _execute(self, record: RunRecord, held: Held) -> None:
         self._ownership.watch()
         run = WorkflowRun(self._shared, record, held)
-        if run.id in self._cancelling:
-            run.stop(self._cancelling[run.id])
         try:
             await run.drive(workflow_functions[record.name])
         finally:

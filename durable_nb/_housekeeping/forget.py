@@ -37,7 +37,8 @@ def forget(engine: Engine, name: str) -> Forgotten:
         records = [unpack(store.seal, key, row, RunRecord) for key, row in journal.scan("run/")]
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:
-            rows += [rec.run_key(run_id), rec.lease_key(run_id), rec.cancel_key(run_id)]
+            rows += [rec.run_key(run_id), rec.lease_key(run_id)]
+            rows += [key for key, _ in journal.sizes(rec.inbox_prefix(run_id))]
             rows += [key for key, _ in journal.sizes(rec.timer_prefix(run_id))]
         number = unpack(store.seal, counter, begun, Generation).number if begun else 0
         put = counter, pack(store.seal, counter, Generation(number + 1))
