@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import collections
 import functools
+import io
 import random
 import sys
 import types
@@ -76,6 +77,10 @@ class Standing:
         """Does an array have another size or type than before?"""
         return bool(self._sizes.get(id(array), (array.size, array.dtype)) != (array.size, array.dtype))
 
+    def dtype(self, array: Any) -> Any:
+        """What type of elements an array had."""
+        return self._sizes.get(id(array), (0, None))[1]
+
     def members(self, obj: Any) -> dict[str, Any]:
         """A class's attributes as they were; of a function, its code under ''."""
         return self._members.get(id(obj), {})
@@ -116,9 +121,24 @@ def _is_generator(obj: Any) -> bool:
     return numpy is not None and isinstance(obj, (numpy.random.Generator, numpy.random.RandomState))
 
 
+def _is_resizable(array: Any, standing: Standing) -> bool:
+    """Only the cell's own `resize` can have given it another size, which numpy allows where no view would be left behind."""
+    return bool(array.flags.owndata and array.dtype == standing.dtype(array) and not array.dtype.hasobject)
+
+
 def _is_masked(obj: Any) -> bool:
     numpy: Any = sys.modules.get("numpy")
     return numpy is not None and type(obj) is numpy.ma.MaskedArray and not obj.hardmask and not obj.dtype.names
+
+
+def _is_array(obj: Any) -> bool:
+    array: Any = sys.modules.get("array")
+    return array is not None and type(obj) is array.array
+
+
+_FILES = (io.StringIO, io.BytesIO)
+"""Files in memory."""
+_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())))
 
 
 def content_of(obj: Any, standing: Standing | None = None) -> Any:
@@ -140,13 +160,19 @@ def _content_of(obj: Any, standing: Standing | None) -> Any:
             raise UnpatchableError(kind.__name__) from error
     if _figures.is_part(obj):
         return _figures.content_of(obj)
+    if _is_array(obj):
+        return obj.typecode, obj.tobytes()
+    if kind in _FILES:
+        return obj.__getstate__()
+    if kind in _ITERATORS:
+        return obj.__reduce__()
     if kind in (list, set, collections.deque, bytearray):
         return (bytes if kind is bytearray else list)(obj)
     if kind in _PLAIN:
         return list(obj.items())
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and kind is numpy.ndarray:
-        if standing is not None and standing.resized(obj):
+        if standing is not None and standing.resized(obj) and not _is_resizable(obj, standing):
             raise UnpatchableError(kind.__name__)
         content = numpy.array(obj, copy=True)
         content.flags.writeable = obj.flags.writeable
@@ -194,7 +220,7 @@ def content_of_code(obj: Any, standing: Standing) -> Any:
     changed = [
         name for name in {**before, **now} if before.get(name, obj) is not now.get(name, obj) and name != "__slotnames__"
     ]
-    others = [name for name in changed if not (_is_data(name, before.get(name)) and _is_data(name, now.get(name)))]
+    others = [name for name in changed if not all(_is_data(name, held[name]) for held in (before, now) if name in held)]
     if not before or others or type(obj) not in _CLASSES or standing.registered(obj).keys() != _registered(obj).keys():
         raise UnpatchableError(obj.__name__)
     return _kind(obj), ({name: now[name] for name in changed if name in now}, [name for name in changed if name not in now])
@@ -210,7 +236,13 @@ def _registered(cls: Any) -> dict[int, Any]:
 
 
 def _is_data(name: str, value: Any) -> bool:
+    """May it be set on a class as it is? Not what the class is made of itself."""
+    if isinstance(value, (types.FunctionType, staticmethod, classmethod, property)):
+        return name not in _MAKING
     return not name.startswith("__") and not hasattr(type(value), "__get__") and not isinstance(value, type)
+
+
+_MAKING = frozenset("__new__ __init_subclass__ __class_getitem__ __set_name__ __getattribute__ __hash__ __eq__".split())
 
 
 def fits(obj: Any, content: Any) -> bool:
@@ -218,11 +250,17 @@ def fits(obj: Any, content: Any) -> bool:
     kind, content = content
     if kind != _kind(obj):
         return False
+    if _is_array(obj):
+        return bool(obj.typecode == content[0])
+    if type(obj) in _FILES:
+        return not obj.closed
     if _sqlite.is_connection(obj):
         return _sqlite.is_closed(obj) == (content is None) or not _sqlite.is_reading(obj)
     if type(obj).__module__ == "numpy" and hasattr(obj, "shape"):
         lies_well = obj.shape == content.shape or obj.flags.forc
         alike = obj.size == content.size and obj.dtype == content.dtype and lies_well
+        if obj.size != content.size and obj.dtype == content.dtype:
+            return bool(obj.flags.owndata and obj.flags.writeable and obj.flags.forc)
         return bool(alike and (obj.flags.writeable or _is_same(obj, content)))
     if _is_frame(obj):
         frame, kept, _ = content
@@ -244,6 +282,13 @@ def put(obj: Any, content: Any) -> None:
         (_sqlite.bring if _sqlite.is_connection(obj) else _sqlite.bring_cursor)(obj, content)
     elif _figures.is_part(obj):
         _figures.put(obj, content)
+    elif _is_array(obj):
+        del obj[:]
+        obj.frombytes(content[1])
+    elif kind in _FILES:
+        obj.__setstate__(content)
+    elif kind in _ITERATORS:
+        _put_iterator(obj, content)
     elif kind in (list, bytearray):
         obj[:] = content
     elif kind in (set, collections.deque):
@@ -265,7 +310,7 @@ def put(obj: Any, content: Any) -> None:
         if not obj.flags.writeable:
             return  # it fits, so it is the same
         if obj.shape != content.shape:
-            obj.resize(content.shape, refcheck=False)  # of the same size: only the shape is set
+            obj.resize(content.shape, refcheck=False)  # mostly of the same size: only the shape is set
         obj[...] = content
         if not content.flags.writeable:
             obj.flags.writeable = False
@@ -296,6 +341,14 @@ def put(obj: Any, content: Any) -> None:
             delattr(obj, name)
     else:
         _put_attributes(obj, *content)
+
+
+def _put_iterator(iterator: Any, content: Any) -> None:
+    """Iterators of Python's own sequences, which tell by how many items they are ahead, or that they are at their end."""
+    if len(content) == 3:
+        iterator.__setstate__(content[2])
+        return
+    collections.deque(iterator, maxlen=0)
 
 
 def _put_frame(frame: Any, content: Any, kept: list[bool], attrs: dict[Any, Any]) -> None:

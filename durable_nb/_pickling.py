@@ -229,6 +229,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
         if kind in (_Together, _Owned) or is_proven(kind):
             self._plain.add(kind)
             return NotImplemented
+        hashed = _reduce_hashed(obj)
+        if hashed is not None:
+            self._unproven.append(obj)
+            return hashed
         registered = self.dispatch_table.get(kind)
         reduced = registered(obj) if registered is not None else reduced_by_itself(obj, 5)
         if not isinstance(reduced, str):
@@ -571,6 +575,50 @@ def _fill_exception(error: BaseException, content: tuple[Any, BaseException | No
     state, error.__cause__, error.__suppress_context__ = content
     if state:
         vars(error).update(state)
+
+
+def _reduce_hashed(obj: Any) -> Any:
+    """An instance of a user's class with a hash of its own, made with the plain values that it holds: in a cycle, a set or dict
+    asks for its hash before its state is there. None where pickle's way serves."""  # fmt: skip
+    kind: Any = type(obj)
+    if not _hashes_itself(kind):
+        return None
+    state = obj.__reduce_ex__(4)[2]
+    own, slots = state if isinstance(state, tuple) else (state, None)
+    early = [{name: value for name, value in (held or {}).items() if _is_scalar(value)} for held in (own, slots)]
+    return _early, (kind, *early), (own, slots), None, None, _fill_early
+
+
+@functools.lru_cache(maxsize=1024)
+def _hashes_itself(kind: Any) -> bool:
+    ways = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__", "__getnewargs_ex__", "__getnewargs__")
+    usual = all(getattr(kind, way, None) is getattr(object, way, None) for way in ways) and kind not in copyreg.dispatch_table
+    return usual and not is_installed(kind) and isinstance(kind.__hash__, types.FunctionType)
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) in _SCALARS or (type(value) in (tuple, frozenset) and all(map(_is_scalar, value)))
+
+
+_SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+def _early(kind: Any, own: dict[str, Any], slots: dict[str, Any]) -> Any:
+    made = object.__new__(kind)
+    if own:
+        vars(made).update(own)
+    for name, value in slots.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _fill_early(obj: Any, state: tuple[dict[str, Any] | None, dict[str, Any] | None]) -> None:
+    own, slots = state
+    if own is not None:
+        vars(obj).clear()  # all of it in its order
+        vars(obj).update(own)
+    for name, value in (slots or {}).items():
+        object.__setattr__(obj, name, value)
 
 
 def _is_usual_dict(kind: Any) -> bool:

@@ -73,6 +73,7 @@ STATEFUL = {
     "an open transaction": ("import sqlite3", "con = sqlite3.connect('made.db')\nx = con.execute('create table if not exists t (a)') and con.execute('insert into t values (1)') and 1", "look = con.in_transaction\ncon.rollback()", "con (Connection) holds an open transaction"),
     "a function given to a connection": ("import sqlite3", "con = sqlite3.connect(':memory:')\ncon.create_function('twice', 1, lambda a: 2 * a)", "look = con.execute('select twice(4)').fetchone()", "con (Connection) holds what create_function() gave it"),
     "an attribute set on a client": ("import httpx", "client = httpx.Client()\nclient.base_url = 'http://x'", "look = str(client.base_url)", "client (Client) holds an attribute 'base_url'"),
+    "headers given to a client": ("import httpx\ndef tell(c): c.headers.update({'x-a': 'b'})", "client = httpx.Client()\ntell(client)", "look = client.headers['x-a']", "client (Client) was configured otherwise after it was made"),
     "bound in a branch": ("import sqlite3", "if True:\n    con = sqlite3.connect(':memory:')", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),
     "bound twice": ("import sqlite3", "con = None\ncon = sqlite3.connect(':memory:')", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),
     "an argument that is bound again": ("import sqlite3", "file = ':memory:'\ncon = sqlite3.connect(file)\nfile = 'other'", "look = con.execute('select 1').fetchone()", "con (Connection) can't be pickled"),

@@ -68,6 +68,7 @@ VALUES = {
     "members that are texts": ("import enum", "class C(str, enum.Enum):\n    R = 'r', 1\n    G = 'g', 2\n    def __new__(cls, v, n):\n        o = str.__new__(cls, v); o._value_ = v; o.n = n\n        return o\nm = [C.R, C.G]", "l = C('r') is C.R, C.R.n, C.R + 'x', m[0] is C.R, str(C.R), hash(C.R) == hash('r'), {C.R: 1}[C.R]"),
     "members of a dataclass": ("import enum, dataclasses", "@dataclasses.dataclass\nclass D:\n    a: int\n    b: list = dataclasses.field(default_factory=list)\nclass E(D, enum.Enum):\n    X = 1\n    Y = 2, [3]", "l = E.X.a, E.Y.b, E.X.value"),
     "flags, aliases, nested and generated ones": ("import enum", "class O:\n    class K(enum.IntEnum):\n        A = enum.auto()\n        ALIAS = 1\n        @classmethod\n        def of(cls, n): return cls(n)\nclass F(enum.Flag):\n    A = enum.auto()\n    B = enum.auto()\n    AB = A | B\nf, rw = F.A | F.B, O.K.of(1)\nG = enum.Enum('G', 'X Y')\nclass L(enum.Enum):\n    def _generate_next_value_(name, *_): return name.lower()\n    X = enum.auto()\n    @classmethod\n    def _missing_(cls, v): return cls.X", "l = f is F.AB, list(F), F(3), rw is O.K.A, O.K.ALIAS.name, ~F.A, list(G), G.__module__, L('other') is L.X, L.X.value"),
+    "objects in each other's sets and dicts, with a hash of their own": ("import dataclasses", "class Node:\n    def __init__(s, n): s.n = n; s.kids = set(); s.at = {}\n    def __repr__(s): return f'N{s.n}'\n    def __hash__(s): return hash(s.n)\n    def __eq__(s, o): return s.n == o.n\nr = Node(1); k = Node(2); k.parent = r; r.kids.add(k); r.at[k] = 1; k.at[r] = 2\nclass S:\n    __slots__ = ('k', 'near')\n    def __init__(s, *k): s.k = k; s.near = set()\n    def __hash__(s): return hash(s.k)\n    def __eq__(s, o): return s.k == o.k\np = S(1, 2); q = S(3); p.near.add(q); q.near.add(p)\n@dataclasses.dataclass(unsafe_hash=True)\nclass D:\n    n: int\n    peers: set = dataclasses.field(default_factory=set, hash=False, compare=False, repr=False)\nx = D(1); x.peers.add(x)", "l = k in r.kids, k.parent is r, r.at[Node(2)], k.at[r], list(vars(k)), next(iter(r.kids)) is k, q in p.near, p in q.near, x in x.peers; del r, k, p, q, x"),
     "members in sets, keys and defaults": ("import enum", "class E(enum.Enum):\n    A = [1]\n    B = {'k': 2}\ns = {E.A, E.B}; d = {E.A: [E.B]}\ndef f(e=E.A): return e", "l = E.A in s, d[E.A][0] is E.B, f() is E.A, E([1]) is E.A"),
 }  # fmt: skip
 IRIS = "import numpy as np\nX = np.arange(20.).reshape(10, 2); y = np.arange(10) % 2\n"
@@ -83,6 +84,11 @@ CHANGED = {
     "an index renamed": (PD + "\nix = pd.Index([1, 2]); df = pd.DataFrame({'a': [1, 2]}, index=ix)", "ix.name = 'k'", "l = ix.name, df.index.name, df.index is ix"),
     "a series' index renamed": (PD + "\ns = pd.Series([1, 2], index=[3, 4]); ix = s.index", "s.index.name = 'k'\ns.name = 'n'", "l = ix.name, s.index is ix, s.name"),
     "a frame around an earlier index": (PD + "\nix = pd.Index([1, 2], name='k')", "df = pd.DataFrame({'a': [1, 2]}, index=ix)", "l = df.index is ix"),
+    "a method of a class": ("class Room:\n    def d(self): return 1\n    k = 2\nr = Room()", "def f(self): return 5\nRoom.describe = Room.d = f\nRoom.p = property(lambda s: 2)\nRoom.s = staticmethod(len)\nRoom.__repr__ = lambda s: 'R'\ndel Room.k", "l = r.describe(), r.d(), Room.d is f, r.p, r.s('ab'), repr(r), hasattr(r, 'k')"),
+    "another size of an array": (NP + "\na = np.arange(4); b = [a]", "a.resize((2, 3), refcheck=False)\na[1] = 7", "l = a.tolist(), b[0] is a"),
+    "an array of Python's": ("import array\ns = array.array('i', [1]); t = s", "s.append(2)", "l = list(s), t is s"),
+    "files in memory": ("import io\nb = io.StringIO(); c = io.BytesIO(b'xyz'); held = [b, c]", "b.write('abc')\nx = c.read(1)", "l = b.getvalue(), b.tell(), c.tell(), held[0] is b; del b, c, held"),
+    "where an iterator is": ("i = iter([1, 2, 3]); j = iter((4, 5)); k = i", "x = next(i), list(j)", "l = list(k), list(j), k is i"),
     "a shape set": (NP + "\na = np.arange(6); b = a", "a.shape = 2, 3\na[0, 0] = 9", "l = a.tolist(), b is a, b.shape"),
     "slots": ("class S:\n    __slots__ = ('x', 'y')\n    def __init__(self): self.x = 1\ns = S(); t = s", "s.x += 1\ns.y = [s]", "l = s.x, s.y[0] is s, t is s"),
     "a list of one's own": ("class L(list):\n    pass\nx = L([1]); y = x", "x.append(2); x.tag = 'k'", "l = list(y), y.tag, y is x"),
@@ -120,7 +126,7 @@ def test_values_come_back_as_they_were(executed, before, body, after):
 
 REFUSED = {
     "an open file": ("open('f.txt', 'w').close()", "f = open('f.txt')", "f (TextIOWrapper) can't be pickled"),
-    "objects in sets by what they are yet to hold": ("", "class Node:\n    def __repr__(s): return str(s.n)\n    def __init__(s, n): s.n = n; s.kids = set()\n    def __hash__(s): return hash(s.n)\n    def __eq__(s, o): return s.n == o.n\nr = Node(1); k = Node(2); k.parent = r; r.kids.add(k)", "k (Node) holds a Node, which does not come back whole"),
+    "objects in sets by what they are yet to hold": ("", "class Node:\n    def __repr__(s): return str(s.n)\n    def __init__(s, n): s.n = [n]; s.kids = set()\n    def __hash__(s): return hash(s.n[0])\n    def __eq__(s, o): return s.n == o.n\nr = Node(1); k = Node(2); k.parent = r; r.kids.add(k)", "k (Node) holds a Node, which does not come back whole"),
     "a state that drops": ("class A:\n    def __init__(self): self.c = [1]\n    def __getstate__(self): return {'x': 1}", "a = A()", "a (A) holds a A, which does not come back whole"),
     "known by its name only": ("", "class A:\n    def __reduce__(self): return 'a'\na = A()", "a (A) can't be pickled"),
 }  # fmt: skip

@@ -44,6 +44,8 @@ class Kind:
     """Does it."""
     cheap: bool = False
     """Making one costs and touches nothing: it is tried when the cell is stored."""
+    tried_if_used: bool = False
+    """It costs some, and touches nothing: it is tried where the cell does more with it than make it."""
     factories: frozenset[str] = frozenset()
     """Functions and methods that make one, by name, besides the type itself."""
     stands: Callable[[Any], Any] = lambda _: None
@@ -172,8 +174,8 @@ def _bar_at(new: Any, end: Any) -> None:
         new.close()
 
 
-_clients = Kind(_http_client, end=_closed, brought_to=_close)
-_sdks = Kind(_sdk_client, end=_closed, brought_to=_close)
+_clients = Kind(_http_client, end=_closed, brought_to=_close, tried_if_used=True)
+_sdks = Kind(_sdk_client, end=_closed, brought_to=_close, tried_if_used=True)
 _locks = Kind(put_in=_locked, cheap=True, factories=frozenset({"allocate_lock", "lock", "RLock", "Lock"}), stands=_locked)
 _queues = Kind(
     _attributes("maxsize", "_queue", "queue", "_unfinished_tasks", "unfinished_tasks", "_getters", "_putters"), cheap=True
@@ -412,6 +414,12 @@ class Resources:
                 kind.brought_to(again, kind.end(value))
                 if kind.configuration(again) != kind.configuration(value):
                     raise NotRemadeError(f"{name} ({type(value).__name__}) holds state that the cell put into it")
+            elif kind.tried_if_used and _is_used(self.tree, name):
+                again = _evaluate(known[name].call, self.namespace, {})
+                same = kind.configuration(again) == kind.configuration(value)
+                kind.brought_to(again, True)
+                if not same:
+                    raise NotRemadeError(f"{name} ({type(value).__name__}) was configured otherwise after it was made")
             own = {read: self.bound[read] for read in sorted(known[name].reads) if read in self.bound}
             self.references[id(value)] = (_MADE, name, own, kind.end(value), _digest(kind.configuration(value)))
 
@@ -472,6 +480,10 @@ def _touched(tree: ast.Module, name: str, value: Any) -> str:
                 if not (sqlite and attribute in ("row_factory", "text_factory", "isolation_level")):
                     return f"an attribute {attribute!r} that the cell sets"
     return ""
+
+
+def _is_used(tree: ast.Module, name: str) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load) for node in nodes(tree))
 
 
 def _sets_what_nobody_tells(text: str) -> bool:
