@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 SEEN_BY_NOBODY = frozenset(
@@ -59,7 +60,7 @@ def rows(con: Any, query: str) -> list[tuple[Any, ...]]:
 
 def databases(con: Any) -> list[tuple[str, str]]:
     """Name and file of each, '' in memory. SQLite makes the one for temporary tables when it is first asked for."""
-    found = [(name, file) for _, name, file in rows(con, "PRAGMA database_list")]
+    found = [(name, file if Path(file).is_absolute() else "") for _, name, file in rows(con, "PRAGMA database_list")]
     return [each for each in found if each[0] != "temp" or rows(con, "SELECT 1 FROM temp.sqlite_master LIMIT 1")]
 
 
@@ -120,11 +121,11 @@ def bring(con: Any, wanted: Standing | None, *, counts: bool = True) -> None:
 
 
 def _exchange(con: Any, new: bytes) -> None:
-    if new:
-        con.deserialize(new)
-        return
-    with contextlib.closing(sqlite3.connect(":memory:")) as empty:
-        empty.backup(con)
+    """By a copy: what a connection itself reads from bytes gets the name of a file."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as other:
+        if new:
+            other.deserialize(new)
+        other.backup(con)
 
 
 def _count(con: Any, changes: int, last: int) -> None:

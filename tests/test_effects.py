@@ -224,6 +224,23 @@ def test_what_a_cell_does_to_an_earlier_connection_is_done_again(executed, body,
     assert executed(CON.format(1), body, f"{after}\ndel con")[-1] == "restored"
 
 
+def test_cells_that_fill_a_database_in_memory_one_after_the_other_are_restored(sessions, tmp_path):
+    """What one of them has put there is what the next one finds."""
+    cells = [
+        "import sqlite3\ncon = sqlite3.connect(':memory:')\ncon.execute('PRAGMA foreign_keys = ON')",
+        "con.executescript('create table t (a); create table u (b)')",
+        "with con:\n    con.executemany('insert into t values (?)', [(1,), (2,)])",
+        "cursor = con.execute('select a from t')\nrows = cursor.fetchall()",
+        "con.execute('insert into u select a * 2 from t')\ncon.commit()",
+    ]
+    look = "print(*con.iterdump(), con.total_changes, rows)"
+    plain = sessions.run([*cells, look], tmp_path)["shown"][-1]
+    for told in ([], ["restored"] * 5):
+        found = sessions.run([*(f"%%durable c{n}\n{cell}" for n, cell in enumerate(cells)), look], tmp_path)
+        assert found["shown"][-1] == plain
+        assert [line for line in found["told"] if line.startswith(("not stored", "restored"))] == told
+
+
 ENGINE = "import pandas as pd\nfrom sqlalchemy import create_engine\ncon = create_engine('sqlite://')\nx = pd.DataFrame({{'a': [{}]}}).to_sql('t', con, index=False)"
 
 

@@ -155,7 +155,7 @@ class Watch:
             return
         with self._lock:
             if event in ("os.listdir", "os.scandir"):
-                if where not in self._listed and not _imports(sys._getframe(2)):
+                if where not in self._listed and not _imports(sys._getframe(2)) and not _watches_folders(sys._getframe(2)):
                     self._listed[where] = name
                 return
             if event == "os.rename":
@@ -598,6 +598,11 @@ def _questions_noticed() -> Iterator[None]:
     finally:
         for module in _ASKING:
             module.os = os  # type: ignore[attr-defined]
+
+
+def _watches_folders(frame: Any) -> bool:
+    """Was it inotify's thread, which looks into each new folder for more?"""
+    return frame is not None and frame.f_globals.get("__name__") == inotify.__name__
 
 
 def _imports(frame: Any) -> bool:

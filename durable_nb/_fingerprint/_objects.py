@@ -142,9 +142,10 @@ def _database(obj: Any) -> Any:
 
 
 def _content(connection: Any, name: str) -> bytes:
-    """A database in memory as a file, whatever SQLite wrote it: without the count of changes and the version in its header."""
+    """A database in memory as a file, whatever SQLite wrote it: without what its header counts and the version there."""
     content = bytearray(_sqlite.content(connection, name))
-    content[24:28], content[92:100] = bytes(4 if content else 0), bytes(8 if content else 0)
+    for counted in (slice(24, 28), slice(40, 44), slice(92, 100)):
+        content[counted] = bytes(len(content[counted]))
     return bytes(content)
 
 
