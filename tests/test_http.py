@@ -19,9 +19,11 @@ import time
 
 import anthropic
 import httpx
+import nbformat
 import openai
 import pytest
 from kernels import kernel
+from nbclient import NotebookClient
 
 import durable_nb as durable
 from durable_nb import _exchange
@@ -767,3 +769,59 @@ def test_a_service_that_refused_every_attempt_is_asked_again_on_resume(server):
             assert await run == "You said: the blue house"
 
     asyncio.run(main())
+
+
+NOTEBOOK = """
+import logging, os
+logging.basicConfig(filename='log.txt', level=logging.DEBUG)
+%load_ext durable_nb
+import durable_nb as durable, anthropic, openai
+key = os.environ['TEST_MODEL_KEY']
+
+%%durable refused
+bad = openai.AsyncOpenAI(base_url='URL/v1', api_key=key[::-1], http_client=durable.AsyncClient())
+await bad.models.list()
+
+%%durable cut
+good = anthropic.AsyncAnthropic(base_url='URL', api_key=key, http_client=durable.AsyncClient(), max_retries=0)
+await good.messages.create(model='small', max_tokens=9, messages=[{'role': 'user', 'content': 'hi'}])
+
+%%durable url
+url = 'URL/v1/models'.replace('//', f'//me:{key}@')
+answer = await durable.call('models', f'{url}?api_key={key}', headers={'X-Api-Key': key})
+answer, answer.request.url, answer.request.headers, vars(answer)
+del url
+
+%%durable gone
+await durable.call('gone', f'http://me:{key}@127.0.0.1:1/?token={key}', retries=1)
+
+%%durable client
+found = await durable.AsyncClient(headers={'api-key': key, 'x-api-key': key}).get(f'URL/v1/models?key={key}')
+found, found.request.headers, vars(found)
+
+%durable
+%durable why client
+"""
+
+
+@pytest.mark.kernel
+def test_keys_are_nowhere(server, tmp_path):
+    """Used in headers, URLs and `api_key=`, refused and accepted, shown and logged in full: not in the store, the saved
+    notebook, or the log."""
+    server.api_key = KEY
+    server.next(None, Fault(cut_after=0))
+    cells = NOTEBOOK.replace("URL", server.url).strip().split("\n\n")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    environment = {**os.environ, "TEST_MODEL_KEY": KEY, "IPYTHONDIR": str(tmp_path / "ipython")}
+    client = NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
+    with client.setup_kernel(env=environment, cwd=str(tmp_path)):
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+    nbformat.write(notebook, tmp_path / "saved.ipynb")
+    saved = (tmp_path / "saved.ipynb").read_text()
+    for told in ("AuthenticationError", "APIConnectionError", "ConnectError", "[redacted]"):
+        assert told in saved, saved
+    assert "HTTP Request: GET" in (tmp_path / "log.txt").read_text()
+    assert server.requests[2].headers["x-api-key"] == KEY
+    for key in (KEY, KEY[::-1]):
+        assert not files_with(tmp_path, key)
