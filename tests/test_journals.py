@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 from kernels import kernel
-from stored_journal import VALUES, write
+from stored_journal import JOURNALS, VALUES, write
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("archive", sorted(JOURNALS.glob("*.zip")), ids=lambda path: path.stem)
+def test_a_stored_journal_is_replayed_and_nothing_recorded_is_executed_again(archive, tmp_path):
+    """The completed cell, the interrupted one, and runs that are completed, failed and asleep."""
+    replay(archive, tmp_path)
 
 
 @pytest.mark.kernel
