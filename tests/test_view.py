@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -637,6 +638,47 @@ def test_a_button_acts_while_the_cell_runs(tmp_path: Path) -> None:
         assert (tmp_path / "log").read_text().count("was refused") == 2
         k.run("1 + 1")
         assert k.value("str(durable.runs()[0].status)") == "cancelled"
+
+
+TELLING = """%%durable telling
+class Cart:
+    def __repr__(self):
+        raise SystemExit
+    def __reduce__(self):
+        return Cart, ()
+def charge(cart, api_key, *, retry=False):
+    print("charging", cart["id"], "Authorization: Bearer hunter22")
+    return {"paid": True, "token": "hunter22"}
+def fail(cart):
+    raise ValueError(f"declined <b>{cart['id']}</b> at https://pay.example/?token=hunter22")
+answer = {"model": "gpt-5", "usage": {"input_tokens": 1200, "output_tokens": 34}, "text": "fine"}
+await durable.run("charge", charge, {"id": 7, "items": range(3)}, "hunter22", retry=True)
+await durable.run("opaque", lambda cart: Cart(), Cart())
+await durable.run("ask", lambda: answer)
+await durable.run("fail", durable.step(fail, retries=0), {"id": 7})"""
+
+
+@pytest.mark.kernel
+def test_rows_unfold_to_what_their_steps_were_given_and_gave(tmp_path: Path) -> None:
+    """Also where they are restored; no `__repr__` of the user's is called, and no secret is told."""
+    with kernels.kernel(tmp_path) as k:
+        for again in (False, True):
+            shown = k.run(TELLING)
+            assert shown.error.startswith("ValueError: declined")
+            html = shown.views[-1]["text/html"]
+            assert "hunter22" not in html
+            for words in (
+                "{'id': 7, 'items': range(0, 3, 1)}, [redacted], retry=True",
+                "{'paid': True, 'token': [redacted]}",
+                "&lt;Cart&gt;",
+                "declined &lt;b&gt;7&lt;/b&gt; at https://pay.example/?token=[redacted]",
+                "in fail",
+            ):
+                assert words in unescape(html) or words in html, words
+            assert again or "Authorization: [redacted]" in html, "what it prints, while it runs"
+            assert ("3 steps were restored, which saved" in html) is again
+            assert ("1,234 tokens" in html) is again
+            k.restart()
 
 
 # Steps that wait until a file is there, so that a page can be looked at meanwhile.

@@ -17,7 +17,7 @@ from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.in_place import Inputs, Sharing, described, fingerprint_of, packed_changes, provenance_of
-from durable_nb._engine.observing import Host, NoHost, Observers
+from durable_nb._engine.observing import Host, NoHost, Observers, Raised
 from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Facts, Status, Step
@@ -183,6 +183,7 @@ class Performer:
                     late = body if body.in_thread else None
                 if call.request.limit is not None:
                     call.request.limit.heed(error)
+                self._observers.publish(Raised(call.path, call.request, error))
                 delay = self._delay(call.request, attempt, error)
                 if delay is None:
                     if late is not None:

@@ -33,7 +33,7 @@ from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
 from durable_nb._engine.in_place import PYTHON, arguments_of, code_of, fingerprint_of
 from durable_nb._engine.inbox import Received
-from durable_nb._engine.observing import Observers
+from durable_nb._engine.observing import Observers, Returned
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, encoded, ended_step
 from durable_nb._engine.run_log import Held, LinearLog, cancelled, say
@@ -639,6 +639,8 @@ class WorkflowRun:
         ask = self._open.pop(row.request)
         if _is_forgotten(ask):
             self._forgotten.append(ask)
+        if isinstance(row, Outcome) and not row.failed and ask.path and isinstance(ask.what, StepRequest):
+            self.observers.publish(Returned(ask.path, ask.what, value, row.usage))
         self._tell_end(ask, row, restored=restored)
         if ask.handle is not None:
             if not ask.handle.cancelled():

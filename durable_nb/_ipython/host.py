@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache.mentions import looks_up_anything
@@ -12,20 +12,17 @@ from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._current import StepRequest
 from durable_nb._engine.cell_run import CellRun
 from durable_nb._engine.muting import Muting
-from durable_nb._engine.observing import Notice, Observation
+from durable_nb._engine.observing import Changed, Notice, Observation
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
+from durable_nb._ipython.details import Details
 from durable_nb._ipython.runs import send
-from durable_nb._preview import last_lines
-from durable_nb._view import Detail, RunView, Source
+from durable_nb._view import Detail, Extra, RunView, Source
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.external import Around
     from durable_nb._fingerprint import Fingerprint
     from durable_nb._ipython.status import StatusLine
-
-_LINES, _LINE = 60, 300
-"""Of what a step printed, lines and characters each that its view shows."""
 
 
 class NotebookHost:
@@ -41,12 +38,15 @@ class NotebookHost:
         self._run, self._shell, self._recorder, self._status = run, shell, recorder, status
         self._live, self._quiet = live, quiet
         self.view: RunView | None = None
+        self._details = Details(recorder.written_by)
         self._watches = StepWatches(around)
 
     @contextlib.contextmanager
     def recording(
         self, path: str, request: StepRequest, found: Fingerprint | None
     ) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
+        if not self._quiet:
+            self._details.begins(path, request)
         if request.kind != "run":  # a body of ours: it looks at nothing of the user's but what it was given
             with self._recorder.step(path) as shown:
                 yield lambda: (shown(), b"")
@@ -72,12 +72,16 @@ class NotebookHost:
 
     def observe(self, observation: Observation) -> None:
         """What the run says."""
-        if not isinstance(observation, Notice):
-            self._show()
-        elif observation.is_advice:
-            self._status.advise(observation.text)
-        elif not self._live:  # with a front end the view shows it
-            self._status.warn(observation.text)
+        match observation:
+            case Changed():
+                self._show()
+            case Notice(text, is_advice):
+                if is_advice:
+                    self._status.advise(text)
+                elif not self._live:  # with a front end the view shows it
+                    self._status.warn(text)
+            case _ if not self._quiet:
+                self._details.note(observation)
 
     def _show(self) -> None:
         if self._quiet:
@@ -86,7 +90,7 @@ class NotebookHost:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
             self.view = RunView(
-                _CellSource(self._run, self._recorder),
+                _CellSource(self._run, self._details),
                 live=self._live,
                 place=self._status.place,
                 send=send,
@@ -99,14 +103,17 @@ class NotebookHost:
 
 
 class _CellSource(Source):
-    """A cell's run, and what its steps print."""
+    """A cell's run, and what its steps were given, gave, and print."""
 
-    def __init__(self, run: CellRun, recorder: Recorder) -> None:
+    def __init__(self, run: CellRun, details: Details) -> None:
         super().__init__(run.snapshot)
-        self._recorder = recorder
+        self._details = details
+
+    def extras(self) -> Mapping[str, Extra]:
+        return self._details.extras
 
     def detail(self, path: str) -> Detail:
-        return Detail(log=tuple(last_lines(self._recorder.written_by(path), _LINES, _LINE)))
+        return self._details.of(path)
 
 
 class NotebookMuting(Muting):

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from durable_nb._facts import Status
-from durable_nb._view.words import ACTIVE, BROKEN, counted, word
+from durable_nb._view.words import ACTIVE, BROKEN, counted, error_of, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Step
@@ -103,7 +103,7 @@ def told(row: Row) -> Group:
         ended_at=None if active else max(ended, default=None),
         wake_at=min((step.wake_at for step in row.steps if step.wake_at and step.status in ACTIVE), default=None),
         strip=strip(words),
-        error=next((step.error for step in row.steps if step.status in BROKEN and step.error), None),
+        error=next((error_of(step) for step in row.steps if step.status in BROKEN and step.error), None),
     )
 
 

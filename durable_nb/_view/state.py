@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
 from durable_nb._view.fold import Group, Row, flat, fold, told
-from durable_nb._view.words import ACTIVE, clipped, counted, word
+from durable_nb._view.words import ACTIVE, clipped, counted, error_of, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Step
@@ -289,7 +289,7 @@ def _step(step: Step, extra: Extra | None) -> State:
         "ended": step.ended_at,
         "attempts": step.attempts if step.attempts > 1 else None,
         "wake": step.wake_at,
-        "error": clipped(step.error, ERROR) if step.error else None,
+        "error": clipped(error_of(step), ERROR) if step.error else None,
     }
     if extra is not None:
         facts |= {
@@ -304,7 +304,7 @@ def _step(step: Step, extra: Extra | None) -> State:
 
 def _panel(at: int, row: int, source: Source, step: Step) -> State:
     detail = source.detail(step.path)
-    error = detail.traceback or step.error or ""
+    error = detail.traceback or error_of(step)
     return _known(
         at=at,
         id=row,

@@ -15,7 +15,7 @@ from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
 from durable_nb._view.state import Detail, Source, saved, since
 from durable_nb._view.terminal import Block
-from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, plain, word
+from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, error_of, plain, word
 
 UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
 
@@ -127,10 +127,10 @@ class _Said:
         self.count = self.attempts = ""
         if group is None:
             self.word = word(step)
-            self.status, self.time, self.error = self.word, _time(step, now), step.error
+            self.status, self.time, self.error = self.word, _time(step, now), error_of(step)
             self.attempts = str(step.attempts) if step.attempts > 1 else ""
             return
-        self.word, self.error = group.status, group.error
+        self.word, self.error = group.status, group.error or ""
         middle = f" · median {say_duration(group.median_s)}" if group.median_s is not None else ""
         self.count = f" × {len(row.steps):,}{middle}"
         whole = len(group.counts) == 1
@@ -230,8 +230,8 @@ def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] |
     name = f"{escape(clipped(row.name, _NAME))}{escape(said.count)}{_strip(said.strip, 120)}"
     if row.is_group:
         broken = [step for step in row.steps if step.status in BROKEN and step.error][:10]
-        below = "".join(_text_of(f"{step.path}: {step.error}") for step in broken)
-        summary = f"{name}{_small(plain(said.error or '', 110))}"
+        below = "".join(_text_of(f"{step.path}: {error_of(step)}") for step in broken)
+        summary = f"{name}{_small(plain(said.error, 110))}"
         name = f"<details><summary>{summary}</summary>{below}</details>" if broken else name
     else:
         name = _unfolds(name, row.step, detail(row.step.path) if detail is not None else Detail())
@@ -246,8 +246,8 @@ def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] |
 
 def _unfolds(name: str, step: Step, detail: Detail) -> str:
     """Return a step's name, which unfolds where there is more to tell."""
-    error = detail.traceback or step.error or ""
-    first = plain(step.error or "", 110)
+    error = detail.traceback or error_of(step)
+    first = plain(error_of(step), 110)
     texts = [("arguments", detail.arguments), ("result", detail.result), ("log", "\n".join(detail.log))]
     below = [f'<div style="{_QUIET}">{label}</div>{_text_of(words)}' for label, words in texts if words]
     if error and (detail.traceback or len(error) > 110 or "\n" in error):

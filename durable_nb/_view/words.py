@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Status, Step
+from durable_nb._preview import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,6 +52,7 @@ TERMINAL = {
 }
 """By rich."""
 
+_ERROR = 8000
 _ORDER = ("restored", *Status)
 
 
@@ -63,6 +65,11 @@ def counted(words: Iterable[str]) -> dict[str, int]:
     """Return how often each word occurs, in the order in which a reader expects them."""
     found = Counter(words)
     return {str(name): found[name] for name in _ORDER if name in found}
+
+
+def error_of(step: Step) -> str:
+    """Return what a step's last failure said, without what looks like a credential; '' where it did not fail."""
+    return redacted(step.error[:_ERROR]) if step.error else ""
 
 
 def clipped(text: str, length: int) -> str:
