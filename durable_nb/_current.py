@@ -34,8 +34,12 @@ class Limit(Protocol):
         """An attempt has failed so: it may ask for a pause."""
         ...
 
-    def leave(self) -> None:
-        """An attempt is over, and what it came to is on disk."""
+    def returned(self) -> None:
+        """The body of an attempt has returned; `leave` follows when that is on disk."""
+        ...
+
+    def leave(self, *, returned: bool) -> None:
+        """An attempt is over, and what it came to is on disk. `returned`: its limit was told before that it had returned."""
         ...
 
 
@@ -63,6 +67,8 @@ class StepRequest:
     limit: Limit | None = None
     threads: int = 0
     """So many worker threads may be at work for it and its like; 0: as many as usual."""
+    item: int = -1
+    """Of a fan-out: which of its items it is given. Not part of what identifies it."""
     path: str = ""
     """Of an item: what `Run.expect` has called it."""
     is_continued: bool = False

@@ -77,7 +77,13 @@ def map(  # noqa: A001  the word users say
 
     def ask(place: int) -> Coroutine[Any, Any, Any]:
         given = (*before, rows[place])
-        more = {"limit": throttle, "threads": concurrency, "path": paths[place], "awaited_at_once": not run.is_replayed}
+        more = {
+            "limit": throttle,
+            "threads": concurrency,
+            "item": place,
+            "path": paths[place],
+            "awaited_at_once": not run.is_replayed,
+        }
         return step.ask("map", name, given, options, **more)
 
     if run.is_replayed:
@@ -145,11 +151,13 @@ async def _results(
 class Throttle:
     """Lets so many bodies be at work at once, begins them evenly spaced, and holds all of them back where a server asks for it.
 
-    Who comes first is let in first. A limit of attempts, as `_current.Limit` has it.
+    Who comes first is let in first. While a result is being written the next item may begin, for one in four of the places: a
+    slow disk must not leave the server idle, nor a kill have many items asked again. A limit, as `_current.Limit` has it.
     """
 
     def __init__(self, concurrency: int, interval_s: float) -> None:
-        self._free, self._interval_s = concurrency, interval_s
+        self._concurrency, self._interval_s = concurrency, interval_s
+        self._at_work = self._writing = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._clock: Clock | None = None
         self._next_s = -math.inf
@@ -164,7 +172,7 @@ class Throttle:
                 await clock.sleep(min(left_s, _LOOK_S))
                 self._check_open()
         except BaseException:
-            self.leave()
+            self.leave(returned=False)
             raise
         self._next_s = clock.now().boot_s + self._interval_s
 
@@ -172,13 +180,17 @@ class Throttle:
         if self._clock is not None and (pause_s := asked_delay_s(error)) is not None:
             self._next_s = max(self._next_s, self._clock.now().boot_s + pause_s)
 
-    def leave(self) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        self._free += 1
+    def returned(self) -> None:
+        self._at_work -= 1
+        self._writing += 1
+        self._let_in()
+
+    def leave(self, *, returned: bool) -> None:
+        if returned:
+            self._writing -= 1
+        else:
+            self._at_work -= 1
+        self._let_in()
 
     def close(self) -> None:
         """Nothing begins any more."""
@@ -193,8 +205,8 @@ class Throttle:
 
     async def _take_place(self) -> None:
         self._check_open()
-        if self._free > 0:
-            self._free -= 1
+        if self._has_room():
+            self._at_work += 1
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
@@ -202,8 +214,18 @@ class Throttle:
             await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():  # the place was given already
-                self.leave()
+                self.leave(returned=False)
             raise
+
+    def _has_room(self) -> bool:
+        return self._at_work + max(self._writing - self._concurrency // 4, 0) < self._concurrency
+
+    def _let_in(self) -> None:
+        while self._waiting and self._has_room():
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                self._at_work += 1
+                waiter.set_result(None)
 
 
 def _rows(name: str, items: Any) -> list[Any]:

@@ -118,6 +118,8 @@ class Outcome:
     """Arguments and result in a few words."""
     usage: dict[str, dict[str, int]] = field(default_factory=dict)
     """What models' answers have cost, as `_usage` has it."""
+    item: int = -1
+    """Of a fan-out: which of its items it was given."""
     format: int = FORMAT
 
     what: ClassVar[str] = "ended"
@@ -170,6 +172,8 @@ class Attempts:
     branch: str = ""
     turn: Turn = (0, 0)
     """When the last attempt began."""
+    item: int = -1
+    """Of a fan-out: which of its items it is given."""
     format: int = FORMAT
 
 
@@ -204,6 +208,8 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     """Where the task that made it stands in the tree of the run's tasks."""
     timer: Timer | None = None
     """Of a sleep: when it is over."""
+    item: int = -1
+    """Of a fan-out: which of its items it is given."""
 
     @property
     def what(self) -> tuple[str, str, str]:

@@ -109,7 +109,7 @@ class Catalog:
             return Status.PENDING
         if record.status != Status.RUNNING:
             return Status(record.status)
-        return standing([step for _, step in self._waits(record)]) if self.is_owned(record.id, lease) else Status.INTERRUPTED
+        return standing([step for _, _, step in self._waits(record)]) if self.is_owned(record.id, lease) else Status.INTERRUPTED
 
     def is_owned(self, run_id: str, lease: Lease | None) -> bool:
         """Does a live process, this one or another, execute the run?"""
@@ -132,12 +132,14 @@ class Catalog:
     def _steps(self, record: RunRecord) -> tuple[Step, ...]:
         found = self._logged(record) if record.kind == "workflow" else self._of_cell(record)
         paths = Paths()
-        return tuple(replace(step, path=paths.take(step.path, step.name)) for _, step in sorted(found, key=itemgetter(0)))
+        return tuple(
+            replace(step, path=paths.take(step.path, step.name, item)) for _, item, step in sorted(found, key=itemgetter(0))
+        )
 
-    def _logged(self, record: RunRecord) -> list[tuple[int, Step]]:
-        """What a workflow's run has asked for, and how it ended."""
+    def _logged(self, record: RunRecord) -> list[tuple[int, int, Step]]:
+        """What a workflow's run has asked for, and how it ended: by the request's number, each with its item's."""
         rows = [row for _, _, row in read_log(self._journal, self._seal, record.scope, record.generation)]
-        waits = {number[1]: step for number, step in self._waits(record)}
+        waits = {number[1]: step for number, _, step in self._waits(record)}
         ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
         steps = []
         for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result")):
@@ -154,10 +156,10 @@ class Catalog:
                 step = waits.get(asked.id) or Step(*of, Status.PENDING if asked.kind == "sleep" else Status.RUNNING)
                 if record.status != Status.RUNNING:
                     step = replace(step, status=Status.INTERRUPTED)
-            steps.append((asked.id, step))
+            steps.append((asked.id, asked.item, step))
         return steps
 
-    def _of_cell(self, record: RunRecord) -> list[tuple[Turn, Step]]:
+    def _of_cell(self, record: RunRecord) -> list[tuple[Turn, int, Step]]:
         """What a cell's run did itself."""
         found = self._waits(record)
         for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
@@ -165,14 +167,14 @@ class Catalog:
             if o.run_id == record.id:
                 status = Status.FAILED if o.failed else Status.COMPLETED
                 step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
-                found.append((o.turns[0], step))
+                found.append((o.turns[0], o.item, step))
         return found
 
-    def _waits(self, record: RunRecord) -> list[tuple[Turn, Step]]:
+    def _waits(self, record: RunRecord) -> list[tuple[Turn, int, Step]]:
         """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its turn, a
         workflow's by the request's number), and with a branch as path."""  # fmt: skip
         now = self._shared.clock.now()
-        found: list[tuple[Turn, Step]] = []
+        found: list[tuple[Turn, int, Step]] = []
         for turn, t in self._timers(record):
             began, left = t.since.wall_s, decide_sleep(t, now)
             if isinstance(left, Wait) and record.status != Status.COMPLETED:
@@ -182,7 +184,7 @@ class Catalog:
             else:
                 until = t.until_s if t.until_s is not None else began + t.duration_s
                 step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
-            found.append((turn, step))
+            found.append((turn, -1, step))
         for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
             a = unpack(self._seal, key, row, Attempts)
             if a.run_id == record.id:
@@ -190,7 +192,7 @@ class Catalog:
                 status = Status.RUNNING if a.begun else Status.RETRYING
                 step = Step(a.name, a.branch, a.kind, status, a.failed, a.started_at, error=a.error or None, wake_at=wake_at)
                 turn = (0, int(key.rpartition("/")[2])) if record.kind == "workflow" else a.turn
-                found.append((turn, step))
+                found.append((turn, a.item, step))
         return found
 
     def _timers(self, record: RunRecord) -> Iterator[tuple[Turn, Timer]]:

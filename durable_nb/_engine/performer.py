@@ -57,7 +57,19 @@ class RunPolicy:
 class StepCall:
     """A step that the code has asked for and that is not on record."""
 
-    __slots__ = ("_inputs", "began", "branch", "context", "failures", "is_admitted", "is_at_work", "key", "path", "request")
+    __slots__ = (
+        "_inputs",
+        "began",
+        "branch",
+        "context",
+        "failures",
+        "has_returned",
+        "is_admitted",
+        "is_at_work",
+        "key",
+        "path",
+        "request",
+    )
 
     def __init__(self, request: StepRequest, key: str, path: str, branch: str = "", inputs: Inputs | None = None) -> None:
         self.request, self._inputs = request, inputs
@@ -72,6 +84,8 @@ class StepCall:
         """When the last attempt began."""
         self.is_admitted = False
         """Its limit counts it."""
+        self.has_returned = False
+        """Its limit knows that what it came to is being written."""
         self.is_at_work = False
         """Its body has begun, and what that came to is not on disk."""
 
@@ -86,11 +100,17 @@ class StepCall:
             self._inputs = Inputs(self.request, found)
         return self._inputs
 
+    def returned(self) -> None:
+        """The body has ended, and what it came to is handed over to be written."""
+        if self.is_admitted and self.request.limit is not None:
+            self.has_returned = True
+            self.request.limit.returned()
+
     def leave(self) -> None:
         """What an attempt has come to is on disk: of those that share the limit, the next may begin."""
         if self.is_admitted and self.request.limit is not None:
             self.is_admitted = False
-            self.request.limit.leave()
+            self.request.limit.leave(returned=self.has_returned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +182,7 @@ class Performer:
                         attempt = (failures.failed if failures else 0) + 1
                 if call.request.limit is not None and late is None:
                     await call.request.limit.enter(self._shared.clock)
-                    call.is_admitted = True
+                    call.is_admitted, call.has_returned = True, False
                     began_at = self._now_s()
                 if not is_held:
                     self._sharing.hold(call.inputs)
@@ -177,6 +197,7 @@ class Performer:
                 if await body.ends_within(call.request.timeout_s):
                     error = body.error
                     if error is None or isinstance(error, asyncio.CancelledError):
+                        call.returned()
                         return self._ended(body, attempt, began_at)
                 else:
                     error = self._timed_out(call.request)
@@ -339,7 +360,7 @@ class Performer:
         self, call: StepCall, failed: int, error: str, began_at: float, delay_s: float, *, begun: bool = False
     ) -> Attempts:
         of, now = (call.request.kind, call.request.name, self._run_id), self._shared.clock.now()
-        call.failures = Attempts(*of, failed, error, began_at, now, delay_s, begun, call.branch, call.began)
+        call.failures = Attempts(*of, failed, error, began_at, now, delay_s, begun, call.branch, call.began, call.request.item)
         return call.failures
 
     def _timed_out(self, request: StepRequest) -> StepTimeout:
@@ -397,7 +418,8 @@ class Performer:
     def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
         times = ended.attempt, ended.began_at, self._now_s()
-        return Outcome(*of, form, data, *times, provenance_of(ended.inputs), turns=(call.began, self._held.turn()))
+        provenance, turns = provenance_of(ended.inputs), (call.began, self._held.turn())
+        return Outcome(*of, form, data, *times, provenance, turns=turns, item=call.request.item)
 
     def _now_s(self) -> float:
         return self._shared.clock.now().wall_s

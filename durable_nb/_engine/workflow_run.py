@@ -485,7 +485,8 @@ class WorkflowRun:
     def _as_recorded(self, ask: _Ask) -> Asked:
         request = ask.request
         where = request.id, self._history.activation, request.kind, request.name, request.digest, request.n
-        return Asked(*where, ask.lane, ask.timer)
+        item = ask.what.item if isinstance(ask.what, StepRequest) else -1
+        return Asked(*where, ask.lane, ask.timer, item)
 
     def _go_live(self) -> None:
         """Everything recorded was asked for and delivered: from here on bodies begin."""
