@@ -52,6 +52,8 @@ class RetryPolicy:
     backoff: float | Backoff | None = None
     """Seconds, a function (attempt) -> seconds, or None: 1 s, doubling up to 60 s, with jitter."""
     retry_on: RetryOn | None = None
+    total_s: float | None = None
+    """No attempt begins later than this after the first one."""
 
 
 USUAL = RetryPolicy()
@@ -121,8 +123,14 @@ def is_transient(error: BaseException) -> bool:
     return status is None or status in (408, 429) or not 400 <= status <= 499
 
 
-def retry_delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float) -> float | None:
-    """Seconds until attempt number `attempt` + 1, or None to give up. `jitter` is a random number in [0, 1)."""
+def retry_delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float, spent_s: float = 0.0) -> float | None:
+    """Seconds until attempt number `attempt` + 1, or None to give up. `jitter` is a random number in [0, 1), `spent_s` how long
+    ago the first attempt began."""
+    delay = _delay_s(policy, attempt, error, jitter)
+    return delay if delay is None or policy.total_s is None or spent_s + delay <= policy.total_s else None
+
+
+def _delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float) -> float | None:
     if attempt > policy.retries or isinstance(error, NonRetryableError) or not isinstance(error, Exception):
         return None
     wanted = policy.retry_on

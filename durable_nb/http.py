@@ -41,6 +41,7 @@ def call(
     content: str | bytes | None = None,
     data: Mapping[str, Any] | None = None,
     timeout: float | str | timedelta | None = None,
+    total_timeout: float | str | timedelta | None = None,
     retries: int = 3,
     vary: Iterable[str] = (),
 ) -> Coroutine[Any, Any, httpx.Response]:
@@ -52,7 +53,8 @@ def call(
     400 or more is not kept in a cell, so the next execution asks again. On other methods than GET an `Idempotency-Key` is sent
     unless `headers` has one.
 
-    `timeout`: of each attempt as a whole; by default 60 s for sending and each read, 10 s for connecting. The response carries
+    `timeout`: of each attempt as a whole; by default 60 s for sending and each read, 10 s for connecting. `total_timeout`: no
+    attempt begins later than this after the first one, pauses and restarts included. The response carries
     a request without credentials; `Set-Cookie` is redacted. Redirects are not followed, as in httpx. `durable.secret(name)`
     may stand in headers, in the URL and in the body.
     """
@@ -73,7 +75,9 @@ def call(
         raise ValueError(f"durable.call({name!r}, {said(url)!r}, retries={retries!r}): write how many attempts may follow the "
                          "first one, 0 or more; nothing was sent")  # fmt: skip
     try:
-        limit_s = None if timeout is None else parse_duration(timeout).total_seconds()
+        limit_s, total_s = (
+            None if limit is None else parse_duration(limit).total_seconds() for limit in (timeout, total_timeout)
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"durable.call({name!r}, {said(url)!r}, timeout=...): {error}; nothing was sent") from None
     connect_s = CONNECT_TIMEOUT_S if limit_s is None else limit_s
@@ -100,15 +104,24 @@ def call(
     has_secret = any(map(_secrets.holds_secret, (json, data, content)))
     sent, credentials = _exchange.as_data(request, keyed=method.upper() != "GET", body_secrets=has_secret, limit_s=limit_s)
     redact_log_of("httpx")
-    step = ask(run, "call", name, _exchange.exchange, (sent, credentials, Line()), _exchange.described(request, vary), retries)
+    step = ask(
+        run, "call", name, _exchange.exchange, (sent, credentials, Line()), _exchange.described(request, vary), retries, total_s
+    )
     return _answer(run, step, name, request, credentials)
 
 
 def ask(
-    run: Run, kind: str, name: str, fn: Callable[..., Any], args: tuple[Any, ...], described: Any, retries: int
+    run: Run,
+    kind: str,
+    name: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    described: Any,
+    retries: int,
+    total_s: float | None = None,
 ) -> Coroutine[Any, Any, Any]:
     """A step that sends a request by `fn(*args)`: what it has recorded. StatusError for a status of 400 or more."""
-    policy = RetryPolicy(retries, retry_on=_is_worth_retrying)
+    policy = RetryPolicy(retries, retry_on=_is_worth_retrying, total_s=total_s)
     return run.step(StepRequest(kind=kind, name=name, fn=fn, args=args, described=described, policy=policy))
 
 

@@ -825,3 +825,13 @@ def test_keys_are_nowhere(server, tmp_path):
     assert server.requests[2].headers["x-api-key"] == KEY
     for key in (KEY, KEY[::-1]):
         assert not files_with(tmp_path, key)
+
+
+def test_no_attempt_begins_after_the_total_time_out():
+    async def main():
+        for total, attempts in ((None, 4), (200, 4), (25, 3), ("15s", 2), (0, 1)):
+            async with answering(ok(b"", b"Retry-After: 10", status=b"503 No")) as (url, seen):
+                answer = await called(url, clock=FakeClock(), total_timeout=total, read=lambda answer: answer.status_code)
+            assert (answer, len(seen)) == (503, attempts), total
+
+    asyncio.run(main())

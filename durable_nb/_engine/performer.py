@@ -205,7 +205,7 @@ class Performer:
                 if call.request.limit is not None:
                     call.request.limit.heed(error)
                 self._observers.publish(Raised(call.path, call.request, error))
-                delay = self._delay(call.request, attempt, error)
+                delay = self._delay(call.request, attempt, error, began_at)
                 if delay is None:
                     if late is not None:
                         self._give_up(call, late, keep, attempt, began_at)
@@ -324,10 +324,11 @@ class Performer:
             call.failures = failures
         return failures
 
-    def _delay(self, request: StepRequest, attempt: int, error: BaseException) -> float | None:
+    def _delay(self, request: StepRequest, attempt: int, error: BaseException, began_at: float) -> float | None:
         """Seconds until the next attempt; None: that was the last."""
         try:
-            delay = retry_delay_s(request.policy, attempt, error, self._shared.jitter())
+            spent_s = self._shared.clock.now().wall_s - began_at
+            delay = retry_delay_s(request.policy, attempt, error, self._shared.jitter(), spent_s)
         except Exception as policy_error:  # of the user's own functions; the step's error is what they want to see
             error.add_note(f"durable_nb: its retry policy failed as well ({say(policy_error)}), so it was not tried again")
             delay = None
