@@ -186,6 +186,11 @@ class _Transport:
 
     def _step(self, run: Run, request: Any, fn: Any, *args: Any, thread: bool = False) -> Coroutine[Any, Any, Recorded]:
         where = request.url.copy_with(userinfo=b"", query=None, fragment=None)
+        if request.headers.get("upgrade") or request.url.scheme in ("ws", "wss"):
+            raise NotSupportedError(
+                f"{request.method} {said(request.url)}: what goes over a web socket has no end that could be recorded; nothing "
+                "was sent. Do it in a step: await durable.run(name, function, ...)"
+            )
         return run.step(
             StepRequest(
                 kind="request",

@@ -396,27 +396,22 @@ async def answering(*answers):
 
     async def serve(reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                if (first := await reader.readexactly(1)) == b"\x16":  # a TLS handshake
-                    writer.write(b"no TLS here")
-                    break
-                head = first + await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"content-length: (\d+)", head.lower())
-                seen.append(head + (await reader.readexactly(int(length[1])) if length else b""))
-                answer = answers[min(len(seen), len(answers)) - 1]
-                if answer is None:
-                    await reader.read()  # until the client goes away
-                writer.write(answer or b"")
-                await writer.drain()
-                if not (answer or b"").endswith(KEEP):
-                    break
-        writer.close()
+            first = await reader.readexactly(1)
+            if first == b"\x16":  # a TLS handshake
+                writer.write(b"no TLS here")
+                return writer.close()
+            head = first + await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            seen.append(head + (await reader.readexactly(int(length[1])) if length else b""))
+            answer = answers[min(len(seen), len(answers)) - 1]
+            if answer is None:
+                await reader.read()  # until the client goes away
+            writer.write(answer or b"")
+            await writer.drain()
+        return writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
-
-
-KEEP = b" "
 
 
 def ok(body, *headers, status=b"200 OK"):
@@ -835,3 +830,67 @@ def test_no_attempt_begins_after_the_total_time_out():
             assert (answer, len(seen)) == (503, attempts), total
 
     asyncio.run(main())
+
+
+def test_a_stream_without_a_length_is_whole_when_its_last_event_has_come(tmp_path):
+    """Its end looks like a cut connection: without the last event nothing is recorded, and the next execution asks again."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    chunk = b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{}}]}\n\n'
+    begun = b'event: message_start\ndata: {"type":"message_start"}\n\n'
+    ended = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    own = b"data: 1\n\ndata: 2\n\n"
+    cases = {
+        "openai": (head + chunk * 2, head + chunk * 2 + b"data: [DONE]\n\n"),
+        "anthropic": (head + begun, head + begun + ended),
+        "neither": (None, head + own),
+    }
+
+    async def rates(url):
+        async with durable.AsyncClient(http=httpx) as http:
+            return (await http.get(url)).text
+
+    async def main():
+        for name, (cut, whole) in cases.items():
+            async with answering(*([cut] if cut else []), whole) as (url, seen), runtime(tmp_path / name):
+                run = redefine(rates).start(url, id=name)
+                if cut is not None:
+                    with pytest.raises(httpx.RemoteProtocolError, match="before its last event"):
+                        await run
+                    run.resume()
+                assert (await run).encode() == whole.removeprefix(head)
+                assert len(seen) == (1 if cut is None else 2)
+
+    asyncio.run(main())
+
+
+def test_a_web_socket_is_refused_in_a_run(server):
+    async def rates():
+        async with durable.AsyncClient() as http:
+            await http.get(server.url, headers={"Connection": "upgrade", "Upgrade": "websocket"})
+
+    async def main():
+        async with runtime():
+            with pytest.raises(durable.NotSupportedError, match="in a step"):
+                await redefine(rates).start()
+
+    asyncio.run(main())
+    assert server.count == 0
+
+
+@pytest.mark.kernel
+def test_cookies_are_kept_by_the_client_and_not_recorded(shared):
+    """A login and what needs it work in a cell; the cookie is in no response, and not on disk."""
+
+    async def main():
+        login = ok(b"in", b"Set-Cookie: session=swordfish-0123456789; Path=/")
+        async with answering(login, ok(b"yes")) as (url, seen):
+            cell = f"""%%durable cookies
+http = durable.AsyncClient()
+answers = [await http.get("{url}/login"), await http.get("{url}/page")]
+[dict(answer.cookies) for answer in answers], [answer.headers.get("set-cookie") for answer in answers]"""
+            found = await asyncio.to_thread(shared.run, cell)
+            assert found.result == "([{}, {}], [None, None])", found.traceback
+            assert b"session=swordfish-0123456789" in seen[1]
+
+    asyncio.run(main())
+    assert not files_with(shared.folder / ".durable_nb", "swordfish")
