@@ -436,12 +436,12 @@ def journal() -> Any:
 
 def read_all(name: str) -> int:
     """One SELECT of the steps of a cell or a run, each unsealed and decoded with its value; how many there are."""
-    seal = _codec.Seal(_codec.load_key())
+    signer = _codec.Signer(_codec.load_key())
     with journal() as sql:
         found = f"SELECT key, value FROM Cache WHERE key GLOB 'step/*{name}/*'"
         rows = sql.execute(found).fetchall()
     for key, row in rows:
-        outcome = rec.unpack(seal, key, row, rec.Outcome)
+        outcome = rec.unpack(signer, key, row, rec.Outcome)
         _codec.decode(outcome.form, outcome.value)
     assert len(rows) >= MANY, len(rows)
     return len(rows)

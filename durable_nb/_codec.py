@@ -1,4 +1,4 @@
-"""Values and records as bytes, and the seal that says they are ours.
+"""Values and records as bytes, and the signature that says they are ours.
 
 A value is JSON where JSON gives back exactly what went in, else pickle. A row of the journal is signed: an HMAC over its
 key and its bytes, under a signing key that stays outside the store, verified before anything is decoded. So a store that
@@ -116,7 +116,7 @@ def digest_of(*parts: str) -> str:
     return hashlib.blake2b(b"".join([b"%d:%b" % (len(text), text) for text in texts]), digest_size=16).hexdigest()
 
 
-class Seal:
+class Signer:
     """Signs and verifies rows under one signing key of 32 bytes."""
 
     def __init__(self, key: bytes) -> None:
@@ -131,11 +131,11 @@ class Seal:
             digest.update(part)
         return digest.digest()
 
-    def close(self, name: str, body: bytes) -> bytes:
+    def sign(self, name: str, body: bytes) -> bytes:
         """`body` signed as the row `name`."""
         return self._prefix + self.mac(name.encode(), body) + body
 
-    def open(self, name: str, row: bytes) -> bytes:
+    def verify(self, name: str, row: bytes) -> bytes:
         """The body of a signed row, verified.
 
         UntrustedStoreError where another key signed it, CorruptStoreError where the bytes are not what was signed.
@@ -161,7 +161,7 @@ class Seal:
         """A row that another key signed, signed with this one: whoever wrote it is trusted from here on."""
         if row[: len(_MAGIC)] != _MAGIC or len(row) < _HEADER:
             raise CorruptStoreError(f"the record {name!r} is damaged: it is not a signed row")
-        return self.close(name, row[_HEADER:])
+        return self.sign(name, row[_HEADER:])
 
 
 def load_key() -> bytes:
@@ -191,4 +191,4 @@ def load_key() -> bytes:
 
 def keyed_digest(secret: str) -> str:
     """Stands for a secret in an identity: equal secrets give equal text, and only the key's holder could try guesses."""
-    return Seal(load_key()).mac(b"secret", secret.encode("utf-8", "surrogatepass")).hex()
+    return Signer(load_key()).mac(b"secret", secret.encode("utf-8", "surrogatepass")).hex()

@@ -35,7 +35,7 @@ import msgspec
 
 from durable_nb._adoption import Origin
 from durable_nb._clock import Instant
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
@@ -350,14 +350,14 @@ _formats = msgspec.msgpack.Decoder(_Formatted)
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(kind) for kind in get_args(Record)}
 
 
-def pack(seal: Seal, key: str, record: Record) -> bytes:
+def pack(signer: Signer, key: str, record: Record) -> bytes:
     """The sealed row of a record."""
-    return seal.close(key, _encode(record))
+    return signer.sign(key, _encode(record))
 
 
-def unpack(seal: Seal, key: str, row: bytes, kind: type[_R]) -> _R:
+def unpack(signer: Signer, key: str, row: bytes, kind: type[_R]) -> _R:
     """The record in a row; CorruptStoreError or UntrustedStoreError where it isn't one of ours."""
-    body = seal.open(key, row)
+    body = signer.verify(key, row)
     try:
         record = _decoders[kind].decode(body)
     except msgspec.MsgspecError as error:

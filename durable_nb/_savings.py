@@ -44,7 +44,7 @@ class Savings:
             return
         runs, self._unwritten = self._unwritten, set()
         keys = {run_id: rec.saved_key(run_id, self._store.process.id) for run_id in runs}
-        rows = tuple((key, pack(self._store.seal, key, Saved(self._counted[run_id]))) for run_id, key in keys.items())
+        rows = tuple((key, pack(self._store.signer, key, Saved(self._counted[run_id]))) for run_id, key in keys.items())
         self._store.writer.commit(Commit(puts=rows)).add_done_callback(_told)
 
     def all(self) -> Iterator[tuple[str, Usage]]:
@@ -54,7 +54,7 @@ class Savings:
         for key, row in self._store.journal.scan(rec.saved_key("", "")):
             if key not in own:
                 try:
-                    yield rec.run_of_saved(key), unpack(self._store.seal, key, row, Saved).usage
+                    yield rec.run_of_saved(key), unpack(self._store.signer, key, row, Saved).usage
                 except StoreError as error:
                     _log.warning("what restoring saved is not known in full: %s", error)
 

@@ -24,7 +24,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from durable_nb._codec import Seal, load_key
+from durable_nb._codec import Signer, load_key
 from durable_nb._disks import file_system_of
 from durable_nb._files import sync_folder, write_new
 from durable_nb._journal import Commit, Journal
@@ -54,7 +54,7 @@ class Store:
             raise StoreError("'' is not a folder; nothing was made. Name the store's folder, as in open('.durable_nb')")
         self.path = Path(path).absolute()
         self.cells = self.path / "cells"
-        self.seal = Seal(load_key())
+        self.signer = Signer(load_key())
         try:
             about = self.path / "store.json"
             known = _check(self.path, about.read_bytes()) if about.exists() else None
@@ -90,12 +90,12 @@ class Store:
     def _identified(self, journal: Journal, known: str | None) -> str:
         """The id in the journal's first row, which is made, and store.json after it, where the store is just being made."""
         if known is None:
-            journal.apply([Commit(inserts=((ID_KEY, self.seal.close(ID_KEY, secrets.token_hex(8).encode())),))])
+            journal.apply([Commit(inserts=((ID_KEY, self.signer.sign(ID_KEY, secrets.token_hex(8).encode())),))])
         row = journal.get(ID_KEY)
         if row is None:
             raise self._lost("the journal is empty")
         try:
-            first = self.seal.open(ID_KEY, row).decode()
+            first = self.signer.verify(ID_KEY, row).decode()
         except UntrustedStoreError:
             if known is None:
                 raise

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from durable_nb import _current
 from durable_nb._clock import Instant, parse_duration
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
 from durable_nb._journal import Commit, Journal, Verdict
@@ -229,7 +229,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.id = secrets.token_hex(8)
-        self.seal = Seal(secrets.token_bytes(32))
+        self.signer = Signer(secrets.token_bytes(32))
         self.journal = MemoryJournal()
         self.living: set[str] = set()
         """Ids of the processes that live."""
@@ -358,9 +358,9 @@ def outcomes(store: MemoryStore | Path, run_id: str | None = None) -> list[Outco
     Each has `name kind run_id failed error attempts started_at ended_at`, and `value` as bytes, of the form `form`.
     """
     opened = None if isinstance(store, MemoryStore) else Store(store)
-    journal, seal = (store.journal, store.seal) if isinstance(store, MemoryStore) else (opened.journal, opened.seal)  # type: ignore[union-attr]
+    journal, signer = (store.journal, store.signer) if isinstance(store, MemoryStore) else (opened.journal, opened.signer)  # type: ignore[union-attr]
     try:
-        found = [unpack(seal, key, row, Outcome) for key, row in journal.scan("step/")]
+        found = [unpack(signer, key, row, Outcome) for key, row in journal.scan("step/")]
     finally:
         if opened is not None:
             opened.close()
@@ -421,7 +421,7 @@ class _Opened:
     """What an engine needs of a store."""
 
     def __init__(self, home: Store, journal: Journal, writer: Writer, process: Any, disk: Store | None) -> None:
-        self.id, self.seal = home.id, home.seal
+        self.id, self.signer = home.id, home.signer
         self.path = disk.path if disk is not None else Path("memory")
         self.cells = self.path / "cells"
         self.journal, self.writer, self.process, self._disk = journal, writer, process, disk

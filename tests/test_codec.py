@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._clock import Instant
-from durable_nb._codec import JSON, PICKLE, Seal, decode, encode, load_key
+from durable_nb._codec import JSON, PICKLE, Signer, decode, encode, load_key
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -278,44 +278,44 @@ def test_a_class_that_the_notebook_defines_is_the_live_one(tmp_path):
     assert in_python(tmp_path, "reads.py", reads, str(data)).split() == [b"Point", b"-300"]
 
 
-# -- the seal ---------------------------------------------------------------------------------------------------------
+# -- the signer ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.text(), st.binary())
 def test_a_signed_row_is_verified_under_its_key_and_name(name, body):
-    assert Seal(KEY).open(name, Seal(KEY).close(name, body)) == body
+    assert Signer(KEY).verify(name, Signer(KEY).sign(name, body)) == body
 
 
 @given(st.binary(), st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32))
 def test_a_row_of_another_key_is_refused_as_untrusted(body, mine, other):
     if mine != other:
         with pytest.raises(UntrustedStoreError, match="another key"):
-            Seal(mine).open("n", Seal(other).close("n", body))
+            Signer(mine).verify("n", Signer(other).sign("n", body))
 
 
 @given(st.binary(max_size=30), st.data())
 def test_a_flipped_bit_anywhere_is_seen(body, data):
-    row = bytearray(Seal(KEY).close("n", body))
+    row = bytearray(Signer(KEY).sign("n", body))
     bit = data.draw(st.integers(0, len(row) * 8 - 1))
     row[bit // 8] ^= 1 << bit % 8
     with pytest.raises((CorruptStoreError, UntrustedStoreError), match="'n'"):
-        Seal(KEY).open("n", bytes(row))
+        Signer(KEY).verify("n", bytes(row))
 
 
 @given(st.binary(max_size=30), st.data())
 def test_a_row_cut_short_or_prolonged_is_seen(body, data):
-    row = Seal(KEY).close("n", body)
+    row = Signer(KEY).sign("n", body)
     cut = data.draw(st.integers(0, len(row) - 1))
     for changed in (row[:cut], row + row[cut:]):
         with pytest.raises((CorruptStoreError, UntrustedStoreError)):
-            Seal(KEY).open("n", changed)
+            Signer(KEY).verify("n", changed)
 
 
 @given(st.text(), st.text(), st.binary())
 def test_a_row_moved_to_another_key_is_refused(name, other, body):
     if name != other:
         with pytest.raises(CorruptStoreError):
-            Seal(KEY).open(other, Seal(KEY).close(name, body))
+            Signer(KEY).verify(other, Signer(KEY).sign(name, body))
 
 
 @given(st.binary(), st.binary(), st.integers(0, 8))
@@ -323,13 +323,13 @@ def test_the_border_between_name_and_body_is_signed(a, b, at):
     whole = a + b
     at = min(at, len(whole))
     if whole[:at] != a:
-        assert Seal(KEY).mac(a, b) != Seal(KEY).mac(whole[:at], whole[at:])
+        assert Signer(KEY).mac(a, b) != Signer(KEY).mac(whole[:at], whole[at:])
 
 
 @given(st.binary())
 def test_arbitrary_bytes_are_no_row(row):
     with pytest.raises((CorruptStoreError, UntrustedStoreError)):
-        Seal(KEY).open("n", row)
+        Signer(KEY).verify("n", row)
 
 
 def test_nothing_of_a_foreign_row_is_unpickled():
@@ -337,9 +337,9 @@ def test_nothing_of_a_foreign_row_is_unpickled():
         def __reduce__(self):
             return os.abort, ()
 
-    row = Seal(OTHER_KEY).close("n", pickle.dumps(Bomb()))
+    row = Signer(OTHER_KEY).sign("n", pickle.dumps(Bomb()))
     with pytest.raises(UntrustedStoreError):
-        Seal(KEY).open("n", row)
+        Signer(KEY).verify("n", row)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -358,24 +358,24 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_a_record_comes_back_from_its_row(record):
-    seal = Seal(KEY)
-    assert rec.unpack(seal, "key", rec.pack(seal, "key", record), type(record)) == record
+    signer = Signer(KEY)
+    assert rec.unpack(signer, "key", rec.pack(signer, "key", record), type(record)) == record
 
 
 def test_a_signed_row_that_is_no_such_record_is_corrupt():
-    seal = Seal(KEY)
-    for body in (b"", b"\xc1", b"\x80", rec.pack(seal, "k", rec.Generation(1))[24:]):
+    signer = Signer(KEY)
+    for body in (b"", b"\xc1", b"\x80", rec.pack(signer, "k", rec.Generation(1))[24:]):
         with pytest.raises(CorruptStoreError, match="'k'"):
-            rec.unpack(seal, "k", seal.close("k", body), rec.Lease)
+            rec.unpack(signer, "k", signer.sign("k", body), rec.Lease)
 
 
 def test_a_record_of_a_later_release_with_more_fields_is_read():
     """Fields may be added: an older reader passes over them."""
     import msgspec
 
-    seal = Seal(KEY)
+    signer = Signer(KEY)
     body = msgspec.msgpack.encode({"epoch": 1, "owner": "p", "format": 1, "news": 5})
-    assert rec.unpack(seal, "k", seal.close("k", body), rec.Lease) == rec.Lease(1, "p")
+    assert rec.unpack(signer, "k", signer.sign("k", body), rec.Lease) == rec.Lease(1, "p")
 
 
 def test_names_that_differ_have_scopes_that_differ_and_prefixes_that_do_not_meet():

@@ -353,7 +353,7 @@ store, now, rows = engine().engine.store, time.time() - 86400, []
 for i in range(10_000):
     scope = rec.scope_of(f"~run past-{i:05}")
     past = rec.RunRecord(f"past-{i:05}", "workflow", "past", scope, 0, "", now - i, status="completed", ended_at=now - i + 1)
-    rows.append((rec.run_key(past.id), rec.pack(store.seal, rec.run_key(past.id), past)))
+    rows.append((rec.run_key(past.id), rec.pack(store.signer, rec.run_key(past.id), past)))
 _ = store.writer.commit_and_wait(Commit(puts=tuple(rows)))
 """
 NAP = "%%durable nap\nimport os\nif os.path.exists('nap'):\n    await durable.sleep('nap', '1h')"

@@ -1653,15 +1653,15 @@ def test_records_signed_by_another_key_are_refused_before_any_body_runs(path, tm
 
 @pytest.mark.parametrize("what", ["another key", "damage"])
 def test_a_single_step_that_is_not_ours_is_refused_by_name_and_rerun_helps(path, what):
-    from durable_nb._codec import Seal
+    from durable_nb._codec import Signer
     from durable_nb._journal import Commit
 
     async def main():
         async with kernel(path) as engine:
             await cell(engine, three_steps)
             key, row = engine.store.journal.scan("step/")[0]
-            name = rec.unpack(engine.store.seal, key, row, rec.Outcome).name
-            forged = Seal(b"x" * 32).close(key, row[24:]) if what == "another key" else row[:-1] + bytes([row[-1] ^ 1])
+            name = rec.unpack(engine.store.signer, key, row, rec.Outcome).name
+            forged = Signer(b"x" * 32).sign(key, row[24:]) if what == "another key" else row[:-1] + bytes([row[-1] ^ 1])
             engine.store.journal.apply([Commit(puts=((key, forged),))])
         world.done.clear()
         async with kernel(path) as engine:
@@ -1769,7 +1769,7 @@ def recorded(path):
     try:
         rows = store.journal.scan("step/")
         completed = bool(store.journal.scan("run/")) and not store.journal.scan("open/")
-        return {rec.unpack(store.seal, key, row, rec.Outcome).name for key, row in rows}, completed
+        return {rec.unpack(store.signer, key, row, rec.Outcome).name for key, row in rows}, completed
     finally:
         store.close()
 

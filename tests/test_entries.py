@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from durable_nb._cellcache.entries import CHECKED_BYTES, MAPPED_BYTES, CellResult, Entries
 from durable_nb._cellcache.external import ExternalState
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._pickling import NO_REFERENCES, References
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
-SEAL = Seal(b"k" * 32)
+SIGNER = Signer(b"k" * 32)
 ALLOWED = (CorruptStoreError, UntrustedStoreError)
 
 
 @pytest.fixture
 def entries(tmp_path):
-    return Entries(tmp_path / "cells", SEAL)
+    return Entries(tmp_path / "cells", SIGNER)
 
 
 def keep(entries, values, *, scope="cell", key="key", outputs=b"", deleted=(), references=NO_REFERENCES):
@@ -116,7 +116,7 @@ def test_an_array_comes_back_as_it_was(entries, array, readonly):
     st.binary(max_size=100),
 )
 def test_any_values_and_outputs_come_back(tmp_path_factory, values, outputs):
-    entries = Entries(tmp_path_factory.mktemp("cells"), SEAL)
+    entries = Entries(tmp_path_factory.mktemp("cells"), SIGNER)
     manifest = keep(entries, values, outputs=outputs, deleted=["gone"])
     found = entry(entries)
     assert found.values(unknown) == values
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_entry_that_was_there(entries, monkeypatch):
 
 def sample(folder):
     """An entry of every part: values, outputs, a read and a mapped buffer."""
-    entries = Entries(folder, SEAL)
+    entries = Entries(folder, SIGNER)
     small, large = np.arange(700.0), np.frombuffer(np.random.default_rng(1).bytes(MAPPED_BYTES + 100), "u1").copy()
     values = {"small": small, "large": large, "text": "t" * 50, "n": 10**20}
     keep(entries, values, outputs=b"shown" * 20)
@@ -333,7 +333,7 @@ def test_a_file_that_is_no_entry_is_an_error(whole, data):
 
 
 def test_one_entrys_head_on_anothers_body_is_an_error(tmp_path):
-    first, second = Entries(tmp_path / "a", SEAL), Entries(tmp_path / "b", SEAL)
+    first, second = Entries(tmp_path / "a", SIGNER), Entries(tmp_path / "b", SIGNER)
     keep(first, {"x": "first"})
     keep(second, {"x": "other"})
     one, two = file_of(first).read_bytes(), file_of(second).read_bytes()
@@ -364,10 +364,10 @@ def test_an_entry_of_another_signing_key_is_refused_and_not_unpickled(tmp_path):
             unpickled.append(cls)
             return object.__new__(Bomb)
 
-    stranger = Entries(tmp_path, Seal(b"s" * 32))
+    stranger = Entries(tmp_path, Signer(b"s" * 32))
     keep(stranger, {"x": Bomb()})
     unpickled.clear()
-    mine = Entries(tmp_path, SEAL)
+    mine = Entries(tmp_path, SIGNER)
     with pytest.raises(UntrustedStoreError, match="another key"):
         list(mine.of_key("cell", "key"))
     assert list(mine.manifests("cell")) == []

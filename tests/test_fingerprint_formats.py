@@ -117,7 +117,7 @@ def test_a_step_recorded_under_an_earlier_format_is_not_executed_again(later, tm
             values = await run.execute(body)
             await run.finish(Status.COMPLETED)
             rows = store.journal.scan("step/")
-            return values, sorted(unpack(store.seal, key, row, Outcome).provenance.fingerprint_format for key, row in rows)
+            return values, sorted(unpack(store.signer, key, row, Outcome).provenance.fingerprint_format for key, row in rows)
         finally:
             store.close()
 

@@ -15,7 +15,7 @@ from durable_nb._cellcache.forecast import Executed, Notebook, Planned, run_all
 from durable_nb._cellcache.names import names_of
 from durable_nb._cellcache.report import ExecutionReport
 from durable_nb._cellcache.watch import watching
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._housekeeping.planning import plan_table, why_table
 
 
@@ -24,7 +24,7 @@ class Runner:
 
     def __init__(self, folder: Path) -> None:
         self.namespace = {"__name__": "__main__"}
-        self.cache = CellCache(Entries(folder / "cells", Seal(b"k" * 32)), [str(folder)])
+        self.cache = CellCache(Entries(folder / "cells", Signer(b"k" * 32)), [str(folder)])
         self.executed = {}
 
     def run(self, name: str, source: str) -> ExecutionReport:

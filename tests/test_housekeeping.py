@@ -21,7 +21,7 @@ from kernels import kernel
 
 from durable_nb import _store
 from durable_nb._cli import main
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._disks import FileSystem
 from durable_nb._engine import Engine
 from durable_nb._housekeeping import gc
@@ -245,11 +245,11 @@ def test_gc_removes_rows_of_runs_that_are_gone(folder):
 def test_a_value_that_a_row_names_stays_even_where_the_row_cannot_be_read(folder):
     for value in (folder / "values").glob("*"):
         age(value, OLD)
-    stranger = Seal(b"s" * 32)
+    stranger = Signer(b"s" * 32)
     with engine_on(folder) as engine:
         (key,) = (key for key, size in engine.store.journal.sizes("step/load/000000/"))
         row = engine.store.journal.get(key)
-        foreign = stranger.close("event/x", engine.store.seal.open(key, row))
+        foreign = stranger.sign("event/x", engine.store.signer.verify(key, row))
         engine.store.writer.commit_and_wait(Commit(puts=(("event/x", foreign),)))
         done = gc.collect(engine)
         assert done.rows == 1

@@ -112,7 +112,7 @@ def test_senders_take_turns(tmp_path):
     try:
         inbox = Inbox(store)
         record = rec.RunRecord("a", "workflow", "waits", "s", 0, "", 0.0)
-        row = rec.pack(store.seal, rec.run_key("a"), record)
+        row = rec.pack(store.signer, rec.run_key("a"), record)
         store.writer.commit_and_wait(Commit(puts=((rec.run_key("a"), row),)))
         threads = [threading.Thread(target=inbox.send, args=("a", row, Cancel(str(n), float(n)))) for n in range(20)]
         for thread in threads:

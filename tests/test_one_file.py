@@ -13,7 +13,7 @@ from kernels import kernel
 from durable_nb import _codec
 from durable_nb._cellcache.entries import CellResult, Entries
 from durable_nb._cellcache.external import ExternalState
-from durable_nb._codec import PACKED, Seal
+from durable_nb._codec import PACKED, Signer
 from durable_nb._engine import Engine
 from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.doctor import examine
@@ -124,7 +124,7 @@ def test_room_is_made_of_values_that_no_entry_names(engine):
     form, data = _codec.encode({"x": array, "few": [1, 2]})
     assert form == PACKED
     digest = store.journal.put_blob(data)
-    entries = Entries(store.cells, store.seal)
+    entries = Entries(store.cells, store.signer)
     keep(entries, {"y": array})
     file = Blobs(store.path / "values").path(digest)
     long_ago = time.time() - 2 * gc.GRACE_S
@@ -152,7 +152,7 @@ def test_entries_of_another_user_keep_the_values_they_name(engine):
     store = engine.store
     array = np.arange(1_000_000.0)
     digest = store.journal.put_blob(_codec.encode(array)[1])
-    keep(Entries(store.cells, Seal(b"o" * 32)), {"y": array})
+    keep(Entries(store.cells, Signer(b"o" * 32)), {"y": array})
     file = Blobs(store.path / "values").path(digest)
     os.utime(file, (1.0, 1.0))
     assert freed(engine) == 0
@@ -168,7 +168,7 @@ def test_a_file_that_holds_other_bytes_than_it_should_is_not_referred_to(engine)
     data[-1] ^= 1
     file.unlink()
     file.write_bytes(data)
-    entries = Entries(store.cells, store.seal)
+    entries = Entries(store.cells, store.signer)
     keep(entries, {"y": array})
     (entry,) = entries.of_key("cell", "k")
     assert (entry.values(None)["y"] == array).all()
@@ -179,7 +179,7 @@ def test_verification_tells_of_a_value_that_an_entry_names(engine):
     store = engine.store
     array = np.arange(20_000_000.0)
     digest = store.journal.put_blob(_codec.encode(array)[1])
-    entries = Entries(store.cells, store.seal)
+    entries = Entries(store.cells, store.signer)
     keep(entries, {"y": array})
     file = Blobs(store.path / "values").path(digest)
     data = bytearray(file.read_bytes())

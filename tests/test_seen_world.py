@@ -17,7 +17,7 @@ from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.files import content_digest, state_of
 from durable_nb._cellcache.mentions import LONGEST_TEXT, MOST_TEXTS, mentions_of, places_of
 from durable_nb._cellcache.watch import Watch, prepare, watching
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 
 SETUP = """
 import contextlib, glob, importlib, os, random, subprocess, sys
@@ -280,7 +280,7 @@ def test_random_numbers_go_on_after_a_restored_step(home):
 
 @pytest.fixture
 def around():
-    return Around({}, Seal(b"k" * 32))
+    return Around({}, Signer(b"k" * 32))
 
 
 @pytest.fixture

@@ -424,11 +424,11 @@ SHAPES = {
 def recorded(store):
     """Names of the steps whose outcome is in the store."""
     rows = store.journal.scan("step/")
-    return {rec.unpack(store.seal, key, row, rec.Outcome).name for key, row in rows}
+    return {rec.unpack(store.signer, key, row, rec.Outcome).name for key, row in rows}
 
 
 def succeeded(store):
-    rows = [rec.unpack(store.seal, key, row, rec.Outcome) for key, row in store.journal.scan("step/")]
+    rows = [rec.unpack(store.signer, key, row, rec.Outcome) for key, row in store.journal.scan("step/")]
     return {outcome.name for outcome in rows if not outcome.failed}
 
 

@@ -223,7 +223,7 @@ class CellCache:
 
     def around(self, namespace: Mapping[str, Any]) -> Around:
         """What records of the external state are compared with."""
-        return Around(namespace, self.entries.seal, self._own)
+        return Around(namespace, self.entries.signer, self._own)
 
     def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
         """The identity of the cell, were it to run now."""
@@ -264,7 +264,7 @@ class CellCache:
     def why(self, code: CellCode, namespace: MutableMapping[str, Any], key: CellKey) -> Why:
         """What differs between the cell and the entry most like it."""
         try:
-            notes, texts = explain.notes_of(key, code.tree, namespace, self.entries.seal)
+            notes, texts = explain.notes_of(key, code.tree, namespace, self.entries.signer)
         except Exception:  # an explanation is no reason for a cell not to run
             notes, texts = explain.Notes(), {}
         nearest, found = self._nearest(code, namespace, key)

@@ -30,7 +30,7 @@ import msgspec
 import xxhash
 
 from durable_nb._cellcache.external import ExternalState
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._files import write_file
 from durable_nb._journal.blobs import Blobs
 from durable_nb._pickling import NO_REFERENCES, References, Unpickler
@@ -142,8 +142,8 @@ class Kept:
 class Entries:
     """All entries of a store: `FOLDER/SCOPE/KEY-WORLD.cell`. One key has an entry for each state of the files it read."""
 
-    def __init__(self, folder: Path, seal: Seal) -> None:
-        self._folder, self.seal, self._blobs = folder, seal, Blobs(folder.parent / "values")
+    def __init__(self, folder: Path, signer: Signer) -> None:
+        self._folder, self.signer, self._blobs = folder, signer, Blobs(folder.parent / "values")
 
     def store(
         self,
@@ -207,7 +207,7 @@ class Entries:
         self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview], notes: bytes
     ) -> Iterable[bytes | memoryview]:
         packed = msgspec.msgpack.encode(manifest)
-        head = _HEAD.pack(_MAGIC, len(packed), self.seal.mac(_MAGIC, manifest.key.encode(), packed))
+        head = _HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, manifest.key.encode(), packed))
         yield head + packed
         yield stream
         yield outputs
@@ -287,7 +287,7 @@ class Entries:
             _notes(file, manifest)
             file.seek(_HEAD.size)
             packed = file.read(start - _HEAD.size)
-            head = _HEAD.pack(_MAGIC, len(packed), self.seal.mac(_MAGIC, key.encode(), packed))
+            head = _HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, key.encode(), packed))
             write_file(path, itertools.chain([head, packed], iter(lambda: file.read(_CHUNK), b"")))
 
     def _manifest(self, path: Path) -> Manifest:
@@ -327,7 +327,7 @@ class Entries:
         if packed_size > size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         packed = file.read(packed_size)
-        if signed and not hmac.compare_digest(mac, self.seal.mac(_MAGIC, key.encode(), packed)):
+        if signed and not hmac.compare_digest(mac, self.signer.mac(_MAGIC, key.encode(), packed)):
             raise UntrustedStoreError("its file is damaged, or was signed with another key; nothing of it was unpickled")
         try:
             manifest = msgspec.msgpack.decode(packed, type=Manifest)

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from durable_nb._cellcache.keys import CellKey, describe, how_changed
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._fingerprint import object_of, source_of
 
 _LONGEST_SOURCE = 50_000
@@ -64,13 +64,13 @@ def decode(data: bytes) -> Notes:
     return msgspec.msgpack.decode(data, type=Notes) if data else Notes()
 
 
-def notes_of(key: CellKey, tree: ast.Module, namespace: Mapping[str, Any], seal: Seal) -> tuple[Notes, dict[str, str]]:
+def notes_of(key: CellKey, tree: ast.Module, namespace: Mapping[str, Any], signer: Signer) -> tuple[Notes, dict[str, str]]:
     """Notes on a cell that is about to run, and the texts that its marks stand for: those are for memory only.
 
-    `seal` makes the marks, so that one tells nothing to whom its key isn't known.
+    `signer` makes the marks, so that one tells nothing to whom its key isn't known.
     """
-    masked = {label: _masked(source_of(function), seal) for label, function in key.functions().items()}
-    masked["code"] = _masked(tree, seal)
+    masked = {label: _masked(source_of(function), signer) for label, function in key.functions().items()}
+    masked["code"] = _masked(tree, signer)
     code = {label: found.source for label, found in masked.items() if found.source and label != "code"}
     values = {label: words for label in key.components if (words := _words_at(label, namespace))}
     secrets = frozenset().union(*(found.secrets for found in masked.values()))
@@ -164,8 +164,8 @@ class _Masked:
 
 
 @lru_cache(maxsize=1024)  # helpers are asked for again and again
-def _masked(tree: ast.AST, seal: Seal) -> _Masked:
-    masking = _Masking(seal)
+def _masked(tree: ast.AST, signer: Signer) -> _Masked:
+    masking = _Masking(signer)
     source = ast.unparse(masking.visit(tree))
     return _Masked(source if len(source) <= _LONGEST_SOURCE else "", masking.texts, frozenset(masking.secrets))
 
@@ -173,8 +173,8 @@ def _masked(tree: ast.AST, seal: Seal) -> _Masked:
 class _Masking:
     """Copies code with marks in place of all texts, and without those that only document."""
 
-    def __init__(self, seal: Seal) -> None:
-        self._seal = seal
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
         self.texts: dict[str, str] = {}
         self.secrets: set[str] = set()
         self._secret = False
@@ -225,7 +225,7 @@ class _Masking:
         if not isinstance(value, str | bytes):
             return None
         data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
-        mark = self._seal.mac(b"mark", data)[:3].hex()  # six characters, which only the key's holder could try guesses with
+        mark = self._signer.mac(b"mark", data)[:3].hex()  # six characters, which only the key's holder could try guesses with
         self.texts[mark] = value if brackets == "«»" and isinstance(value, str) else repr(value)
         if self._secret or _GENERATED.fullmatch(data):
             self.secrets.add(mark)

@@ -17,7 +17,7 @@ from typing import Any
 from durable_nb._cellcache import environment
 from durable_nb._cellcache.files import ABSENT, FileState, looking_away, state_of
 from durable_nb._cellcache.generators import UNSEEDED, generators
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._fingerprint import hash_value
 
 UNBOUND = "unbound"
@@ -29,7 +29,7 @@ class Around:
 
     namespace: Mapping[str, Any]
     """The notebook's variables."""
-    seal: Seal
+    signer: Signer
     """Its key makes digests of environment variables, of which nobody else can find out anything."""
     own: tuple[str, ...] = ()
     """Files and folders that never count: the store, the notebook."""
@@ -42,7 +42,7 @@ class Around:
         """The keyed digest of an environment variable's value; '' where it is not set."""
         if value is None:
             return environment.UNSET
-        return self.seal.mac(b"environment", os.fsencode(name), os.fsencode(value))[:16].hex()
+        return self.signer.mac(b"environment", os.fsencode(name), os.fsencode(value))[:16].hex()
 
 
 @dataclass(frozen=True, slots=True)

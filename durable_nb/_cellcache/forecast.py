@@ -130,10 +130,13 @@ def differences_now(
     nearest = min(manifests, key=lambda m: len(changes(m.components, key.components)), default=None)
     if nearest is None:
         return None, []
-    now, texts = explain.notes_of(key, code.tree, namespace, entries.seal)
+    now, texts = explain.notes_of(key, code.tree, namespace, entries.signer)
     notes = explain.decode(entries.notes(code.scope, nearest))
     found = explain.differences(nearest.components, notes, key.components, now, texts)
-    return nearest, [*found, *(explain.Difference(what) for what in nearest.external.changes(Around(namespace, entries.seal)))]
+    return nearest, [
+        *found,
+        *(explain.Difference(what) for what in nearest.external.changes(Around(namespace, entries.signer))),
+    ]
 
 
 def changed_since(manifest: Manifest, entries: Entries) -> list[str]:
@@ -142,7 +145,7 @@ def changed_since(manifest: Manifest, entries: Entries) -> list[str]:
     external = manifest.external
     variables = {name: digest for name, digest in external.variables.items() if not digest or name in os.environ}
     found = replace(external, names={}, generators={}, settings={}, variables=variables)
-    return found.changes(Around({}, entries.seal))
+    return found.changes(Around({}, entries.signer))
 
 
 def _makers(name: str, known: Mapping[str, LastExecution]) -> set[str]:
@@ -242,7 +245,7 @@ def _of_executed(
     for manifest in manifests:
         if manifest.key == whole:
             external = _state_to_compare(manifest, report, clobbered)
-            found = ruled_out(code.terms, manifest) or ", ".join(external.changes(Around(namespace, entries.seal))[:3])
+            found = ruled_out(code.terms, manifest) or ", ".join(external.changes(Around(namespace, entries.signer))[:3])
             if not found:
                 return manifest, HIT, ""
             reason = reason or found

@@ -34,7 +34,7 @@ class Catalog:
     def __init__(self, shared: Shared, is_started: Callable[[str], bool]) -> None:
         """`is_started`: has this process begun to execute that run, or is it about to?"""
         self._shared, self._ownership, self._is_started = shared, shared.ownership, is_started
-        self._journal, self._seal = shared.store.journal, shared.store.seal
+        self._journal, self._signer = shared.store.journal, shared.store.signer
 
     def find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
         """The run of that id, or the last one of the cell of that name; RunNotFoundError."""
@@ -58,12 +58,12 @@ class Catalog:
         owners: dict[str, bool] = {}
         for key, row in self._journal.scan(rec.run_key("")):
             with contextlib.suppress(StoreError):
-                record = unpack(self._seal, key, row, RunRecord)
+                record = unpack(self._signer, key, row, RunRecord)
                 if record.status != Status.RUNNING:
                     yield record, None
                     continue
                 held = leases.get(rec.lease_key(record.id))
-                lease = unpack(self._seal, rec.lease_key(record.id), held, Lease) if held else None
+                lease = unpack(self._signer, rec.lease_key(record.id), held, Lease) if held else None
                 owner = lease.owner if lease else ""
                 if owner not in owners or owner == self._shared.store.process.id:
                     owners[owner] = self.is_owned(record.id, lease)
@@ -82,7 +82,7 @@ class Catalog:
         spent, saved = defaultdict[str, Usage](dict), defaultdict[str, Usage](dict)
         for key, row in self._journal.scan("step/"):
             with contextlib.suppress(StoreError):
-                outcome = unpack(self._seal, key, row, Outcome)
+                outcome = unpack(self._signer, key, row, Outcome)
                 _usage.add(spent[outcome.run_id], outcome.usage)
         for run_id, usage in self._shared.savings.all():
             _usage.add(saved[run_id], usage)
@@ -125,7 +125,7 @@ class Catalog:
     def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
         key = rec.generation_key(rec.scope_of(name))
         row = self._journal.get(key)
-        return self.seen(unpack(self._seal, key, row, Generation).last_run) if row else None
+        return self.seen(unpack(self._signer, key, row, Generation).last_run) if row else None
 
     # -- steps, from the records alone: of a run that is not executed here -------------------------------------------------
 
@@ -138,7 +138,7 @@ class Catalog:
 
     def _logged(self, record: RunRecord) -> list[tuple[int, int, Step]]:
         """What a workflow's run has asked for, and how it ended: by the request's number, each with its item's."""
-        rows = [row for _, _, row in read_log(self._journal, self._seal, record.scope, record.generation)]
+        rows = [row for _, _, row in read_log(self._journal, self._signer, record.scope, record.generation)]
         waits = {number[1]: step for number, _, step in self._waits(record)}
         ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
         steps = []
@@ -163,7 +163,7 @@ class Catalog:
         """What a cell's run did itself."""
         found = self._waits(record)
         for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
-            o = unpack(self._seal, key, row, Outcome)
+            o = unpack(self._signer, key, row, Outcome)
             if o.run_id == record.id:
                 status = Status.FAILED if o.failed else Status.COMPLETED
                 step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
@@ -186,7 +186,7 @@ class Catalog:
                 step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
             found.append((turn, -1, step))
         for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
-            a = unpack(self._seal, key, row, Attempts)
+            a = unpack(self._signer, key, row, Attempts)
             if a.run_id == record.id:
                 wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
                 status = Status.RUNNING if a.begun else Status.RETRYING
@@ -198,10 +198,10 @@ class Catalog:
     def _timers(self, record: RunRecord) -> Iterator[tuple[Turn, Timer]]:
         if record.kind == "workflow":
             for key, row in self._journal.scan(rec.log_prefixes(record.scope, record.generation)[1]):
-                for asked in unpack(self._seal, key, row, Event).asked:
+                for asked in unpack(self._signer, key, row, Event).asked:
                     if asked.timer is not None:
                         yield (0, asked.id), asked.timer
         else:
             for key, row in self._journal.scan(rec.timer_prefix(record.id)):
-                timer = unpack(self._seal, key, row, Timer)
+                timer = unpack(self._signer, key, row, Timer)
                 yield timer.turn, timer

@@ -143,7 +143,7 @@ class Engine:
     def _unfinished(self, scope: str, *, forgiving: bool = False) -> _Unfinished:
         """Runs on the writer's thread. What somebody else signed counts as not there, but for the steps: they are refused when
         they are asked for. `forgiving`: nor does what can't be read, since all is made anew."""  # fmt: skip
-        journal, seal = self.store.journal, self.store.seal
+        journal, signer = self.store.journal, self.store.signer
         ignored = StoreError if forgiving else UntrustedStoreError
         runs = []
         for key, _ in journal.scan(rec.open_prefix(scope)):
@@ -153,7 +153,7 @@ class Engine:
                     runs.append((found[0], found[1]))
         row = journal.get(rec.generation_key(scope))
         try:
-            generation = unpack(seal, rec.generation_key(scope), row, Generation).number if row else 0
+            generation = unpack(signer, rec.generation_key(scope), row, Generation).number if row else 0
         except ignored:
             used = [int(key.split("/")[2]) for key, _ in journal.scan(f"step/{scope}/")]
             generation = max(used, default=0)

@@ -38,7 +38,7 @@ class Inbox:
         while True:
             keys = [key for key, _ in self._store.journal.sizes(rec.inbox_prefix(run_id))]
             key = rec.inbox_key(run_id, max((int(key.rpartition("/")[2]) for key in keys), default=0) + 1)
-            row = key, pack(self._store.seal, key, message)
+            row = key, pack(self._store.signer, key, message)
             guard = rec.run_key(run_id), run_row  # of a run that has ended nobody would take it out again
             verdict = self._store.writer.commit_and_wait(Commit(guard, inserts=(row,)))
             if verdict is not Verdict.EXISTS:  # else another sender was faster
@@ -56,5 +56,5 @@ class Inbox:
         found: defaultdict[str, list[Received]] = defaultdict(list)
         for key, row in sorted(self._store.journal.scan(prefix)):
             with contextlib.suppress(StoreError):  # one that can't be read is told of by `doctor`, and stops no other
-                found[rec.run_of_inbox(key)].append(Received(key, row, unpack(self._store.seal, key, row, Message)))
+                found[rec.run_of_inbox(key)].append(Received(key, row, unpack(self._store.signer, key, row, Message)))
         return found

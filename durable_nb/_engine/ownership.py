@@ -78,7 +78,7 @@ class Ownership:
 
     def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:
         """A record as the row that a commit takes."""
-        return key, pack(self.store.seal, key, record)
+        return key, pack(self.store.signer, key, record)
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -118,15 +118,15 @@ class Ownership:
         first: tuple[str, bytes | None, Generation] | None,
     ) -> tuple[Commit, Held]:
         lease_key, open_key = rec.lease_key(record.id), rec.open_prefix(record.scope) + record.id
-        before = pack(self.store.seal, lease_key, lease) if lease else None
+        before = pack(self.store.signer, lease_key, lease) if lease else None
         held = self.held.get(record.id)
         if held is None or held.row != before:  # else ours already: a body of an earlier execution still writes under it
             new = Lease(lease.epoch + 1 if lease else 1, self.store.process.id)
-            held = Held(record.id, new.epoch, pack(self.store.seal, lease_key, new))
+            held = Held(record.id, new.epoch, pack(self.store.signer, lease_key, new))
         puts = [
             (lease_key, held.row),
             self.pack(rec.run_key(record.id), record),
-            (open_key, self.store.seal.close(open_key, b"")),
+            (open_key, self.store.signer.sign(open_key, b"")),
         ]
         guard = lease_key, before
         if first is not None:
@@ -159,15 +159,15 @@ class Ownership:
 
     def read_run(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run and its lease, as they stand in the journal."""
-        journal, seal = self.store.journal, self.store.seal
+        journal, signer = self.store.journal, self.store.signer
         lease_row = journal.get(rec.lease_key(run_id))
         row = journal.get(rec.run_key(run_id))
         if row is None:
             return None
         if lease_row != journal.get(rec.lease_key(run_id)):  # it changed hands or ended between the two: look again
             return self.read_run(run_id)
-        lease = unpack(seal, rec.lease_key(run_id), lease_row, Lease) if lease_row else None
-        return unpack(seal, rec.run_key(run_id), row, RunRecord), lease
+        lease = unpack(signer, rec.lease_key(run_id), lease_row, Lease) if lease_row else None
+        return unpack(signer, rec.run_key(run_id), row, RunRecord), lease
 
     # -- releasing -----------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class Ownership:
             row = leases.get(rec.lease_key(run_id))
             owner = ""
             with contextlib.suppress(StoreError):
-                owner = unpack(self.store.seal, rec.lease_key(run_id), row, Lease).owner if row else ""
+                owner = unpack(self.store.signer, rec.lease_key(run_id), row, Lease).owner if row else ""
             if owner not in alive:
                 alive[owner] = owner != self.store.process.id and self.store.process.is_alive(owner)
             if not alive[owner] or journal.get(rec.run_key(run_id)) != seen.row:

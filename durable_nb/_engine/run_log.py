@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from durable_nb import _codec
 from durable_nb import _records as rec
-from durable_nb._codec import Seal
+from durable_nb._codec import Signer
 from durable_nb._engine.by_history import History, Row, without_collector
 from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb._records import Again, Asked, Attempts, Event, Lease, Loose, Outcome, Record, RunRecord, Timer, unpack
@@ -54,11 +54,11 @@ class RunLog:
     """Reads, guarded writes, large values, and the end of a run."""
 
     def __init__(self, store: Store, record: RunRecord, held: Held) -> None:
-        self.store, self.seal, self.record, self.held = store, store.seal, record, held
+        self.store, self.signer, self.record, self.held = store, store.signer, record, held
 
     def pack(self, key: str, record: Record) -> tuple[str, bytes]:
         """A record as the row that a commit takes."""
-        return key, rec.pack(self.seal, key, record)
+        return key, rec.pack(self.signer, key, record)
 
     def commit(
         self,
@@ -127,7 +127,7 @@ class CellRecords:
     """What is recorded of a cell's steps and sleeps. Written rows are put here by whoever writes them."""
 
     def __init__(self, log: RunLog) -> None:
-        self.log, self._seal = log, log.seal
+        self.log, self._signer = log, log.signer
         self._scope, self._generation = log.record.scope, log.record.generation
         self.outcomes: dict[str, bytes] = {}
         self.attempts: dict[str, bytes] = {}
@@ -153,10 +153,10 @@ class CellRecords:
         self.outcomes = outcomes | self.outcomes
         self.attempts = attempts | self.attempts
         for key, row in loose.items():
-            known = unpack(self._seal, key, row, Loose)
+            known = unpack(self._signer, key, row, Loose)
             self.loose[known.kind, known.name] = known.left_out
         for key, row in again.items():
-            asked = unpack(self._seal, key, row, Again)
+            asked = unpack(self._signer, key, row, Again)
             self.again[asked.name] = asked.number
 
     def outcome(self, key: str) -> Outcome | None:
@@ -166,22 +166,22 @@ class CellRecords:
         row = self.outcomes.get(key)
         if row is None:
             return None
-        outcome = unpack(self._seal, key, row, Outcome)
+        outcome = unpack(self._signer, key, row, Outcome)
         self._last_read = key, outcome
         return outcome
 
     def failures(self, key: str) -> Attempts | None:
         row = self.attempts.get(key)
-        return None if row is None else unpack(self._seal, key, row, Attempts)
+        return None if row is None else unpack(self._signer, key, row, Attempts)
 
     def timer(self, key: str) -> Timer | None:
         row = self.timers.get(key)
-        return None if row is None else unpack(self._seal, key, row, Timer)
+        return None if row is None else unpack(self._signer, key, row, Timer)
 
     def names(self) -> set[str]:
         """Of the steps that are recorded, or have failed and are to be tried again."""
-        ended = {unpack(self._seal, key, row, Outcome).name for key, row in self.outcomes.items()}
-        return ended | {unpack(self._seal, key, row, Attempts).name for key, row in self.attempts.items()}
+        ended = {unpack(self._signer, key, row, Outcome).name for key, row in self.outcomes.items()}
+        return ended | {unpack(self._signer, key, row, Attempts).name for key, row in self.attempts.items()}
 
 
 class LinearLog:
@@ -192,7 +192,7 @@ class LinearLog:
     """
 
     def __init__(self, log: RunLog) -> None:
-        self._log, self._seal = log, log.seal
+        self._log, self._signer = log, log.signer
         self._scope, self._generation = log.record.scope, log.record.generation
         self._prefixes = rec.log_prefixes(self._scope, self._generation)
         self._last = ""
@@ -241,24 +241,24 @@ class LinearLog:
     def _read(self) -> tuple[History, dict[int, Attempts]]:
         with without_collector():
             journal = self._log.store.journal
-            rows = read_log(journal, self._seal, self._scope, self._generation)
+            rows = read_log(journal, self._signer, self._scope, self._generation)
             if rows:
                 self._seq, self._last = rows[-1][0], rows[-1][1]
                 self.at_s = max(row.at for _, _, row in rows)
             attempts = {}
             for key, packed in journal.scan(rec.attempts_prefix(self._scope, self._generation)):
-                attempts[int(key.rpartition("/")[2])] = unpack(self._seal, key, packed, Attempts)
+                attempts[int(key.rpartition("/")[2])] = unpack(self._signer, key, packed, Attempts)
             return History(row for _, _, row in rows), attempts
 
 
-def read_log(journal: Journal, seal: Seal, scope: str, generation: int) -> list[tuple[int, str, Row]]:
+def read_log(journal: Journal, signer: Signer, scope: str, generation: int) -> list[tuple[int, str, Row]]:
     """The rows of a run's log in order, each with its number and its key. CorruptStoreError where one is missing."""
     found: list[tuple[int, str, Row]] = []
     for prefix, kind in zip(rec.log_prefixes(scope, generation), (Outcome, Event, Event), strict=True):
         for key, packed in journal.scan(prefix):
             if not key[len(prefix) :].isdecimal():
                 raise CorruptStoreError(f"the record {key!r} was written by an unpublished durable_nb; begin the run anew")
-            found.append((int(key[len(prefix) :]), key, unpack(seal, key, packed, kind)))
+            found.append((int(key[len(prefix) :]), key, unpack(signer, key, packed, kind)))
     found.sort(key=lambda row: row[0])
     for n, (seq, key, _) in enumerate(found, 1):
         if seq != n:

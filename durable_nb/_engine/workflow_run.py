@@ -1068,7 +1068,7 @@ class WorkflowRun:
         row = await log.read_row(key)
         if row is None:
             raise CorruptStoreError(f"the record {key!r} is missing: what {self._label} was started with; nothing was run")
-        arguments = unpack(log.seal, key, row, Arguments)
+        arguments = unpack(log.signer, key, row, Arguments)
         data = await log.blob(arguments.blob) if arguments.blob else arguments.value
         args, kwargs = _codec.decode(arguments.form, data)
         return args, kwargs

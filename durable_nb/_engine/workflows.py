@@ -236,8 +236,8 @@ class Workflows:
     async def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], list[str]]:
         """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, and rows
         that go."""  # fmt: skip
-        journal, seal = self._store.journal, self._store.seal
-        log_rows = await self._store.writer.call(lambda: read_log(journal, seal, record.scope, record.generation))
+        journal, signer = self._store.journal, self._store.signer
+        log_rows = await self._store.writer.call(lambda: read_log(journal, signer, record.scope, record.generation))
         rows = [row for _, _, row in log_rows]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
@@ -310,7 +310,7 @@ class Workflows:
         row = await call(lambda: journal.get(key))
         if row is None:
             raise CorruptStoreError(f"the record {key!r} is missing: what the run {record.id!r} came to")
-        result = unpack(self._store.seal, key, row, Result)
+        result = unpack(self._store.signer, key, row, Result)
         data = await call(lambda: journal.get_blob(result.blob)) if result.blob else result.value
         return _codec.decode(result.form, data)
 

@@ -43,7 +43,7 @@ def examine(store: Store, *, verify: bool = False) -> Examined:
     findings = [Finding("journal", problem, _RESTORE) for problem in store.journal.problems()]
     if store.path.stat().st_mode & 0o077:
         findings.append(Finding(str(store.path), "others may read it", f"chmod 700 {store.path}"))
-    rows, values, entries = store.journal.sizes(), dict[str, _Holder](), list(Entries(store.cells, store.seal).all())
+    rows, values, entries = store.journal.sizes(), dict[str, _Holder](), list(Entries(store.cells, store.signer).all())
     findings += _of_rows(store, [key for key, _ in rows], values)
     findings += _of_values(store, values)
     findings += _of_entries(store, [entry.path for entry in entries if entry.manifest is None or verify])
@@ -58,21 +58,21 @@ _Holder = tuple[str, str]
 
 def _of_rows(store: Store, keys: list[str], values: dict[str, _Holder]) -> Iterator[Finding]:
     """What is wrong with rows; `values` is filled with the large values that they name."""
-    seal, foreign = store.seal, Counter[str]()
+    signer, foreign = store.signer, Counter[str]()
     for key in keys:
         row = store.journal.get(key)
         try:
             if row is None:  # deleted meanwhile
                 continue
-            seal.open(key, row)
+            signer.verify(key, row)
             if key.startswith("step/"):
-                outcome = unpack(seal, key, row, Outcome)
+                outcome = unpack(signer, key, row, Outcome)
                 holder = f"step {outcome.name!r}", f"--rerun={outcome.name} executes the step anew"
                 values |= dict.fromkeys(filter(None, (outcome.blob, outcome.patches_blob)), holder)
             elif key.startswith(("arguments/", "result/")):
                 kind: type[Arguments | Result] = Arguments if key.startswith("arguments/") else Result
                 holder = f"run {key.partition('/')[2]!r}", "start the workflow again, under another id"
-                values |= dict.fromkeys(filter(None, (unpack(seal, key, row, kind).blob,)), holder)
+                values |= dict.fromkeys(filter(None, (unpack(signer, key, row, kind).blob,)), holder)
         except UntrustedStoreError:
             foreign[key.partition("/")[0]] += 1
         except CorruptStoreError as error:
@@ -93,7 +93,7 @@ def _of_values(store: Store, values: dict[str, _Holder]) -> Iterator[Finding]:
 
 
 def _of_entries(store: Store, paths: list[Path]) -> Iterator[Finding]:
-    entries = Entries(store.cells, store.seal)
+    entries = Entries(store.cells, store.signer)
     for path in paths:
         name = str(path.relative_to(store.path))
         try:
@@ -115,8 +115,8 @@ class Foreign:
 
 def foreign(store: Store) -> Foreign:
     """What `trust` would sign."""
-    rows = tuple(key for key, _ in store.journal.sizes() if not store.seal.is_own(store.journal.get(key) or b""))
-    return Foreign(rows, sum(entry.manifest is None for entry in Entries(store.cells, store.seal).all()))
+    rows = tuple(key for key, _ in store.journal.sizes() if not store.signer.is_own(store.journal.get(key) or b""))
+    return Foreign(rows, sum(entry.manifest is None for entry in Entries(store.cells, store.signer).all()))
 
 
 def trust(store: Store) -> tuple[int, int]:
@@ -135,14 +135,14 @@ def trust(store: Store) -> tuple[int, int]:
         if row is None:
             continue
         try:
-            puts.append(((key, row), (key, store.seal.sign_anew(key, row))))
+            puts.append(((key, row), (key, store.signer.sign_anew(key, row))))
         except CorruptStoreError:
             continue  # `doctor` tells of it
     for start in range(0, len(puts), _AT_ONCE):
         some = puts[start : start + _AT_ONCE]
         verdict = store.writer.commit_and_wait(Commit(some[0][0], puts=tuple(put for _, put in some)))
         signed += len(some) if verdict is Verdict.APPLIED else 0
-    entries = Entries(store.cells, store.seal)
+    entries = Entries(store.cells, store.signer)
     done = 0
     for entry in entries.all():
         if entry.manifest is None:

@@ -34,14 +34,14 @@ def forget(engine: Engine, name: str) -> Forgotten:
             _take(engine, key.rpartition("/")[2], name)
         steps = [key for key, _ in journal.sizes(f"step/{scope}/")]
         rows = [key for prefix in ("try", "loose", "again", "open") for key, _ in journal.sizes(f"{prefix}/{scope}/")]
-        records = [unpack(store.seal, key, row, RunRecord) for key, row in journal.scan("run/")]
+        records = [unpack(store.signer, key, row, RunRecord) for key, row in journal.scan("run/")]
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:
             rows += [rec.run_key(run_id), rec.lease_key(run_id)]
             rows += [key for key, _ in journal.sizes(rec.inbox_prefix(run_id))]
             rows += [key for key, _ in journal.sizes(rec.timer_prefix(run_id))]
-        number = unpack(store.seal, counter, begun, Generation).number if begun else 0
-        put = counter, pack(store.seal, counter, Generation(number + 1))
+        number = unpack(store.signer, counter, begun, Generation).number if begun else 0
+        put = counter, pack(store.signer, counter, Generation(number + 1))
         deletes = (*steps, *rows)
         verdict = store.writer.commit_and_wait(Commit((counter, begun), puts=(put,), deletes=deletes))
         if verdict is Verdict.APPLIED:  # else it was begun in this very moment: look again
@@ -49,7 +49,7 @@ def forget(engine: Engine, name: str) -> Forgotten:
     for run_id in runs:
         engine.ownership.held.pop(run_id, None)
     entries = 0
-    for entry in Entries(store.cells, store.seal).all(scope):
+    for entry in Entries(store.cells, store.signer).all(scope):
         entry.path.unlink(missing_ok=True)
         entries += 1
     return Forgotten(entries, len(steps), len(runs))
@@ -59,9 +59,9 @@ def _take(engine: Engine, run_id: str, name: str) -> None:
     """Become the owner of an unfinished run that nobody executes, so that nobody begins to meanwhile."""
     key = rec.lease_key(run_id)
     row = engine.store.journal.get(key)
-    lease = unpack(engine.store.seal, key, row, Lease) if row else None
+    lease = unpack(engine.store.signer, key, row, Lease) if row else None
     if not engine.shared.is_at_work(run_id) and not engine.ownership.is_owned(run_id, lease):
-        mine = pack(engine.store.seal, key, Lease(lease.epoch + 1 if lease else 1, engine.store.process.id))
+        mine = pack(engine.store.signer, key, Lease(lease.epoch + 1 if lease else 1, engine.store.process.id))
         if engine.store.writer.commit_and_wait(Commit((key, row), puts=((key, mine),))) is Verdict.APPLIED:
             return
     owner = f" by process {lease.owner.partition('-')[0]}" if lease and lease.owner else ""

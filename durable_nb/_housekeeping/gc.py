@@ -110,7 +110,7 @@ def collect(engine: Engine, max_size: int | None = None) -> Collected:
                 result.drafts += 1
     result.values = store.journal.drop_blobs(now - GRACE_S, _needed(engine))
     if max_size is not None:
-        entries = list(Entries(store.cells, store.seal).all())
+        entries = list(Entries(store.cells, store.signer).all())
         excess = size_of(store.path) - max_size
         for n in to_drop([_candidate(entry) for entry in entries], excess, now):
             if _unlink(entries[n]):
@@ -156,7 +156,7 @@ _Guard = tuple[str, bytes | None] | None
 
 def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     """Keys that nothing will ask for again, with the row that must still be what it was when they go."""
-    journal, seal = engine.store.journal, engine.store.seal
+    journal, signer = engine.store.journal, engine.store.signer
     of_runs = f"timer/{_OF_RUN}"  # rows of a log; else of a cell's run
     by_run = [
         key
@@ -170,11 +170,11 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     current: dict[str, tuple[int, _Guard]] = {}
     for key, row in journal.scan("generation/"):
         with contextlib.suppress(StoreError):
-            current[key.partition("/")[2]] = unpack(seal, key, row, Generation).number, (key, row)
+            current[key.partition("/")[2]] = unpack(signer, key, row, Generation).number, (key, row)
     busy = set()
     for key, row in runs.items():
         with contextlib.suppress(StoreError):
-            record = unpack(seal, key, row, RunRecord)
+            record = unpack(signer, key, row, RunRecord)
             if record.kind == "workflow":
                 current[record.scope] = record.generation, (key, row)
             found = engine.ownership.read_run(record.id)
@@ -221,7 +221,7 @@ def _needed(engine: Engine) -> Callable[[str], bool]:
             journal, named = engine.store.journal, set()
             for key, _ in journal.sizes():
                 named.update(_DIGEST.findall(journal.get(key) or b""))
-            for head in Entries(engine.store.cells, engine.store.seal).heads():
+            for head in Entries(engine.store.cells, engine.store.signer).heads():
                 named.update(_DIGEST.findall(head))
         return digest.encode() in named
 

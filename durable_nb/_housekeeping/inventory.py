@@ -48,9 +48,9 @@ class Inventory:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._journal, self._seal = engine.store.journal, engine.store.seal
+        self._journal, self._signer = engine.store.journal, engine.store.signer
         self.path = engine.store.path
-        self.entries = Entries(engine.store.cells, self._seal)
+        self.entries = Entries(engine.store.cells, self._signer)
         self._workflows = engine.workflows or Workflows(engine)
 
     def runs(self) -> list[RunFacts]:

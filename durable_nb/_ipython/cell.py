@@ -66,7 +66,7 @@ class CellExecution:
         self.compiled = compile_body(shell, body)
         self.code = CellCode(options.name, self.compiled.tree, self.compiled.names)
         own = [str(engine.store.path), *filter(None, [file_of(shell.user_ns, folder)])]
-        self.cache = CellCache(Entries(engine.store.cells, engine.store.seal), own, settings_of(shell))
+        self.cache = CellCache(Entries(engine.store.cells, engine.store.signer), own, settings_of(shell))
         self.label = options.name or "cell"
         # Without a name the entry has none in its key; the cell's steps belong to its id in the notebook, or to its code.
         self.owner = options.name or (f"~id {cell_id}" if cell_id else f"~code {_digest_of(self.code.tree)}")
