@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from durable_nb._cellcache.executions import LastExecutions
     from durable_nb._cellcache.report import ExecutionReport
     from durable_nb._engine import Engine
+    from durable_nb._engine.muting import Muting
     from durable_nb._engine.workflows import Workflows
     from durable_nb._ipython.options import Options
 
@@ -129,14 +130,18 @@ class Session:
         if self._engine is None:
             from durable_nb._engine import Engine
             from durable_nb._engine.workflows import Workflows
-            from durable_nb._ipython.host import NotebookMuting
             from durable_nb._ipython.notebook import path_of
             from durable_nb._store import Store
 
             self._engine = Engine(Store(self.path))
-            self._engine.shared.muting = lambda: NotebookMuting(self.shell)
+            self._engine.shared.muting = self._muting
             self._workflows = Workflows(self._engine, main=lambda: path_of(self.shell.user_ns))
         return cast("Engine", self._engine)
+
+    def _muting(self) -> Muting:
+        from durable_nb._ipython.host import NotebookMuting  # loading the extension may open the store, and needs none of it
+
+        return NotebookMuting(self.shell)
 
     def workflows(self) -> Workflows:
         """The engine for workflows, on the same store."""
