@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from durable_nb import _usage
 from durable_nb._current import engine, refuse_in_workflow
 from durable_nb._misuse import explained
-from durable_nb._usage import COUNTS, INPUT, OUTPUT, Usage
+from durable_nb._usage import COUNTS, Usage
 
-_PER = 1_000_000
-"""Prices are for so many tokens."""
 _WAYS = ("run", "store")
 
 
@@ -73,7 +70,7 @@ def _rows(spent: Usage, saved: Usage, prices: Mapping[str, tuple[float, float]] 
         of_it, not_again = spent.get(model, none), saved.get(model, none)
         row: dict[str, Any] = {"model": model, **of_it, **{f"saved_{name}": n for name, n in not_again.items()}}
         if prices is not None:
-            row["cost"], row["saved_cost"] = (_cost(counts, model, prices) for counts in (of_it, not_again))
+            row["cost"], row["saved_cost"] = (_usage.cost(counts, model, prices) for counts in (of_it, not_again))
         rows.append(row)
     return rows
 
@@ -83,28 +80,12 @@ def _columns(by: str, *, priced: bool) -> list[str]:
     return [*of, "model", *COUNTS, *(f"saved_{name}" for name in COUNTS), *(["cost", "saved_cost"] if priced else [])]
 
 
-def _cost(counts: Mapping[str, int], model: str, prices: Mapping[str, tuple[float, float]]) -> float:
-    known = [name for name in prices if model == name or model.startswith((f"{name}-", f"{name}@", f"{name}:"))]
-    if not known:
-        return math.nan
-    read, written = prices[max(known, key=len)]
-    return (counts[INPUT] * read + counts[OUTPUT] * written) / _PER
-
-
 def _checked(prices: object) -> Mapping[str, tuple[float, float]] | None:
-    if prices is None or (isinstance(prices, Mapping) and all(map(_is_price, prices.values()))):
-        return prices
+    if prices is None or _usage.are_prices(prices):
+        return cast("_usage.Prices | None", prices)
     raise ValueError(
         "durable.ledger(prices=...): give for each model what a million input and a million output tokens cost, such as "
         "{'gpt-5-mini': (0.25, 2.00)}"
-    )
-
-
-def _is_price(value: object) -> bool:
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(price, (int, float)) and not isinstance(price, bool) and 0 <= price < math.inf for price in value)
     )
 
 

@@ -6,6 +6,7 @@ By model: `{"gpt-5": {"requests": 1, "input_tokens": 120, "output_tokens": 30}}`
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,33 @@ _INPUTS = ("prompt_tokens", "input_tokens", "cache_creation_input_tokens", "cach
 _OUTPUTS = ("completion_tokens", "output_tokens")
 _MOST = 1000
 """So many things of a list are looked at."""
+
+
+Prices = Mapping[str, tuple[float, float]]
+"""By model, what a million input and a million output tokens cost."""
+_PER = 1_000_000
+
+
+def cost(counts: Mapping[str, int], model: str, prices: Prices) -> float:
+    """Of a model's tokens. A model's dated versions have its price, unless they have their own; NaN: it is not known."""
+    known = [name for name in prices if model == name or model.startswith((f"{name}-", f"{name}@", f"{name}:"))]
+    if not known:
+        return math.nan
+    read, written = prices[max(known, key=len)]
+    return (counts[INPUT] * read + counts[OUTPUT] * written) / _PER
+
+
+def are_prices(value: object) -> bool:
+    """Is it a table of prices?"""
+    return isinstance(value, Mapping) and all(map(_is_price, value.values()))
+
+
+def _is_price(value: object) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(price, (int, float)) and not isinstance(price, bool) and 0 <= price < math.inf for price in value)
+    )
 
 
 def add(to: Usage, more: Mapping[str, Mapping[str, int]]) -> None:

@@ -661,7 +661,8 @@ await durable.run("fail", durable.step(fail, retries=0), {"id": 7})"""
 @pytest.mark.kernel
 def test_rows_unfold_to_what_their_steps_were_given_and_gave(tmp_path: Path) -> None:
     """Also where they are restored; no `__repr__` of the user's is called, and no secret is told."""
-    with kernels.kernel(tmp_path) as k:
+    prices = '{"gpt-5": [1.25, 10]}'
+    with kernels.kernel(tmp_path, env={"DURABLE_NB_PRICES": prices}) as k:
         for again in (False, True):
             shown = k.run(TELLING)
             assert shown.error.startswith("ValueError: declined")
@@ -677,7 +678,8 @@ def test_rows_unfold_to_what_their_steps_were_given_and_gave(tmp_path: Path) -> 
                 assert words in unescape(html) or words in html, words
             assert again or "Authorization: [redacted]" in html, "what it prints, while it runs"
             assert ("3 steps were restored, which saved" in html) is again
-            assert ("1,234 tokens" in html) is again
+            assert (" and 1,234 tokens" in html) is again
+            assert "ask · 1,234 tokens · $0.0018" in shown.views[-1]["text/plain"]
             k.restart()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import math
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from durable_nb import _usage
 from durable_nb._current import StepRequest
@@ -23,6 +26,8 @@ _FRAMES = 12
 _TRACEBACK = 6000
 _OWN_FOLDER = str(Path(__file__).parents[1]) + os.sep
 
+log = logging.getLogger("durable_nb")
+
 
 class Details:
     """Texts alone: no value of the user's is kept, and none of their code is called but an exception's `__str__`."""
@@ -33,6 +38,7 @@ class Details:
         self._arguments: dict[str, str] = {}
         self._results: dict[str, str] = {}
         self._tracebacks: dict[str, str] = {}
+        self._prices = _prices()
         self.extras: dict[str, Extra] = {}
         """By path, what models' answers have cost."""
 
@@ -50,7 +56,7 @@ class Details:
                     self._results[path] = preview(value)
                 self._tracebacks.pop(path, None)
                 if usage:
-                    self.extras[path] = Extra(tokens=_tokens(usage))
+                    self.extras[path] = Extra(tokens=_tokens(usage), cost=_cost(usage, self._prices))
             case Raised(path, request, error):
                 self.begins(path, request)
                 self._tracebacks[path] = _traceback(error)
@@ -67,8 +73,28 @@ def _call(request: StepRequest) -> str:
     return preview_call(request.args, request.kwargs, names_of(request.fn))
 
 
-def _tokens(usage: Mapping[str, Mapping[str, int]]) -> int:
+def _tokens(usage: _usage.Usage) -> int:
     return sum(counts.get(_usage.INPUT, 0) + counts.get(_usage.OUTPUT, 0) for counts in usage.values())
+
+
+def _cost(usage: _usage.Usage, prices: _usage.Prices) -> str:
+    spent = sum(_usage.cost(counts, model, prices) for model, counts in usage.items())
+    return "" if math.isnan(spent) else f"${spent:.4f}"
+
+
+def _prices() -> _usage.Prices:
+    """Return what `DURABLE_NB_PRICES` says: JSON, or the file that holds it; empty where it says nothing."""
+    text = os.environ.get("DURABLE_NB_PRICES", "").strip()
+    if not text:
+        return {}
+    try:
+        found = json.loads(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = error
+    if _usage.are_prices(found):
+        return cast("_usage.Prices", found)
+    log.warning("DURABLE_NB_PRICES: write %r, or the name of a file that holds it (%.200s)", '{"gpt-5": [1.25, 10]}', found)
+    return {}
 
 
 def _traceback(error: BaseException) -> str:

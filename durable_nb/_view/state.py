@@ -225,7 +225,7 @@ def progress(snapshot: Snapshot, counts: dict[str, int], total: int | None, now:
     if total is None and unfinished <= 1:
         return facts if snapshot.status in ENDED else {**facts, "open": True}
     executed = counts.get("completed", 0)
-    waits = any(counts.get(name) for name in ("sleeping", "waiting", "retrying"))
+    waits = any(counts.get(name) for name in ("sleeping", "waiting"))
     took = now - since(snapshot)
     if executed >= 3 and took > 1 and unfinished > 0 and snapshot.status is Status.RUNNING and not waits:
         rate = executed / took

@@ -6,18 +6,21 @@ no script, for a saved notebook has neither; where inline styles are dropped as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from html import escape
+from typing import Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
-from durable_nb._view.state import Detail, Source, saved, since
+from durable_nb._view.state import Detail, Extra, Source, saved, since
 from durable_nb._view.terminal import Block
 from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, error_of, plain, word
 
 UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
+
+_NONE: Mapping[str, Extra] = {}
 
 FIRST = 20
 LAST = 30
@@ -43,10 +46,11 @@ def bundle(source: Source, *, line: str = "", now: float | None = None, note: st
     """Return both forms, as a display's data. `line` is what stands above; without it the run says how it ended. `anchor`: the
     class by which a live page finds the html."""  # fmt: skip
     snapshot = source.snapshot()
-    found = html(snapshot, line=line, now=now, note=note, detail=source.detail, footer=saved(snapshot, source.extras()))
+    said: dict[str, Any] = {"line": line, "now": now, "note": note, "extras": source.extras()}
+    found = html(snapshot, **said, detail=source.detail, footer=saved(snapshot, source.extras()))
     return {
         "text/html": f'<div class="{anchor}">\n{found}\n</div>' if anchor else found,
-        "text/plain": text(snapshot, line=line, now=now, note=note),
+        "text/plain": text(snapshot, **said),
     }
 
 
@@ -64,7 +68,9 @@ def headline(snapshot: Snapshot, now: float | None = None) -> str:
     return " · ".join([plain(snapshot.name, _NAME), f"{status.value} {link} {took}", steps])
 
 
-def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "") -> str:
+def text(
+    snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "", extras: Mapping[str, Extra] = _NONE
+) -> str:
     """Return an aligned table. `now` is the end of what hasn't ended; without it the last known time is."""
     now = _last_known(snapshot) if now is None else now
     rows = [["step", "status", "time", "attempts"]]
@@ -73,7 +79,7 @@ def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: 
         if isinstance(part, str):
             below[len(rows) - 1] = "\n".join(filter(None, [below.get(len(rows) - 1), f"  … {part}"]))
             continue
-        said = _Said(part, now)
+        said = _Said(part, now, extras)
         rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
         if said.error:
             below[len(rows) - 1] = f"    {plain(said.error, 110)}"
@@ -90,7 +96,7 @@ def block(snapshot: Snapshot, *, line: str = "") -> Block:
         if isinstance(part, str):
             notes.append(f"  … {part}")
             continue
-        said = _Said(part, now)
+        said = _Said(part, now, _NONE)
         rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
         if said.error:
             notes.append(f"  {plain(part.name, _NAME)}: {plain(said.error, 110)}")
@@ -106,13 +112,18 @@ def html(
     note: str = "",
     detail: Callable[[str], Detail] | None = None,
     footer: str = "",
+    extras: Mapping[str, Extra] = _NONE,
 ) -> str:
     """Return the same as html; whatever a user named or raised is escaped."""
     now = _last_known(snapshot) if now is None else now
     head = _head(snapshot, line or headline(snapshot, now), now)
     if not snapshot.steps:
         return f'<div style="{_FONT}">{head}</div>'
-    lines = [f'<details style="{_FONT}">', f'<summary style="cursor: pointer">{head}</summary>', *_table(snapshot, now, detail)]
+    lines = [
+        f'<details style="{_FONT}">',
+        f'<summary style="cursor: pointer">{head}</summary>',
+        *_table(snapshot, now, detail, extras),
+    ]
     lines += [f'<div style="{_QUIET}"><em>{escape(words)}</em></div>' for words in (footer, note) if words]
     return "\n".join([*lines, "</details>"])
 
@@ -120,7 +131,7 @@ def html(
 class _Said:
     """What one row says, in either form."""
 
-    def __init__(self, row: Row, now: float) -> None:
+    def __init__(self, row: Row, now: float, extras: Mapping[str, Extra]) -> None:
         group: Group | None = told(row) if row.is_group else None
         step = row.step
         self.strip = group.strip if group else ""
@@ -129,6 +140,8 @@ class _Said:
             self.word = word(step)
             self.status, self.time, self.error = self.word, _time(step, now), error_of(step)
             self.attempts = str(step.attempts) if step.attempts > 1 else ""
+            if (extra := extras.get(step.path)) and extra.tokens:
+                self.count = " · ".join(["", f"{extra.tokens:,} tokens", *filter(None, [extra.cost])])
             return
         self.word, self.error = group.status, group.error or ""
         middle = f" · median {say_duration(group.median_s)}" if group.median_s is not None else ""
@@ -168,9 +181,9 @@ def _icon(name: str) -> str:
     return f'<span aria-hidden="true"{colour}>{ICONS.get(name, "·")}</span>'
 
 
-def _table(snapshot: Snapshot, now: float, detail: Callable[[str], Detail] | None) -> list[str]:
+def _table(snapshot: Snapshot, now: float, detail: Callable[[str], Detail] | None, extras: Mapping[str, Extra]) -> list[str]:
     parts = _parts(fold(snapshot.steps))
-    said = {id(part): _Said(part, now) for part in parts if isinstance(part, Row)}
+    said = {id(part): _Said(part, now, extras) for part in parts if isinstance(part, Row)}
     with_attempts = any(one.attempts for one in said.values())
     names = ["step", "status", "time", "attempts"] if with_attempts else ["step", "status", "time"]
     asked = iter(range(_DETAILS))
