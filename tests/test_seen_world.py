@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from kernels import Kernel, kernel
 
+import durable_nb as durable
 from durable_nb._cellcache import environment, inotify
 from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.files import content_digest, state_of
@@ -313,6 +315,21 @@ def world_of(around: Around, do, mentioned=()) -> tuple[ExternalState, list[str]
 
 def cat(*paths) -> None:
     subprocess.run(["/bin/cat", *map(str, paths)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def test_what_a_client_holds_is_not_mentioned(tmp_path):
+    """Requests on their way, of thousands of other steps for instance. What a step's function and a user's own client hold is."""
+
+    class Mine(httpx.Client):
+        folder = "data"
+
+    with httpx.Client(headers={"X-File": "a.csv"}) as plain, durable.Client() as ours, Mine() as mine:
+        mine.file = "b.csv"
+        step = durable.step(lambda: (plain, ours, mine, "c.csv"))
+        found = mentions_of([step]).texts
+    assert {"b.csv", "c.csv"} <= set(found)
+    assert "a.csv" not in found
+    assert len(found) < 40
 
 
 def test_without_inotify_what_is_mentioned_counts_as_it_stands(tmp_path, monkeypatch, around):

@@ -145,6 +145,8 @@ class _Collector:
             yield os.fspath(obj)
         elif kind.__module__.partition(".")[0] in _TABULAR:
             yield from _texts_in(obj, kind)
+        elif kind.__module__ == "durable_nb.http" or kind.__module__.partition(".")[0] in _CLIENTS:
+            return
         elif issubclass(kind, (property, staticmethod, classmethod, functools.cached_property)):
             yield from (getattr(obj, name, None) for name in ("fget", "func", "__func__"))
         else:
@@ -172,6 +174,9 @@ class _Collector:
             else:
                 yield value
 
+
+_CLIENTS = frozenset("anthropic anyio h11 h2 httpcore httpcore2 httpx httpx2 openai requests urllib3".split())
+"""What their objects hold is no input: requests on their way, with their texts, other ones each time."""
 
 _MOST_COLUMNS = 100
 _OF_CLASSES = frozenset({"__module__", "__qualname__", "__doc__"})
