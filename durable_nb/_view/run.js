@@ -635,7 +635,7 @@ function gradient(strip) {
   for (let i = 0; i < strip.length; i += 1) {
     if (strip[i + 1] === strip[i]) continue;
     const colour = { c: "completed", R: "restored", r: "running", f: "failed" }[strip[i]];
-    const name = colour ?? ("swyi".includes(strip[i]) ? "waiting" : STATES[strip[i]] === "cancelled" ? "quiet" : "idle");
+    const name = colour ?? ("swyi".includes(strip[i]) ? "waiting" : STATES[strip[i]] === "cancelled" ? "idle" : "track");
     stops.push(`var(--dnb-${name}) ${((100 * start) / strip.length).toFixed(2)}% ${((100 * (i + 1)) / strip.length).toFixed(2)}%`);
     start = i + 1;
   }
