@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -30,6 +31,8 @@ class Execution:
 
     def __init__(self, shared: Shared, record: RunRecord, held: Held, wording: Wording, policy: RunPolicy) -> None:
         self.shared, self.record, self.held, self.wording = shared, record, held, wording
+        self.loop = asyncio.get_running_loop()
+        """The kernel's. While workflow code is stepped, another is the running one."""
         self.log = RunLog(shared.store, record, held)
         self.observers = Observers()
         self.facts = Facts(self.observers.changed)

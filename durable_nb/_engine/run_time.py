@@ -17,9 +17,8 @@ from durable_nb._clock import RECHECK_S, Clock, Instant, elapsed_s
 class RunTime:
     """Now, in the run's time, and the earliest timer that is due."""
 
-    def __init__(self, clock: Clock, since: Instant | None, since_s: float, *, is_at_work: Callable[[], bool]) -> None:
-        """`is_at_work`: is a body executed? Then time-outs go by the clock, also where that can skip time."""
-        self._clock, self._is_at_work = clock, is_at_work
+    def __init__(self, clock: Clock, since: Instant | None, since_s: float) -> None:
+        self._clock = clock
         self.since, self.since_s = since or clock.now(), since_s
         """At that moment the run's time was so."""
         self._timers: list[tuple[float, int, events.TimerHandle]] = []
@@ -46,8 +45,11 @@ class RunTime:
     def is_armed(self) -> bool:
         return self._alarm is not None
 
-    def arm(self, fire: Callable[[int, float], object]) -> None:
-        """Have `fire` called with the number of the earliest timer, and its time, when that has come."""
+    def arm(self, fire: Callable[[int, float], object], is_at_work: Callable[[], bool]) -> None:
+        """Have `fire` called with the number of the earliest timer, and its time, when that has come.
+
+        is_at_work  is a body executed? Then time-outs go by the clock, also where that can skip time
+        """
         while self._timers and self._timers[0][2].cancelled():
             heapq.heappop(self._timers)
         due_s = self._timers[0][0] if self._timers else None
@@ -58,17 +60,17 @@ class RunTime:
             self._alarm = None
         if due_s is not None:
             self._armed_s = due_s
-            self._alarm = asyncio.get_running_loop().create_task(self._wake(due_s, fire))
+            self._alarm = asyncio.get_running_loop().create_task(self._wake(due_s, fire, is_at_work))
 
     def stop(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
 
-    async def _wake(self, due_s: float, fire: Callable[[int, float], object]) -> None:
+    async def _wake(self, due_s: float, fire: Callable[[int, float], object], is_at_work: Callable[[], bool]) -> None:
         left = due_s - self.now_s()
         while left > 0:
             piece = min(left, RECHECK_S)
-            is_over = await self._clock.wait(piece, self._is_at_work)
+            is_over = await self._clock.wait(piece, is_at_work)
             left = left - piece if is_over else due_s - self.now_s()
         if self._timers and self._timers[0][0] == due_s:
             _, number, _ = heapq.heappop(self._timers)

@@ -17,33 +17,34 @@ import inspect
 import sys
 import time
 from asyncio import events
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
-from contextvars import Context, ContextVar, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
-from durable_nb import _codec, _patches
+from durable_nb import _codec
 from durable_nb import _records as rec
-from durable_nb._codec import digest_of
 from durable_nb._current import SleepRequest, StartRequest, StepRequest, current_run
+from durable_nb._engine.asking import Ask, Lane, current_lane
 from durable_nb._engine.blame import Blame
 from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, without_collector
-from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
-from durable_nb._engine.in_place import PYTHON, arguments_of, code_of, fingerprint_of
+from durable_nb._engine.execution import Execution, timer_of
+from durable_nb._engine.in_place import arguments_of
 from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Observers, Returned
 from durable_nb._engine.outbox import Outbox
-from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, encoded, ended_step
+from durable_nb._engine.performer import RunPolicy, Wording, encoded, ended_step
+from durable_nb._engine.recalling import Recalled
+from durable_nb._engine.request_tasks import RequestTasks
 from durable_nb._engine.run_log import Held, LinearLog, cancelled, say
 from durable_nb._engine.run_time import RunTime
 from durable_nb._engine.shared import Shared
 from durable_nb._engine.workflow_loop import Interrupted, WorkflowLoop
-from durable_nb._facts import Snapshot, Status, Step, standing
+from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._journal import Verdict
-from durable_nb._records import Arguments, Asked, Attempts, Event, Outcome, Result, RunRecord, Timer, unpack
-from durable_nb._replay import Wait, decide_sleep
+from durable_nb._records import Arguments, Asked, Event, Outcome, Result, RunRecord, unpack
 from durable_nb.errors import (
     CorruptStoreError,
     DurableError,
@@ -52,10 +53,8 @@ from durable_nb.errors import (
     NotInRunError,
     NotSupportedError,
     RunCancelled,
-    StepInterrupted,
     StoreError,
     UnserializableError,
-    UntrustedStoreError,
 )
 
 SLICE_S = 0.01
@@ -64,67 +63,7 @@ _IDLE_S = 2.0
 """So long code may wait for what nothing in its run can bring about."""
 _AT_ONCE = 32
 """So many bodies begin in one turn of the kernel's loop."""
-_LOOKS = 100
-"""So many recorded steps of one name are compared with what is asked for now. Comparing is most of what a replay costs."""
 _POLICY = RunPolicy(keeps_late_results=False, verifies_lease=True)
-
-_lane: ContextVar[_Lane | None] = ContextVar("durable_nb_lane", default=None)
-
-
-class _Lane:
-    """Where a task of the workflow's stands in the tree of its tasks."""
-
-    __slots__ = ("_children", "path")
-
-    def __init__(self, path: tuple[int, ...] = ()) -> None:
-        self.path, self._children = path, 0
-
-    def child(self) -> _Lane:
-        self._children += 1
-        return _Lane((*self.path, self._children))
-
-
-class _Ask:
-    """A request of the code's, from the call of its verb to its delivery."""
-
-    __slots__ = (
-        "activation",
-        "begun",
-        "context",
-        "coro",
-        "future",
-        "handle",
-        "is_wanted",
-        "lane",
-        "path",
-        "request",
-        "task",
-        "timer",
-        "what",
-    )
-
-    def __init__(self, request: Request, future: asyncio.Future[Any] | None, lane: tuple[int, ...], what: Any = None) -> None:
-        self.request, self.future, self.lane, self.what = request, future, lane, what
-        self.handle: events.TimerHandle | None = None
-        self.coro: Coroutine[Any, Any, Any] | None = None
-        self.timer: Timer | None = None
-        self.path = ""
-        """Of the step that views show; '' of what they don't."""
-        self.task: asyncio.Task[Any] | None = None
-        self.context: Context | None = None
-        """Of the task that awaits it: its body sees the same context variables."""
-        self.is_wanted = self.begun = False
-        self.activation = -1
-        """The one that it was made in."""
-
-    @property
-    def is_given_up(self) -> bool:
-        """Does nobody wait for it any more, and nobody will?"""
-        if self.handle is not None:
-            return self.handle.cancelled()
-        if self.future is not None and self.future.cancelled():
-            return True
-        return not self.is_wanted and self.coro is not None and inspect.getcoroutinestate(self.coro) == inspect.CORO_CLOSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +90,7 @@ class WorkflowRun:
         self._execution.began_at = record.started_at
         self._performer, self._facts = self._execution.performer, self._execution.facts
         self._shared, self._held = shared, held
-        self._time = RunTime(shared.clock, record.since, record.since_s, is_at_work=self._is_at_work)
+        self._time = RunTime(shared.clock, record.since, record.since_s)
         self._log = LinearLog(self._execution.log)
         self._outbox = Outbox(
             self._log,
@@ -161,7 +100,18 @@ class WorkflowRun:
             written=self._written,
             failed=self._not_written,
         )
-        self._host_loop = asyncio.get_running_loop()
+        self._tasks = RequestTasks(
+            self._execution,
+            self._log,
+            self._outbox,
+            is_cancelled=lambda: self._stopped is None and not self._is_over and self._cancelled is not None,
+            failed=self._fail,
+            lost=self._give_way,
+            interrupted=lambda: self._host_loop.call_soon(self.stop, KeyboardInterrupt(f"{self._label} was interrupted")),
+        )
+        self._recalled: Recalled
+        """Once the history is loaded."""
+        self._host_loop = self._execution.loop
         self._loop = WorkflowLoop(self)  # type: ignore[abstract]  # the rest of a loop is refused, see there
         self._history = History(())
         self._muting = shared.muting()
@@ -172,33 +122,25 @@ class WorkflowRun:
         """Why this execution ends before its code does; nothing of it is executed any more."""
         self._cancelled: RunCancelled | None = None
         self._broken: NonDeterminismError | None = None
-        self._attempts: dict[int, Attempts] = {}
         # requests, by where they stand
-        self._fresh: list[_Ask] = []
+        self._fresh: list[Ask] = []
         """Made in the activation that is not closed."""
-        self._wanted: list[_Ask] = []
+        self._wanted: list[Ask] = []
         """Awaited now, their bodies not begun."""
-        self._open: dict[int, _Ask] = {}
+        self._open: dict[int, Ask] = {}
         """Not delivered."""
-        self._working: dict[int, _Ask] = {}
-        """With a task of the engine's at work on them."""
-        self._sleeping: dict[int, _Ask] = {}
-        self._starts: dict[str, _Ask] = {}
+        self._starts: dict[str, Ask] = {}
         """Children, by id."""
-        self._forgotten: list[_Ask] = []
+        self._forgotten: list[Ask] = []
         """Verbs that were called, have ended, and were never awaited."""
         self._idle: asyncio.TimerHandle | None = None
-        self._fetching: asyncio.Task[None] | None = None
         self._due: deque[tuple[Row, Any, BaseException | None]] = deque()
         """On disk, not delivered."""
         self._delivering: list[str] = []
         """Messages that were heard and whose delivery is not recorded."""
-        self._loaded: tuple[int, bytes, bytes] | None = None
-        """Of the next delivery: large values, read from their files."""
         self._closed = -1
         """The last activation that is over."""
         self._is_live = self._is_over = self._is_scheduled = False
-        self._looked: Counter[str] = Counter()
 
     @property
     def runs(self) -> Any:
@@ -227,8 +169,8 @@ class WorkflowRun:
         status = self._execution.status
         if status is not Status.RUNNING or self._performer.bodies:
             return status
-        found = standing([self._facts[ask.path] for ask in self._working.values() if ask.path])
-        is_asleep = found is Status.RUNNING and self._time.is_armed and not self._working  # in asyncio.sleep
+        found = self._tasks.standing()
+        is_asleep = found is Status.RUNNING and self._time.is_armed and not self._tasks  # in asyncio.sleep
         return Status.SLEEPING if is_asleep else found
 
     def stop_soon(self, why: BaseException) -> None:
@@ -265,7 +207,7 @@ class WorkflowRun:
         ask.is_wanted = True
         self._history.bind(ask.request, before)
         if request.run_id is None:
-            request.run_id, request.on_conflict = self._key(ask.request), "keep"
+            request.run_id, request.on_conflict = self._tasks.key(ask.request), "keep"
         self._starts[request.run_id] = ask
         return request.run_id
 
@@ -286,9 +228,9 @@ class WorkflowRun:
         ask.coro = self._answer(ask)
         return ask.coro
 
-    def _asked(self, request: Request, kind: str, what: Any) -> _Ask:
-        lane = _lane.get()
-        ask = _Ask(request, self._loop.create_future(), lane.path if lane else (), what)
+    def _asked(self, request: Request, kind: str, what: Any) -> Ask:
+        lane = current_lane.get()
+        ask = Ask(request, self._loop.create_future(), lane.path if lane else (), what)
         if kind:
             given = what.path if isinstance(what, StepRequest) else ""
             ask.path = given or self._facts.take("", request.name)
@@ -298,7 +240,7 @@ class WorkflowRun:
         self._fresh.append(ask)
         return ask
 
-    async def _answer(self, ask: _Ask) -> Any:
+    async def _answer(self, ask: Ask) -> Any:
         __tracebackhide__ = True
         ask.is_wanted = True
         ask.context = copy_context()
@@ -331,8 +273,8 @@ class WorkflowRun:
     # -- the loop's timers ---------------------------------------------------------------------------------------------
 
     def timer(self, handle: events.TimerHandle, delay_s: float) -> None:
-        lane = _lane.get()
-        ask = _Ask(Request(TIMER, "", f"{delay_s:.6g}"), None, lane.path if lane else ())
+        lane = current_lane.get()
+        ask = Ask(Request(TIMER, "", f"{delay_s:.6g}"), None, lane.path if lane else ())
         ask.handle = handle
         ask.is_wanted = True
         self._fresh.append(ask)
@@ -348,12 +290,13 @@ class WorkflowRun:
     async def drive(self, function: Any) -> Any:
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
         self._execution.begin(self)
-        self._history, self._attempts = await self._log.load()
+        self._history, self._tasks.attempts = await self._log.load()
+        self._recalled = Recalled(self._execution, self._history)
         args, kwargs = await self._arguments()
         self._time.begin(self._log.at_s)
         context = copy_context()
         context.run(current_run.set, self)
-        context.run(_lane.set, _Lane())
+        context.run(current_lane.set, Lane())
         with self._loop.delivering(0.0):
             self._loop.call_soon(self._begin_main, function, args, kwargs, context=context)
         self._shared.ownership.changing.discard(self.id)
@@ -380,9 +323,9 @@ class WorkflowRun:
 
     def create_lane(self, context: Any) -> None:
         """A task of the code's is created, in this context."""
-        parent = _lane.get()
+        parent = current_lane.get()
         if parent is not None:
-            context.run(_lane.set, parent.child())
+            context.run(current_lane.set, parent.child())
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -439,7 +382,7 @@ class WorkflowRun:
             return False
         if history.is_replaying():
             delivery = history.peek()
-            if not self._is_at_hand(delivery.row):
+            if not self._recalled.is_at_hand(delivery.row, self._schedule, self._fail):
                 return False
             history.check_delivery(delivery, self._open)
             history.activation += 1
@@ -452,11 +395,11 @@ class WorkflowRun:
             history.activation += 1
             self._deliver(*self._due.popleft())
             return True
-        if any(ask.request.id >= 0 for ask in self._wanted[:1]):  # of many the kernel's loop has a turn between
+        if any(ask.request.id >= 0 for ask in self._wanted):  # of many the kernel's loop has a turn between
             self._begin_wanted()
             self._schedule()
             return False
-        self._time.arm(self._fire)
+        self._time.arm(self._fire, self._tasks.is_at_work)
         self._check_idle()
         return False
 
@@ -482,7 +425,7 @@ class WorkflowRun:
         if self._is_live:
             self._begin_wanted()
 
-    def _as_recorded(self, ask: _Ask) -> Asked:
+    def _as_recorded(self, ask: Ask) -> Asked:
         request = ask.request
         where = request.id, self._history.activation, request.kind, request.name, request.digest, request.n
         item = ask.what.item if isinstance(ask.what, StepRequest) else -1
@@ -503,11 +446,9 @@ class WorkflowRun:
                 self._wanted.append(ask)  # its activation is not closed
             elif not ask.begun:
                 self._begin(ask)
-        for ask in list(self._sleeping.values()):
-            if ask.is_given_up and ask.task is not None:
-                ask.task.cancel()
+        self._tasks.let_go_of_sleeps()
 
-    def _begin(self, ask: _Ask) -> None:
+    def _begin(self, ask: Ask) -> None:
         ask.begun = True
         if self._open.get(ask.request.id) is not ask or ask.is_given_up or (ask.future is not None and ask.future.done()):
             return
@@ -519,36 +460,12 @@ class WorkflowRun:
             row = replace(kept, request=ask.request.id, again=True)
             self._outbox.append(row, *_decoded(row))
             return
-        match ask.request.kind:
-            case "sleep":
-                work = self._sleep
-                self._sleeping[ask.request.id] = ask
-            case "start" | "result":
-                work = self._ask_engine
-            case _:
-                work = self._perform
-        self._working[ask.request.id] = ask
-        ask.task = self._host_loop.create_task(self._guarded(ask, work), context=copy_context())
-
-    async def _guarded(self, ask: _Ask, work: Callable[[_Ask], Coroutine[Any, Any, None]]) -> None:
-        """An engine's task for one request. A disk that refuses ends the execution; it goes on when the cause is gone."""
-        try:
-            await work(ask)
-        except (StoreError, LeaseLost) as error:
-            self._end(_Over(Status.INTERRUPTED, error=error))
-        finally:
-            self._working.pop(ask.request.id, None)
-            self._sleeping.pop(ask.request.id, None)
+        self._tasks.begin(ask)
 
     def _fire(self, number: int, at_s: float) -> None:
         """A timer of the code's is due."""
         with contextlib.suppress(StoreError):
             self._outbox.append(Event("fired", number), at_s=at_s)
-
-    def _is_at_work(self) -> bool:
-        """Is a body executed, or about to be?"""
-        at_work = (Status.PENDING, Status.RUNNING)
-        return any(_is_step(ask) and self._facts[ask.path].status in at_work for ask in self._working.values())
 
     def _check_idle(self) -> None:
         """Where nothing is left that can wake the code, it is told so, after a moment in which somebody may cancel it."""
@@ -563,7 +480,7 @@ class WorkflowRun:
             self._idle = self._host_loop.call_later(_IDLE_S, look)
 
     def _is_idle(self) -> bool:
-        busy = self._working or self._time.is_waiting or self._due or self._outbox.count or self._is_scheduled
+        busy = len(self._tasks) or self._time.is_waiting or self._due or self._outbox.count or self._is_scheduled
         return not busy and self._is_live
 
     def _never_woken(self) -> NotSupportedError:
@@ -575,48 +492,13 @@ class WorkflowRun:
 
     # -- delivering ----------------------------------------------------------------------------------------------------
 
-    def _is_at_hand(self, row: Row) -> bool:
-        """Are the large values of a record here? Else they are fetched, and it goes on then."""
-        names = [row.blob, row.patches_blob if isinstance(row, Outcome) else ""]
-        if not any(names):
-            return True
-        if self._loaded is not None and self._loaded[0] == self._history.activation:
-            return True
-
-        async def fetch() -> None:
-            try:
-                found = [await self._execution.log.blob(name) if name else b"" for name in names]
-            except StoreError as error:
-                self._end(_Over(Status.INTERRUPTED, error=self._unreadable(row, error)))
-            else:
-                self._loaded = self._history.activation, found[0], found[1]
-                self._schedule()
-
-        task = self._host_loop.create_task(fetch())
-        self._fetching = task
-        return False
-
     def _recall(self, row: Row) -> None:
         """Deliver what is recorded."""
         value: Any = None
         error: BaseException | None = None
         ask = self._open.get(row.request)
         if ask is not None and ask.future is not None and not ask.future.done() and row.form:
-            data, patches = row.value, row.patches if isinstance(row, Outcome) else b""
-            if self._loaded is not None and self._loaded[0] == self._history.activation - 1:
-                data, patches = self._loaded[1] or data, self._loaded[2] or patches
-                self._loaded = None
-            try:
-                value = _codec.decode(row.form, data)
-            except Exception as unreadable:
-                raise self._unreadable(row, unreadable) from unreadable
-            if isinstance(row, Outcome):
-                self._look(ask, row)
-                self._shared.savings.add(self.id, row.usage)
-                if patches:
-                    value = self._patched(ask, patches, value)
-            if row.failed:
-                value, error = None, value
+            value, error = self._recalled.value_of(row, ask)
         self._deliver(row, value, error, restored=True)
 
     def _deliver(self, row: Row, value: Any, error: BaseException | None, *, restored: bool = False) -> None:
@@ -632,13 +514,13 @@ class WorkflowRun:
     def _deliver_cancellation(self, row: Row) -> None:
         if self._main is not None:
             self._loop.call_soon(self._main.cancel)
-        self._cancel_bodies()
+        self._tasks.cancel()
         if self._cancelled is None:
             self._cancelled = cancelled(self.id, row.error)
 
     def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
         ask = self._open.pop(row.request)
-        if _is_forgotten(ask):
+        if ask.is_forgotten:
             self._forgotten.append(ask)
         if isinstance(row, Outcome) and not row.failed and ask.path and isinstance(ask.what, StepRequest):
             self.observers.publish(Returned(ask.path, ask.what, value, row.usage))
@@ -661,7 +543,7 @@ class WorkflowRun:
         else:
             ask.future.set_result(value)
 
-    def _tell_end(self, ask: _Ask, row: Row, *, restored: bool) -> None:
+    def _tell_end(self, ask: Ask, row: Row, *, restored: bool) -> None:
         if not ask.path:
             return
         if isinstance(row, Outcome):
@@ -678,42 +560,6 @@ class WorkflowRun:
                 error=row.error or None,
                 wake_at=None,
             )
-
-    def _look(self, ask: _Ask, recorded: Outcome) -> None:
-        """Say once of a step that was edited that this changes nothing."""
-        name = recorded.name
-        if self._looked[name] >= _LOOKS or not isinstance(ask.what, StepRequest):
-            return
-        self._looked[name] += 1
-        written = recorded.provenance
-        other_code = written.python == PYTHON and written.code != code_of(ask.what.fn)
-        if other_code or ask.request.recorded_digest not in (None, ask.request.digest):
-            self._looked[name] = _LOOKS
-            self.observers.notice(
-                f"step {name!r} of {self._label} was edited, or has other arguments, since it was recorded; the recorded "
-                "result stands"
-            )
-
-    def _patched(self, ask: _Ask, packed: bytes, value: Any) -> Any:
-        """Change the step's arguments as its body did; what it returned, which may be one of them."""
-        try:
-            places = fingerprint_of(ask.what).places()
-            return _patches.apply(packed, places, value)
-        except Exception:  # there is something else at these places
-            self.observers.notice(
-                f"step {ask.request.name!r} of {self._label} changed its arguments when it ran; restored, it can't: they are "
-                "others now"
-            )
-            return value
-
-    def _unreadable(self, row: Row, error: Exception) -> StoreError:
-        kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
-        asked = self._history.recorded(row.request)
-        name = asked.name if asked else ""
-        return kind(
-            f"step {name!r} of {self._label} is recorded, but the record can't be used: {say(error)}. Its body was not run "
-            "again, since it may have been paid for; begin the run anew with its restart()"
-        )
 
     def _break(self, error: NonDeterminismError, until_s: float) -> None:
         """Whatever the code waits for, and whatever it asks for from here on, raises this: nothing is executed any more."""
@@ -744,111 +590,11 @@ class WorkflowRun:
 
     def _not_written(self, cause: BaseException | Verdict) -> None:
         if isinstance(cause, BaseException):
-            self._end(_Over(Status.INTERRUPTED, error=cause))
+            self._fail(cause)
         elif cause is Verdict.MISSING:
             self._end(_Over(Status.INTERRUPTED, error=StoreError(f"{self._label}: an earlier record could not be written")))
         else:
             self._give_way()
-
-    # -- at work on requests -------------------------------------------------------------------------------------------
-
-    def _key(self, request: Request) -> str:
-        """The idempotency key: of the request among its equals, never of a place in the log."""
-        digest = request.recorded_digest if request.recorded_digest is not None else request.digest
-        of = self._shared.store.id, self.id, str(self.record.generation)
-        return digest_of(*of, request.kind, request.name, digest, str(request.n))
-
-    async def _perform(self, ask: _Ask) -> None:
-        """Execute a step until its outcome is handed over."""
-        number, key = ask.request.id, self._key(ask.request)
-        call = StepCall(ask.what, key, ask.path)
-        call.context, call.failures = ask.context, self._attempts.get(number)
-        if self._outbox.unsaid:
-            self._outbox.say_soon()
-
-        async def note(failures: Attempts) -> None:
-            self._attempts[number] = failures
-            await self._outbox.written(Event("asked"), puts=(self._log.attempts_row(number, failures),))
-
-        async def keep(ended: Ended) -> None:
-            with contextlib.suppress(StoreError):
-                await self._record(ask, call, ended)
-
-        try:
-            ended = await self._performer.perform(call, note, keep, earlier=self._shared.bodies.get(key))
-        except StepInterrupted as cut_off:
-            tried = call.failures.failed + 1 if call.failures else 1
-            ended = Ended(call.inputs, tried, self._execution.now_s(), error=cut_off)
-        except asyncio.CancelledError:
-            if self._stopped is None and not self._is_over and self._cancelled is not None:
-                self._drop(ask)
-            raise
-        if ended.was_interrupted:
-            self._host_loop.call_soon(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
-        elif isinstance(ended.error, asyncio.CancelledError):
-            self._drop(ask)
-        else:
-            await self._record(ask, call, ended)
-
-    async def _record(self, ask: _Ask, call: StepCall, ended: Ended) -> None:
-        """Hand over what a step has come to. A failure is an outcome: the code may catch it and go on."""
-        number, value, error = ask.request.id, ended.value, None
-        if ended.error is None:
-            try:
-                outcome = await self._performer.outcome_of(call, ended, ended.inputs.after())
-            except UnserializableError as unserializable:
-                ended = replace(ended, error=unserializable)
-        if ended.error is not None:
-            value = None
-            outcome, error = self._performer.failure_of(call, ended)
-        gone = (self._log.attempts_key(number),) if self._attempts.pop(number, None) is not None else ()
-        done = self._outbox.append(replace(outcome, request=number), value, error, deletes=gone)
-        done.add_done_callback(lambda _: call.leave())
-
-    def _drop(self, ask: _Ask) -> None:
-        """The body was stopped, since the run was cancelled: whoever awaits it is cancelled."""
-        self._outbox.append(Event("dropped", ask.request.id))
-
-    async def _sleep(self, ask: _Ask) -> None:
-        timer, now = ask.timer, self._shared.clock.now()
-        if timer is None:
-            return
-        if (moved := of_this_boot(timer, now)) is not timer:
-            timer = ask.timer = moved
-            await self._outbox.written(Event("moved", ask.request.id, timer=timer))
-        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unsaid:
-            await self._outbox.written(Event("asked"))  # the deadline is on disk before the wait begins
-        await self._execution.sleep(timer, ask.path, timer.since)
-        self._outbox.append(Event("fired", ask.request.id))
-
-    async def _ask_engine(self, ask: _Ask) -> None:
-        """Start another run, or wait for one."""
-        workflows = self._shared.workflows
-        if ask.path:
-            self._facts.update(ask.path, status=Status.RUNNING, attempts=1, started_at=self._execution.now_s())
-        value, error = None, None
-        try:
-            if isinstance(ask.what, StartRequest):
-                workflows.start(ask.what, self.id)
-            else:
-                value = await workflows.outcome(ask.request.name)
-        except (asyncio.CancelledError, StoreError):
-            raise
-        except BaseException as raised:
-            error = raised
-        if error is None:
-            try:
-                form, data = encoded(value, f"the run {ask.request.name!r} returned")
-            except UnserializableError as unserializable:
-                error = unserializable
-        if error is not None:
-            form, data, error = _codec.encode_error(error)
-        data, blob = await self._execution.log.kept(data)
-        failed = error is not None
-        event = Event(
-            "ended", ask.request.id, form=form, value=data, blob=blob, failed=failed, error=say(error) if error else ""
-        )
-        self._outbox.append(event, value, error)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
@@ -872,7 +618,7 @@ class WorkflowRun:
             self._end(_Over(Status.FAILED, error=error, ended_by=self._blame.of(error)))
         else:
             asked = (*self._forgotten, *self._open.values(), *self._fresh)
-            forgotten = [ask for ask in asked if _is_forgotten(ask)]
+            forgotten = [ask for ask in asked if ask.is_forgotten]
             if forgotten:
                 name = forgotten[0].request.name
                 self._end(
@@ -920,19 +666,8 @@ class WorkflowRun:
     def die(self) -> None:
         """End as a kill would."""
         self.stop(asyncio.CancelledError())
-        for ask in list(self._working.values()):
-            if ask.task is not None:
-                ask.task.cancel()
+        self._tasks.die()
         self._close_loop()
-
-    def _cancel_bodies(self) -> None:
-        """Stop what can be stopped of what has begun, or waits to be tried again."""
-        for ask in list(self._working.values()):
-            body = self._performer.bodies.get(self._key(ask.request)) if _is_step(ask) else None
-            if body is not None:
-                body.cancel()
-            elif ask.task is not None and _is_step(ask):
-                ask.task.cancel()
 
     def interrupt(self) -> None:
         """As a kill would: nothing is recorded any more."""
@@ -967,6 +702,10 @@ class WorkflowRun:
                 self._loop.run_ready(time.perf_counter() + 1.0)
         self._end(_Over(Status.INTERRUPTED, error=lost))
 
+    def _fail(self, error: BaseException) -> None:
+        """The execution can't go on; the run can, when the cause is gone."""
+        self._end(_Over(Status.INTERRUPTED, error=error))
+
     def _end(self, over: _Over) -> None:
         """The code is over. Bodies that have begun go on; nothing begins any more."""
         if self._is_over:
@@ -982,9 +721,9 @@ class WorkflowRun:
         normal = over.status in (Status.COMPLETED, Status.FAILED) and self._stopped is None
         if not isinstance(over.error, NonDeterminismError):
             if normal:
-                await self._drain()
+                await self._tasks.drain(self._history.activation, lambda: self._stopped is not None)
             else:
-                await self._stop_bodies()
+                await self._tasks.stop()
         self._close_loop()
         status, error, value = over.status, over.error, over.value
         if isinstance(error, LeaseLost):
@@ -1010,38 +749,6 @@ class WorkflowRun:
         if status is Status.INTERRUPTED:
             raise asyncio.CancelledError from error
         return None  # SystemExit: out of a task, it would end the loop; the record has it
-
-    async def _drain(self) -> None:
-        """Bodies that have begun end, and are recorded; what has not begun never does."""
-        unbegun = []
-        for ask in list(self._working.values()):
-            is_waiting = bool(ask.path) and self._facts[ask.path].status in (Status.RETRYING, Status.SLEEPING)
-            is_new = ask.activation == self._history.activation
-            has_body = _is_step(ask) and self._key(ask.request) in self._performer.bodies
-            if not has_body and ask.task is not None and (is_new or is_waiting or not _is_step(ask)):
-                ask.task.cancel()
-                if _is_step(ask):
-                    unbegun.append(ask.request.name)
-        if unbegun:
-            self.observers.notice(
-                f"{self._label} returned while {', '.join(map(repr, unbegun[:5]))} had not begun: what nobody awaits is not run"
-            )
-        while working := {ask.task for ask in self._working.values() if ask.task is not None and not ask.task.done()}:
-            await asyncio.wait(working, timeout=0.5)
-            if self._stopped is not None:
-                break
-        if self._outbox.last is not None and not self._outbox.last.done():
-            await asyncio.wait({self._outbox.last})
-
-    async def _stop_bodies(self) -> None:
-        tasks = {ask.task for ask in self._working.values() if ask.task is not None}
-        for body in list(self._performer.bodies.values()):
-            body.cancel()
-        for task in tasks:
-            task.cancel()
-        unwinding = {task for task in tasks if not task.done()}
-        if unwinding:
-            await asyncio.wait(unwinding, timeout=UNWIND_S)
 
     def _close_loop(self) -> None:
         for ask in (*self._forgotten, *self._open.values(), *self._fresh):
@@ -1085,15 +792,6 @@ def _decoded(row: Row) -> tuple[Any, BaseException | None]:
         return None, None
     value = _codec.decode(row.form, row.value)
     return (None, value) if row.failed else (value, None)
-
-
-def _is_step(ask: _Ask) -> bool:
-    return isinstance(ask.what, StepRequest)
-
-
-def _is_forgotten(ask: _Ask) -> bool:
-    """Was a verb called, and its coroutine neither awaited nor made a task?"""
-    return ask.coro is not None and not ask.is_wanted and inspect.getcoroutinestate(ask.coro) == inspect.CORO_CREATED
 
 
 async def _called(function: Any, args: Any, kwargs: Any) -> Any:

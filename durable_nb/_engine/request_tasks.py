@@ -1,0 +1,250 @@
+"""The engine's tasks for what a workflow has asked for: each executes a step, waits for a sleep or for another run, and hands
+over what comes of it."""  # fmt: skip
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from contextvars import copy_context
+from dataclasses import replace
+from typing import Any
+
+from durable_nb import _codec
+from durable_nb._codec import digest_of
+from durable_nb._current import StartRequest
+from durable_nb._engine.asking import Ask
+from durable_nb._engine.by_history import Request
+from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot
+from durable_nb._engine.outbox import Outbox
+from durable_nb._engine.performer import Ended, StepCall, encoded
+from durable_nb._engine.run_log import LinearLog, say
+from durable_nb._facts import Status, standing
+from durable_nb._records import Attempts, Event
+from durable_nb._replay import Wait, decide_sleep
+from durable_nb.errors import LeaseLost, StepInterrupted, StoreError, UnserializableError
+
+
+class RequestTasks:
+    """Of one execution of a workflow's run."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        log: LinearLog,
+        outbox: Outbox,
+        *,
+        is_cancelled: Callable[[], bool],
+        failed: Callable[[BaseException], None],
+        lost: Callable[[], object],
+        interrupted: Callable[[], object],
+    ) -> None:
+        """
+        is_cancelled  is the run being cancelled, and goes on?
+        failed        is called where the disk refuses
+        lost          is called where another process owns the run
+        interrupted   is called where a KeyboardInterrupt has ended a body
+        """
+        self._execution, self._log, self._outbox = execution, log, outbox
+        self._performer, self._facts, self._shared = execution.performer, execution.facts, execution.shared
+        self._label = execution.wording.label
+        self._is_cancelled, self._failed, self._lost, self._interrupted = is_cancelled, failed, lost, interrupted
+        self.attempts: dict[int, Attempts] = {}
+        """By request: attempts that have failed."""
+        self._working: dict[int, Ask] = {}
+        self._sleeping: dict[int, Ask] = {}
+
+    def __len__(self) -> int:
+        return len(self._working)
+
+    def begin(self, ask: Ask) -> None:
+        """Let a task work on it."""
+        match ask.request.kind:
+            case "sleep":
+                work = self._sleep
+                self._sleeping[ask.request.id] = ask
+            case "start" | "result":
+                work = self._ask_engine
+            case _:
+                work = self._perform
+        self._working[ask.request.id] = ask
+        ask.task = self._execution.loop.create_task(self._guarded(ask, work), context=copy_context())
+        ask.task.add_done_callback(lambda _: self._over(ask))
+
+    def _over(self, ask: Ask) -> None:
+        self._working.pop(ask.request.id, None)
+        self._sleeping.pop(ask.request.id, None)
+        if ask.is_step and not ask.is_at_work and self._is_cancelled():  # cancelled before its first line
+            self._drop(ask)
+
+    def standing(self) -> Status:
+        """What the run does, as far as its tasks tell."""
+        return standing([self._facts[ask.path] for ask in self._working.values() if ask.path])
+
+    def let_go_of_sleeps(self) -> None:
+        """End those that nobody waits for any more."""
+        for ask in list(self._sleeping.values()):
+            if ask.is_given_up and ask.task is not None:
+                ask.task.cancel()
+
+    def is_at_work(self) -> bool:
+        """Is a body executed, or about to be?"""
+        at_work = (Status.PENDING, Status.RUNNING)
+        return any(ask.is_step and self._facts[ask.path].status in at_work for ask in self._working.values())
+
+    def key(self, request: Request) -> str:
+        """The idempotency key: of the request among its equals, never of a place in the log."""
+        digest = request.recorded_digest if request.recorded_digest is not None else request.digest
+        record = self._execution.record
+        of = self._shared.store.id, record.id, str(record.generation)
+        return digest_of(*of, request.kind, request.name, digest, str(request.n))
+
+    def cancel(self) -> None:
+        """Stop what can be stopped of what has begun, or waits to be tried again."""
+        for ask in list(self._working.values()):
+            body = self._performer.bodies.get(self.key(ask.request)) if ask.is_step else None
+            if body is not None:
+                body.cancel()
+            elif ask.task is not None and ask.is_step:
+                ask.task.cancel()
+
+    async def drain(self, activation: int, is_stopped: Callable[[], bool]) -> None:
+        """Bodies that have begun end, and are recorded; what was asked for in this activation, or waits, never begins."""
+        unbegun = []
+        for ask in list(self._working.values()):
+            is_waiting = bool(ask.path) and self._facts[ask.path].status in (Status.RETRYING, Status.SLEEPING)
+            is_new = ask.activation == activation
+            has_body = ask.is_step and self.key(ask.request) in self._performer.bodies
+            if not has_body and ask.task is not None and (is_new or is_waiting or not ask.is_step):
+                ask.task.cancel()
+                if ask.is_step:
+                    unbegun.append(ask.request.name)
+        if unbegun:
+            self._execution.observers.notice(
+                f"{self._label} returned while {', '.join(map(repr, unbegun[:5]))} had not begun: what nobody awaits is not run"
+            )
+        while working := {ask.task for ask in self._working.values() if ask.task is not None and not ask.task.done()}:
+            await asyncio.wait(working, timeout=0.5)
+            if is_stopped():
+                break
+        if self._outbox.last is not None and not self._outbox.last.done():
+            await asyncio.wait({self._outbox.last})
+
+    async def stop(self) -> None:
+        """Cancel all of them, and wait a moment for what unwinds."""
+        tasks = {ask.task for ask in self._working.values() if ask.task is not None}
+        for body in list(self._performer.bodies.values()):
+            body.cancel()
+        for task in tasks:
+            task.cancel()
+        unwinding = {task for task in tasks if not task.done()}
+        if unwinding:
+            await asyncio.wait(unwinding, timeout=UNWIND_S)
+
+    def die(self) -> None:
+        """End as a kill would."""
+        for ask in list(self._working.values()):
+            if ask.task is not None:
+                ask.task.cancel()
+
+    async def _guarded(self, ask: Ask, work: Callable[[Ask], Coroutine[Any, Any, None]]) -> None:
+        """An engine's task for one request. A disk that refuses ends the execution; it goes on when the cause is gone."""
+        ask.is_at_work = True
+        try:
+            await work(ask)
+        except LeaseLost:
+            self._lost()
+        except Exception as error:  # of the disk, or of the engine's own: the run would wait for it for ever
+            self._failed(error)
+
+    async def _perform(self, ask: Ask) -> None:
+        """Execute a step until its outcome is handed over."""
+        number, key = ask.request.id, self.key(ask.request)
+        call = StepCall(ask.what, key, ask.path)
+        call.context, call.failures = ask.context, self.attempts.get(number)
+        if self._outbox.unsaid:
+            self._outbox.say_soon()
+
+        async def note(failures: Attempts) -> None:
+            self.attempts[number] = failures
+            await self._outbox.written(Event("asked"), puts=(self._log.attempts_row(number, failures),))
+
+        async def keep(ended: Ended) -> None:
+            with contextlib.suppress(StoreError):
+                await self._record(ask, call, ended)
+
+        try:
+            ended = await self._performer.perform(call, note, keep, earlier=self._shared.bodies.get(key))
+        except StepInterrupted as cut_off:
+            tried = call.failures.failed + 1 if call.failures else 1
+            ended = Ended(call.inputs, tried, self._execution.now_s(), error=cut_off)
+        except asyncio.CancelledError:
+            if self._is_cancelled():
+                self._drop(ask)
+            raise
+        if ended.was_interrupted:
+            self._interrupted()
+        elif isinstance(ended.error, asyncio.CancelledError):
+            self._drop(ask)
+        else:
+            await self._record(ask, call, ended)
+
+    async def _record(self, ask: Ask, call: StepCall, ended: Ended) -> None:
+        """Hand over what a step has come to. A failure is an outcome: the code may catch it and go on."""
+        number, value, error = ask.request.id, ended.value, None
+        if ended.error is None:
+            try:
+                outcome = await self._performer.outcome_of(call, ended, ended.inputs.after())
+            except UnserializableError as unserializable:
+                ended = replace(ended, error=unserializable)
+        if ended.error is not None:
+            value = None
+            outcome, error = self._performer.failure_of(call, ended)
+        gone = (self._log.attempts_key(number),) if self.attempts.pop(number, None) is not None else ()
+        done = self._outbox.append(replace(outcome, request=number), value, error, deletes=gone)
+        done.add_done_callback(lambda _: call.leave())
+
+    def _drop(self, ask: Ask) -> None:
+        """The body was stopped, since the run was cancelled: whoever awaits it is cancelled."""
+        self._outbox.append(Event("dropped", ask.request.id))
+
+    async def _sleep(self, ask: Ask) -> None:
+        timer, now = ask.timer, self._shared.clock.now()
+        if timer is None:
+            return
+        if (moved := of_this_boot(timer, now)) is not timer:
+            timer = ask.timer = moved
+            await self._outbox.written(Event("moved", ask.request.id, timer=timer))
+        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unsaid:
+            await self._outbox.written(Event("asked"))  # the deadline is on disk before the wait begins
+        await self._execution.sleep(timer, ask.path, timer.since)
+        self._outbox.append(Event("fired", ask.request.id))
+
+    async def _ask_engine(self, ask: Ask) -> None:
+        """Start another run, or wait for one."""
+        workflows = self._shared.workflows
+        if ask.path:
+            self._facts.update(ask.path, status=Status.RUNNING, attempts=1, started_at=self._execution.now_s())
+        value, error = None, None
+        try:
+            if isinstance(ask.what, StartRequest):
+                workflows.start(ask.what, self._execution.record.id)
+            else:
+                value = await workflows.outcome(ask.request.name)
+        except (asyncio.CancelledError, StoreError):
+            raise
+        except BaseException as raised:
+            error = raised
+        if error is None:
+            try:
+                form, data = encoded(value, f"the run {ask.request.name!r} returned")
+            except UnserializableError as unserializable:
+                error = unserializable
+        if error is not None:
+            form, data, error = _codec.encode_error(error)
+        data, blob = await self._execution.log.kept(data)
+        failed = error is not None
+        event = Event(
+            "ended", ask.request.id, form=form, value=data, blob=blob, failed=failed, error=say(error) if error else ""
+        )
+        self._outbox.append(event, value, error)
