@@ -287,6 +287,40 @@ def test_a_database_in_a_file_is_outside(sessions, tmp_path):
     assert second["state"]["n"] == first["state"]["n"]
 
 
+SCRIPT = "import lib\nprint(lib.N, open('data.txt').read())"
+CHILD = "import subprocess, sys\ny = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True).stdout"
+OUTSIDE = {
+    "what a child's script imports": ("", CHILD, {"lib.py": ("N = 1", "N = 22")}, "restored"),
+    "what a child's script reads, which is none of it": ("", CHILD, {"data.txt": ("1", "22")}, "running: data.txt changed"),
+    "a child's script, which is none of it": ("", CHILD, {"script.py": (SCRIPT, f"{SCRIPT}\nprint(1)")}, "running: script.py changed"),
+    "attributes set on installed packages": ("import textwrap\ntextwrap.mine = len(open('data.txt').read())\n", "y = textwrap.mine", {"data.txt": ("1", "22")}, "restored"),
+    "times of files": ("import os", "y = os.path.getmtime('data.txt')", {"data.txt": ("1", "1")}, "restored"),
+}  # fmt: skip
+"""Before, body, files as they are at first and then, what is said then."""
+
+
+@pytest.mark.parametrize(("before", "body", "files", "said"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_what_lies_outside_changes_unseen(sessions, tmp_path, before, body, files, said):
+    """As the table says; what stands beside it there is seen."""
+    (tmp_path / "lib.py").write_text("N = 1")
+    (tmp_path / "data.txt").write_text("1")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    told = []
+    for turn in (0, 0, 1):
+        for name, contents in files.items():
+            (tmp_path / name).write_text(contents[turn])
+        told.append(sessions.run([before, f"%%durable cell\n{body}"], tmp_path)["told"][-1])
+    assert told == ["running: first run", "restored", said]
+
+
+def test_an_exception_comes_back_without_its_traceback(sessions, tmp_path):
+    """Frames can't be stored."""
+    cell = "%%durable cell\ntry: 1 / 0\nexcept ZeroDivisionError as e: keep = e"
+    for lost in (False, True):
+        found = sessions.run([cell, "look = keep.__traceback__ is None, str(keep)"], tmp_path)
+        assert found["state"]["look"] == f'["builtins.tuple", "bool {lost}", "str \'division by zero\'"]'
+
+
 def test_every_row_of_the_table_names_a_test_that_is_there():
     """docs/understand: what counts, what is made again, what is refused, what lies outside."""
     text = (Path(__file__).parents[1] / "docs" / "understand" / "what-a-hit-restores.md").read_text()
