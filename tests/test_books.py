@@ -9,6 +9,8 @@ pytestmark = [pytest.mark.kernel]
 
 NOT_STORED: dict[str, dict[int, str]] = {
     "01_numpy_arrays": {},
+    "16_sqlite_and_pandas": {10: "it changes con in place"},  # it gives the connection a function
+    "17_object_models": {},
 }
 """Those that run here, and which cells may run each time, with how the reason begins."""
 

@@ -58,6 +58,7 @@ VALUES = {
     "functions have sources of their own": ("", "def f(): return 1\ndef g(x):\n    return x / 0\nh = lambda: 3", "import inspect\nl = inspect.getsource(f), inspect.getsource(g), inspect.getsource(h)"),
     "functions belong to their cell": ("", "def f(): return 1\nclass C:\n    def m(self): return 1 / 0", "names = get_ipython().compile._filename_map\nl = names[f.__code__.co_filename], names[C.m.__code__.co_filename]\ndel names"),
     "a new type": ("", "from typing import NewType\nUser = NewType('User', int)\nu = User(3)", "l = User(4), User.__name__, User.__supertype__ is int"),
+    "an earlier type variable": ("from typing import Generic, NewType, TypeVar\nT = TypeVar('T')\nU = NewType('U', int)", "class S(Generic[T]):\n    def __init__(self): self.i = []\ns = S[int]()\nkinds = [T, U]", "l = S.__parameters__[0] is T, kinds[0] is T, kinds[1] is U, type(s) is S"),
     "an earlier function by name": ("def f(): return 1\ntable = {'f': f}", "g = table['f']\nh = [f, g]", "l = g is f, h[0] is f, h[1] is table['f']"),
     "a figure": ("import matplotlib; matplotlib.use('agg')\nimport matplotlib.pyplot as plt", "fig, ax = plt.subplots()\nlines = ax.plot([1, 2])\nax.set_title('t'); plt.close(fig)", "l = fig.axes[0] is ax, ax.lines[0] is lines[0], ax.get_title(), lines[0].get_ydata().tolist()\ndel fig, ax, lines"),
     "an estimator": ("from sklearn.linear_model import LinearRegression", "m = LinearRegression().fit([[0.], [1.]], [1., 3.])", "l = m.predict([[2.]]).round(6).tolist(), m.get_params()"),

@@ -12,6 +12,7 @@ import functools
 import importlib
 import sys
 import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,10 @@ def links(
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, types.ModuleType)
-_NAMED = (types.FunctionType, types.MethodType, type, type(functools.lru_cache(len)))
+_NAMED = (
+    *(types.FunctionType, types.MethodType, type, type(functools.lru_cache(len))),
+    *(typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, typing.NewType),
+)
 
 
 def imported_by(tree: ast.Module, namespace: Mapping[str, Any]) -> dict[int, str]:
