@@ -15,7 +15,7 @@
 | `result/RUN` | what it returned, or the exception it raised |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
-| `loose/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
+| `excluded/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `again/SCOPE/GENERATION/STEP` | how often the steps of this name were asked to be executed anew (`--rerun=STEP`) |
 | `saved/RUN/PROCESS` | tokens that restoring steps of this run has saved, as far as that process knows |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
@@ -40,7 +40,7 @@ from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
 
-Turn = tuple[int, int]
+Sequence = tuple[int, int]
 """The epoch of a run's lease, and a count that rises while it is held."""
 
 
@@ -102,7 +102,7 @@ class Outcome:
     """What the body displayed, encoded; shown again when the step is restored."""
     error: str = ""
     """Failed: `TypeName: message`."""
-    turns: tuple[Turn, Turn] = ((0, 0), (0, 0))
+    sequences: tuple[Sequence, Sequence] = ((0, 0), (0, 0))
     """When the last attempt began and when it ended, beside the run's other events: clocks can be set, this can't."""
     request: int = -1
     """Of a workflow's run: which of its requests this ends. What follows is told of the log's row."""
@@ -170,7 +170,7 @@ class Attempts:
     begun: bool = False
     """One more attempt has begun, of a step that is tried at most once."""
     branch: str = ""
-    turn: Turn = (0, 0)
+    sequence: Sequence = (0, 0)
     """When the last attempt began."""
     item: int = -1
     """Of a fan-out: which of its items it is given."""
@@ -186,7 +186,7 @@ class Timer:
     duration_s: float
     until_s: float | None = None
     branch: str = ""
-    turn: Turn = (0, 0)
+    sequence: Sequence = (0, 0)
     """When it was first asked for, beside the run's other events."""
     format: int = FORMAT
 
@@ -306,7 +306,7 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Loose:
+class Excluded:
     """What is left out of the identity of the steps of this kind and name: sets of components, the newest last."""
 
     kind: str
@@ -333,7 +333,7 @@ class Saved:
 
 
 Record = (
-    Again | Arguments | Cancel | Event | Loose | Outcome | Attempts | Result | Saved | Timer | RunRecord | Lease | Generation
+    Again | Arguments | Cancel | Event | Excluded | Outcome | Attempts | Result | Saved | Timer | RunRecord | Lease | Generation
 )
 _R = TypeVar("_R", bound=Record)
 
@@ -414,9 +414,9 @@ def result_key(run_id: str) -> str:
     return f"result/{run_id}"
 
 
-def loose_prefix(scope: str, generation: int) -> str:
+def excluded_prefix(scope: str, generation: int) -> str:
     """Keys of what a cell's steps change themselves."""
-    return f"loose/{scope}/{generation:06}/"
+    return f"excluded/{scope}/{generation:06}/"
 
 
 def again_prefix(scope: str, generation: int) -> str:

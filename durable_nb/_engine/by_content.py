@@ -15,7 +15,7 @@ from durable_nb._current import StepRequest
 from durable_nb._engine.in_place import Changed, Inputs, changed, changed_by_itself, fingerprint_of, fixed
 from durable_nb._engine.run_log import CellRecords
 from durable_nb._fingerprint import Fingerprint
-from durable_nb._records import Loose, Outcome, StepKey
+from durable_nb._records import Excluded, Outcome, StepKey
 from durable_nb._replay import Occurrences
 from durable_nb.errors import StoreError
 
@@ -27,7 +27,7 @@ class Settled:
     key: StepKey
     own: frozenset[str] = frozenset()
     """Globals that its body has changed itself."""
-    loose: Loose | None = None
+    excluded: Excluded | None = None
     """To be recorded with it: from now on these are left out of the identity of such steps."""
 
 
@@ -71,14 +71,14 @@ class ByContent:
         again = self._asked_again(request, found)
         if again is not None:
             return again.key, found
-        loose = self._records.loose.get((request.kind, request.name), ())
+        excluded = self._records.excluded.get((request.kind, request.name), ())
         forms = *found.earlier(), found  # what an earlier format of fingerprints recorded is not paid for again
-        identities = [self._identity(request, form, labels) for form in forms for labels in (*reversed(loose), ())]
+        identities = [self._identity(request, form, labels) for form in forms for labels in (*reversed(excluded), ())]
         for identity in identities:
             for n in tuple(self._occurrences.candidates(identity)):
                 if not self._still_holds(self._key(identity, n), request.ttl_s):
                     self._occurrences.leave_out(identity, n)
-        own = identities[-1 - len(loose)]
+        own = identities[-1 - len(excluded)]
         identity = next((known for known in identities if self._occurrences.candidates(known)), own)
         candidates = self._occurrences.candidates(identity)
         branches = {n: self._branch_of(self._key(identity, n)) for n in candidates} if len(candidates) > 1 else None
@@ -112,7 +112,7 @@ class ByContent:
         """
         own = changed_by_itself(inputs, after)
         place = inputs.request.kind, inputs.request.name
-        known = self._records.loose.get(place, ())
+        known = self._records.excluded.get(place, ())
         if not own or inputs.found is None:
             return Settled(key, frozenset(own))
         labels = tuple(sorted(own | {"aliases"} | set(known[-1] if known else ())))
@@ -122,8 +122,8 @@ class ByContent:
         key = self._key(identity, self._occurrences.take(identity))
         if known and known[-1] == labels:
             return Settled(key, frozenset(own))
-        self._records.loose[place] = (*known, labels)
-        return Settled(key, frozenset(own), Loose(*place, self._records.loose[place]))
+        self._records.excluded[place] = (*known, labels)
+        return Settled(key, frozenset(own), Excluded(*place, self._records.excluded[place]))
 
     def give_back(self, key: StepKey) -> None:
         """A step came to nothing: the next request that is equal to it takes its place among equals."""

@@ -50,7 +50,7 @@ class Request:
         return self._digest
 
     @property
-    def said(self) -> str:
+    def described(self) -> str:
         return f"{self.kind} {self.name!r}"
 
 
@@ -120,7 +120,7 @@ class History:
         self._next_id = last + 1
         self._edited: set[tuple[str, str, str]] = set()
         """What is recorded, and was taken by a request with other arguments."""
-        self._told: list[str] = []
+        self._asked_for: list[str] = []
         self._bound: set[int] = set()
         """Requests of this activation that were matched before it closed."""
         self.activation = 0
@@ -165,7 +165,7 @@ class History:
                 if request.id >= 0:
                     self._check_edited(request)
             self._bound.clear()
-        self._told += [request.said for request in requests if request.kind != TIMER]
+        self._asked_for += [request.described for request in requests if request.kind != TIMER]
         if not recorded:
             new = [request for request in requests if request.id < 0]
         elif len(recorded) == len(requests) == 1 and self._is_plainly(requests[0], recorded[0]):
@@ -177,11 +177,11 @@ class History:
             for request in new:
                 if (request.kind, request.name, request.digest) in self._edited:
                     raise Mismatch(
-                        f"asks for {request.said} with the arguments of a recorded one, which another one took: a line was "
-                        f"inserted{self._columns()}"
+                        f"asks for {request.described} with the arguments of a recorded one, which another one took: a line "
+                        f"was inserted{self._columns()}"
                     )
         if new and self.activation <= self._closed:
-            raise Mismatch(f"asks for {new[0].said}, which is not recorded here{self._columns()}")
+            raise Mismatch(f"asks for {new[0].described}, which is not recorded here{self._columns()}")
         for request in new:
             self._number(request)
         return new
@@ -222,9 +222,11 @@ class History:
 
     def _missing(self, recorded: Asked, instead: Request | None = None) -> Mismatch:
         if instead is not None:
-            return Mismatch(f"asks for {instead.said} where {_said(recorded)} is recorded{self._columns()}")
+            return Mismatch(f"asks for {instead.described} where {_described(recorded)} is recorded{self._columns()}")
         count = sum(asked.kind != TIMER for asked in self._asked.values())
-        return Mismatch(f"asks for {len(self._told)} of {count} recorded steps; {_said(recorded)} is missing{self._columns()}")
+        return Mismatch(
+            f"asks for {len(self._asked_for)} of {count} recorded steps; {_described(recorded)} is missing{self._columns()}"
+        )
 
     def _is_plainly(self, request: Request, asked: Asked) -> bool:
         if (request.kind, request.name) != (asked.kind, asked.name):
@@ -261,7 +263,7 @@ class History:
             return
         if (request.kind, request.name, request.digest) in self._recorded:
             raise Mismatch(
-                f"asks for {request.said} with the arguments of another recorded one: a line was inserted, deleted or "
+                f"asks for {request.described} with the arguments of another recorded one: a line was inserted, deleted or "
                 f"moved{self._columns()}"
             )
 
@@ -278,9 +280,9 @@ class History:
 
     def _columns(self) -> str:
         """What is recorded and what was asked for, side by side."""
-        recorded = [_said(asked) for _, asked in sorted(self._asked.items()) if asked.kind != TIMER]
-        count = max(len(recorded), len(self._told))
-        rows = [("recorded", "asked for"), *zip_longest(recorded, self._told, fillvalue="")]
+        recorded = [_described(asked) for _, asked in sorted(self._asked.items()) if asked.kind != TIMER]
+        count = max(len(recorded), len(self._asked_for))
+        rows = [("recorded", "asked for"), *zip_longest(recorded, self._asked_for, fillvalue="")]
         width = max(len(left) for left, _ in rows)
         first = next((n for n, (left, right) in enumerate(rows) if n and left != right), count)
         shown = [n for n in range(len(rows)) if not n or first - 5 <= n <= first + 20]
@@ -375,5 +377,5 @@ def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
     return list(caused.values())
 
 
-def _said(asked: Asked) -> str:
+def _described(asked: Asked) -> str:
     return f"{asked.kind} {asked.name!r}"

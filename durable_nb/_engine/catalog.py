@@ -19,7 +19,7 @@ from durable_nb._engine.by_history import TIMER
 from durable_nb._engine.inbox import Received
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
-from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Timer, Turn, unpack
+from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Sequence, Timer, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
 from durable_nb.errors import RunNotFoundError, StoreError
@@ -159,7 +159,7 @@ class Catalog:
             steps.append((asked.id, asked.item, step))
         return steps
 
-    def _of_cell(self, record: RunRecord) -> list[tuple[Turn, int, Step]]:
+    def _of_cell(self, record: RunRecord) -> list[tuple[Sequence, int, Step]]:
         """What a cell's run did itself."""
         found = self._waits(record)
         for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
@@ -167,15 +167,15 @@ class Catalog:
             if o.run_id == record.id:
                 status = Status.FAILED if o.failed else Status.COMPLETED
                 step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
-                found.append((o.turns[0], o.item, step))
+                found.append((o.sequences[0], o.item, step))
         return found
 
-    def _waits(self, record: RunRecord) -> list[tuple[Turn, int, Step]]:
-        """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its turn, a
+    def _waits(self, record: RunRecord) -> list[tuple[Sequence, int, Step]]:
+        """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its sequence, a
         workflow's by the request's number), and with a branch as path."""  # fmt: skip
         now = self._shared.clock.now()
-        found: list[tuple[Turn, int, Step]] = []
-        for turn, t in self._timers(record):
+        found: list[tuple[Sequence, int, Step]] = []
+        for sequence, t in self._timers(record):
             began, left = t.since.wall_s, decide_sleep(t, now)
             if isinstance(left, Wait) and record.status != Status.COMPLETED:
                 step = Step(t.name, t.branch, "sleep", Status.SLEEPING, 0, began, wake_at=now.wall_s + left.seconds)
@@ -184,18 +184,18 @@ class Catalog:
             else:
                 until = t.until_s if t.until_s is not None else began + t.duration_s
                 step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
-            found.append((turn, -1, step))
+            found.append((sequence, -1, step))
         for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
             a = unpack(self._signer, key, row, Attempts)
             if a.run_id == record.id:
                 wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
                 status = Status.RUNNING if a.begun else Status.RETRYING
                 step = Step(a.name, a.branch, a.kind, status, a.failed, a.started_at, error=a.error or None, wake_at=wake_at)
-                turn = (0, int(key.rpartition("/")[2])) if record.kind == "workflow" else a.turn
-                found.append((turn, a.item, step))
+                sequence = (0, int(key.rpartition("/")[2])) if record.kind == "workflow" else a.sequence
+                found.append((sequence, a.item, step))
         return found
 
-    def _timers(self, record: RunRecord) -> Iterator[tuple[Turn, Timer]]:
+    def _timers(self, record: RunRecord) -> Iterator[tuple[Sequence, Timer]]:
         if record.kind == "workflow":
             for key, row in self._journal.scan(rec.log_prefixes(record.scope, record.generation)[1]):
                 for asked in unpack(self._signer, key, row, Event).asked:
@@ -204,4 +204,4 @@ class Catalog:
         else:
             for key, row in self._journal.scan(rec.timer_prefix(record.id)):
                 timer = unpack(self._signer, key, row, Timer)
-                yield timer.turn, timer
+                yield timer.sequence, timer

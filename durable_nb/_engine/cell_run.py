@@ -264,7 +264,7 @@ class CellRun:
         key, found = self._identity.step(request, branch)
         path = request.path or self._facts.take(branch, request.name)
         self._facts.add(Step(request.name, path, request.kind, Status.PENDING))
-        self._tell_origin(key)
+        self._advise_of_origin(key)
         return self._step(key, self._call(key, Inputs(request, found), path, branch))
 
     def _call(self, key: StepKey, inputs: Inputs, path: str, branch: str) -> StepCall:
@@ -392,13 +392,13 @@ class CellRun:
         except Exception as unserializable:
             raise await self._failed(key, call, replace(ended, error=unserializable)) from None
         more: tuple[tuple[str, bytes], ...] = ()
-        if settled.loose is not None:
+        if settled.excluded is not None:
             names = ", ".join(sorted(map(described, settled.own)))
             self.observers.advise(f"step {call.request.name!r} changes {names}: restoring the step won't, and {names} is not "
                                   "compared")  # fmt: skip
-            of = settled.loose.kind, settled.loose.name
-            loose_key = rec.loose_prefix(self.record.scope, self.record.generation) + digest_of(*of)
-            more = (self._log.pack(loose_key, settled.loose),)
+            of = settled.excluded.kind, settled.excluded.name
+            excluded_key = rec.excluded_prefix(self.record.scope, self.record.generation) + digest_of(*of)
+            more = (self._log.pack(excluded_key, settled.excluded),)
         row = self._log.pack(settled.key.outcome, outcome)
         stale = (key.attempts,) if key.attempts in self._records.attempts else ()
         verdict = await self._log.commit(inserts=(row,), puts=more, deletes=stale)
@@ -431,7 +431,7 @@ class CellRun:
             else:
                 records.attempts[key.attempts] = row
 
-    def _tell_origin(self, key: StepKey) -> None:
+    def _advise_of_origin(self, key: StepKey) -> None:
         """Steps are shared by the notebooks of a folder; one line tells of it."""
         with contextlib.suppress(StoreError):  # whoever asks for the step is told
             outcome = self._records.outcome(key.outcome)
@@ -511,8 +511,9 @@ class CellRun:
     async def _sleep(self, request: SleepRequest, key: str, path: str, branch: str) -> None:
         recorded, began = self._records.timer(key), self._shared.clock.now()
         since = recorded.since if recorded else began
-        turn = recorded.turn if recorded else self._held.turn()
-        timer = replace(timer_of(request, since), branch=branch, turn=turn)  # an edited duration counts from the first asking
+        sequence = recorded.sequence if recorded else self._held.next_sequence()
+        # An edited duration counts from the first asking.
+        timer = replace(timer_of(request, since), branch=branch, sequence=sequence)
         if timer != recorded:
             await self._commit(puts=(self._log.pack(key, timer),))
         if (moved := of_this_boot(timer, began)) is not timer:

@@ -13,7 +13,7 @@ from durable_nb._engine.run_log import LinearLog
 from durable_nb._journal import Verdict
 from durable_nb._records import Asked, Event
 
-_SAY_AFTER_S = 1.0
+_RECORD_AFTER_S = 1.0
 """A request whose body has run for so long without a commit of the run is committed by itself, for other processes to see."""
 
 
@@ -37,7 +37,7 @@ class Outbox:
         """
         self._log, self._wall_s, self._run_s, self._closed = log, wall_s, run_s, closed
         self._written, self._failed = written, failed
-        self.unsaid: list[Asked] = []
+        self.unrecorded: list[Asked] = []
         """Requests that are on no row yet."""
         self.count = 0
         """Rows handed over that are not on disk yet."""
@@ -45,7 +45,7 @@ class Outbox:
         """Of the last row that was handed over."""
         self.is_closed = False
         """Nothing more is said of what is at work."""
-        self._saying: asyncio.TimerHandle | None = None
+        self._recording: asyncio.TimerHandle | None = None
         self._last_commit_s = time.monotonic()
 
     def append(
@@ -63,7 +63,7 @@ class Outbox:
             row = replace(row, wall_s=self._wall_s())
         self._last_commit_s = time.monotonic()
         at_s = max(self._run_s(), at_s)
-        row, done = self._log.append(row, self.unsaid, self._closed(), at_s, puts=puts, deletes=deletes)
+        row, done = self._log.append(row, self.unrecorded, self._closed(), at_s, puts=puts, deletes=deletes)
         self.count += 1
         self.last = done
         done.add_done_callback(lambda commit: self._applied(commit, row, value, error))
@@ -86,17 +86,17 @@ class Outbox:
         if await self.append(row, puts=puts) is not Verdict.APPLIED:
             raise asyncio.CancelledError
 
-    def say_soon(self) -> None:
+    def record_soon(self) -> None:
         """Others see what is at work, when it takes longer."""
 
         def look() -> None:
-            self._saying = None
-            if self.is_closed or not self.unsaid:
+            self._recording = None
+            if self.is_closed or not self.unrecorded:
                 return
-            if time.monotonic() - self._last_commit_s >= _SAY_AFTER_S:
+            if time.monotonic() - self._last_commit_s >= _RECORD_AFTER_S:
                 self.append(Event("asked"))
             else:
-                self.say_soon()
+                self.record_soon()
 
-        if self._saying is None and self.unsaid:
-            self._saying = asyncio.get_running_loop().call_later(_SAY_AFTER_S, look)
+        if self._recording is None and self.unrecorded:
+            self._recording = asyncio.get_running_loop().call_later(_RECORD_AFTER_S, look)

@@ -80,7 +80,7 @@ class StepCall:
         """Its body sees these context variables; None: those of the task that asks."""
         self.failures: Attempts | None = None
         """The attempts that have failed so far."""
-        self.began: rec.Turn = (0, 0)
+        self.began: rec.Sequence = (0, 0)
         """When the last attempt began."""
         self.is_admitted = False
         """Its limit counts it."""
@@ -248,7 +248,7 @@ class Performer:
         """A new attempt at the body."""
         if self._policy.verifies_lease and not await self._log.is_ours():
             raise LeaseLost
-        call.began, call.is_at_work = self._held.turn(), True
+        call.began, call.is_at_work = self._held.next_sequence(), True
         if call.request.at_most_once:  # on disk before the body: without an end, it was cut off
             await note(self._attempts(call, attempt - 1, "", began_at, 0.0, begun=True))
         context = call.context.copy() if call.context is not None else copy_context()
@@ -419,8 +419,8 @@ class Performer:
     def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
         times = ended.attempt, ended.began_at, self._now_s()
-        provenance, turns = provenance_of(ended.inputs), (call.began, self._held.turn())
-        return Outcome(*of, form, data, *times, provenance, turns=turns, item=call.request.item)
+        provenance, sequences = provenance_of(ended.inputs), (call.began, self._held.next_sequence())
+        return Outcome(*of, form, data, *times, provenance, sequences=sequences, item=call.request.item)
 
     def _now_s(self) -> float:
         return self._shared.clock.now().wall_s

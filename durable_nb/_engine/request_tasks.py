@@ -162,8 +162,8 @@ class RequestTasks:
         number, key = ask.request.id, self.key(ask.request)
         call = StepCall(ask.what, key, ask.path)
         call.context, call.failures = ask.context, self.attempts.get(number)
-        if self._outbox.unsaid:
-            self._outbox.say_soon()
+        if self._outbox.unrecorded:
+            self._outbox.record_soon()
 
         async def note(failures: Attempts) -> None:
             self.attempts[number] = failures
@@ -215,7 +215,7 @@ class RequestTasks:
         if (moved := of_this_boot(timer, now)) is not timer:
             timer = ask.timer = moved
             await self._outbox.written(Event("moved", ask.request.id, timer=timer))
-        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unsaid:
+        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unrecorded:
             await self._outbox.written(Event("asked"))  # the deadline is on disk before the wait begins
         await self._execution.sleep(timer, ask.path, timer.since)
         self._outbox.append(Event("fired", ask.request.id))

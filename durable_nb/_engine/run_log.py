@@ -16,7 +16,7 @@ from durable_nb import _records as rec
 from durable_nb._codec import Signer
 from durable_nb._engine.by_history import History, Row, without_collector
 from durable_nb._journal import Commit, Journal, Verdict
-from durable_nb._records import Again, Asked, Attempts, Event, Lease, Loose, Outcome, Record, RunRecord, Timer, unpack
+from durable_nb._records import Again, Asked, Attempts, Event, Excluded, Lease, Outcome, Record, RunRecord, Timer, unpack
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, RunCancelled
 
@@ -40,8 +40,8 @@ class Held:
     confirmed_s: float = float("-inf")
     """When a commit was handed over, by the monotonic clock, that was the last to be applied under this row."""
 
-    def turn(self) -> rec.Turn:
-        """Now, as the run's own events tell it: later than every turn before, in this process and in former owners."""
+    def next_sequence(self) -> rec.Sequence:
+        """Now, as the run's own events tell it: later than every one before, in this process and in former owners."""
         self._count += 1
         return self.epoch, self._count
 
@@ -132,7 +132,7 @@ class CellRecords:
         self.outcomes: dict[str, bytes] = {}
         self.attempts: dict[str, bytes] = {}
         self.timers: dict[str, bytes] = {}
-        self.loose: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
+        self.excluded: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
         """By kind and name: components that steps change themselves."""
         self.again: dict[str, int] = {}
         """By name: how often steps were asked to be executed anew."""
@@ -145,16 +145,18 @@ class CellRecords:
             rec.step_prefix(*of),
             rec.attempts_prefix(*of),
             rec.timer_prefix(self.log.record.id),
-            rec.loose_prefix(*of),
+            rec.excluded_prefix(*of),
             rec.again_prefix(*of),
         )
         journal = self.log.store.journal
-        outcomes, attempts, self.timers, loose, again = await self.log.read(lambda: [dict(journal.scan(p)) for p in prefixes])
+        outcomes, attempts, self.timers, excluded, again = await self.log.read(
+            lambda: [dict(journal.scan(p)) for p in prefixes]
+        )
         self.outcomes = outcomes | self.outcomes
         self.attempts = attempts | self.attempts
-        for key, row in loose.items():
-            known = unpack(self._signer, key, row, Loose)
-            self.loose[known.kind, known.name] = known.left_out
+        for key, row in excluded.items():
+            known = unpack(self._signer, key, row, Excluded)
+            self.excluded[known.kind, known.name] = known.left_out
         for key, row in again.items():
             asked = unpack(self._signer, key, row, Again)
             self.again[asked.name] = asked.number

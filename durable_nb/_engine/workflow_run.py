@@ -247,7 +247,7 @@ class WorkflowRun:
         self._wanted.append(ask)
         if ask.future is None or asyncio.get_running_loop() is not self._loop:
             raise NotSupportedError(
-                f"{ask.request.said} of {self._label} was awaited on another event loop; nothing was run. Await it in the "
+                f"{ask.request.described} of {self._label} was awaited on another event loop; nothing was run. Await it in the "
                 "workflow's own code"
             )
         return await ask.future
@@ -357,7 +357,7 @@ class WorkflowRun:
         except Interrupted:
             self._end(_Over(Status.INTERRUPTED, error=KeyboardInterrupt(f"{self._label} was interrupted")))
         except Mismatch as mismatch:
-            self._break(self._told(mismatch), until_s)
+            self._break(self._explained(mismatch), until_s)
         except StoreError as error:
             self._end(_Over(Status.INTERRUPTED, error=error))
         except DurableError as error:
@@ -415,7 +415,7 @@ class WorkflowRun:
             self._open[ask.request.id] = ask
             ask.activation = history.activation
             if id(ask.request) in fresh:
-                self._outbox.unsaid.append(self._as_recorded(ask))
+                self._outbox.unrecorded.append(self._as_recorded(ask))
             else:
                 recorded = history.recorded(ask.request.id)
                 if recorded is not None and recorded.timer is not None:
@@ -524,7 +524,7 @@ class WorkflowRun:
             self._forgotten.append(ask)
         if isinstance(row, Outcome) and not row.failed and ask.path and isinstance(ask.what, StepRequest):
             self.observers.publish(Returned(ask.path, ask.what, value, row.usage))
-        self._tell_end(ask, row, restored=restored)
+        self._publish_end(ask, row, restored=restored)
         if ask.handle is not None:
             if not ask.handle.cancelled():
                 self._loop.fire(ask.handle)
@@ -543,7 +543,7 @@ class WorkflowRun:
         else:
             ask.future.set_result(value)
 
-    def _tell_end(self, ask: Ask, row: Row, *, restored: bool) -> None:
+    def _publish_end(self, ask: Ask, row: Row, *, restored: bool) -> None:
         if not ask.path:
             return
         if isinstance(row, Outcome):
@@ -573,7 +573,7 @@ class WorkflowRun:
             self._loop.run_ready(until_s + 1.0)
         self._end(_Over(Status.FAILED, error=error))
 
-    def _told(self, mismatch: Mismatch) -> NonDeterminismError:
+    def _explained(self, mismatch: Mismatch) -> NonDeterminismError:
         what, _, columns = str(mismatch).partition("\n")
         return NonDeterminismError(
             f"{self._label} {what}; nothing was executed, and the records are as they were. Put the code back as it was and "

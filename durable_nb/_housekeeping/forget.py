@@ -33,7 +33,7 @@ def forget(engine: Engine, name: str) -> Forgotten:
         for key, _ in journal.sizes(rec.open_prefix(scope)):
             _take(engine, key.rpartition("/")[2], name)
         steps = [key for key, _ in journal.sizes(f"step/{scope}/")]
-        rows = [key for prefix in ("try", "loose", "again", "open") for key, _ in journal.sizes(f"{prefix}/{scope}/")]
+        rows = [key for prefix in ("try", "excluded", "again", "open") for key, _ in journal.sizes(f"{prefix}/{scope}/")]
         records = [unpack(store.signer, key, row, RunRecord) for key, row in journal.scan("run/")]
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:

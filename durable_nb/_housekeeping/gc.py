@@ -164,7 +164,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
         for key, _ in journal.sizes(prefix)
         if not key.startswith(of_runs)
     ]
-    of_steps = [key for prefix in ("step/", of_runs, "log/", "try/", "loose/", "again/") for key, _ in journal.sizes(prefix)]
+    of_steps = [key for prefix in ("step/", of_runs, "log/", "try/", "excluded/", "again/") for key, _ in journal.sizes(prefix)]
     # The runs are read last: what was begun meanwhile has its run's row.
     runs = dict(journal.scan("run/"))
     current: dict[str, tuple[int, _Guard]] = {}
