@@ -204,8 +204,10 @@ def step(
               errors (TypeError, NameError ...), bad data (ValueError, LookupError, ArithmeticError), missing files and
               permissions, NonRetryableError, and HTTP statuses 4xx other than 408 and 429
     timeout   of each attempt (seconds, timedelta, "90s"); StepTimeout after it, which is retried. A plain function's thread
-              can't be stopped: no other attempt begins while it lives, and its result is recorded when it ends. In a cell
-              StepTimeout ends the wait for it; run again, the cell waits for the same thread. A workflow waits until it ends
+              can't be stopped: no other attempt begins while it lives; an attempt that could not begin therefore counts as
+              timed out, so the wait is at most the sum of time-outs and pauses. What the thread returns after the last of
+              them is recorded in a cell, which waits for the same thread when it is run again; a workflow drops it and says
+              so, since the time-out was the step's outcome
     at_most_once  an attempt that was cut off (killed, interrupted) is not made again: StepInterrupted until you say so
     ttl       in a cell, an outcome older than this (seconds, timedelta, "7d") is not recalled: the step runs anew, under an
               idempotency key of its own. In a workflow's run what is recorded stands
