@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -120,7 +120,7 @@ class Sent:
 
     def request(self, credentials: Credentials) -> Any:
         """The request itself, credentials included."""
-        library = importlib.import_module(self.family)
+        library = _library(self.family)
         secret = iter([_secrets.reveal(value) for _, value in credentials.headers])
         headers = [(k, next(secret) if v is None else _secrets.reveal(v)) for k, v in self.headers]
         url = _secrets.reveal(self.url if credentials.url is None else credentials.url)
@@ -223,7 +223,7 @@ _shared: WeakKeyDictionary[Run, dict[str, Any]] = WeakKeyDictionary()
 
 def _client(family: str) -> Any:
     """A client for any number of requests at once: how many there are is for the run's code to say."""
-    library = importlib.import_module(family)
+    library = _library(family)
     limits = library.Limits(max_connections=None, max_keepalive_connections=100)
     return library.AsyncClient(verify=certificates(family), limits=limits)
 
@@ -232,10 +232,16 @@ async def _nothing() -> None:
     pass
 
 
+@cache
+def _library(name: str) -> Any:
+    """httpx or httpx2."""
+    return importlib.import_module(name)
+
+
 @lru_cache(maxsize=2)
 def certificates(family: str) -> ssl.SSLContext:
     """The library's own, made once: loading the certificates takes longer than many a request."""
-    made: ssl.SSLContext = importlib.import_module(family).create_ssl_context()
+    made: ssl.SSLContext = _library(family).create_ssl_context()
     return made
 
 
@@ -365,7 +371,7 @@ def _judged(recorder: Recorder, elapsed_s: float) -> Recorded:
 
 def named(error: Exception, sent: Sent, credentials: Credentials, request: Any) -> Exception:
     """The error with the step and the URL in its text, and no credentials in it."""
-    library, where = importlib.import_module(sent.family), _where(sent)
+    library, where = _library(sent.family), _where(sent)
     if isinstance(error, library.LocalProtocolError):  # its text has the header's value, and so has its cause
         error.__cause__ = None
         return ValueError(f"{where}: {_UNSENDABLE}")
@@ -402,7 +408,7 @@ class Recorder:
     """Takes down one response."""
 
     def __init__(self, response: Any, credentials: Credentials) -> None:
-        self.library = importlib.import_module(type(response).__module__.partition(".")[0])
+        self.library = _library(type(response).__module__.partition(".")[0])
         self._response, self._credentials = response, credentials
         self._chunks: list[bytes] = []
         self.content = b""
