@@ -24,7 +24,7 @@ from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
-from durable_nb._engine.observing import log
+from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
@@ -322,6 +322,11 @@ class Workflows:
 
     def snapshot(self, run_id: str) -> Snapshot:
         return self.catalog.snapshot(run_id)
+
+    def observers_of(self, run_id: str) -> Observers | None:
+        """Where a run that this process executes can be subscribed to; None for any other."""
+        run = self._ownership.active.get(run_id)
+        return run.observers if isinstance(run, WorkflowRun) else None
 
     def snapshots(self) -> list[Snapshot]:
         return self.catalog.snapshots()

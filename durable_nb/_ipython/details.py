@@ -8,15 +8,16 @@ import logging
 import math
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from durable_nb import _usage
 from durable_nb._current import StepRequest
 from durable_nb._engine.observing import Observation, Raised, Returned
+from durable_nb._facts import Snapshot
 from durable_nb._preview import last_lines, names_of, preview, preview_call, redacted
-from durable_nb._view import Detail, Extra
+from durable_nb._view import Detail, Extra, Source
 
 STEPS = 5000
 """Of a run with more, those that come later unfold to what they print only."""
@@ -65,6 +66,20 @@ class Details:
         """Return what there is of a step."""
         log = tuple(last_lines(self._written_by(path), _LINES, _LINE))
         return Detail(self._arguments.get(path, ""), self._results.get(path, ""), log, self._tracebacks.get(path, ""))
+
+
+class DetailedSource(Source):
+    """A run that is executed here, and what its steps were given, gave, and print."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot], details: Details) -> None:
+        super().__init__(snapshot)
+        self._details = details
+
+    def extras(self) -> Mapping[str, Extra]:
+        return self._details.extras
+
+    def detail(self, path: str) -> Detail:
+        return self._details.of(path)
 
 
 def _call(request: StepRequest) -> str:

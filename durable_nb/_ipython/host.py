@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache.mentions import looks_up_anything
@@ -15,9 +15,9 @@ from durable_nb._engine.muting import Muting
 from durable_nb._engine.observing import Changed, Notice, Observation
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
-from durable_nb._ipython.details import Details
+from durable_nb._ipython.details import DetailedSource, Details
 from durable_nb._ipython.runs import send
-from durable_nb._view import Detail, Extra, RunView, Source
+from durable_nb._view import RunView
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.external import Around
@@ -90,7 +90,7 @@ class NotebookHost:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
             self.view = RunView(
-                _CellSource(self._run, self._details),
+                DetailedSource(self._run.snapshot, self._details),
                 live=self._live,
                 place=self._status.place,
                 send=send,
@@ -100,20 +100,6 @@ class NotebookHost:
             )
             self.view.open()
         self.view.changed()
-
-
-class _CellSource(Source):
-    """A cell's run, and what its steps were given, gave, and print."""
-
-    def __init__(self, run: CellRun, details: Details) -> None:
-        super().__init__(run.snapshot)
-        self._details = details
-
-    def extras(self) -> Mapping[str, Extra]:
-        return self._details.extras
-
-    def detail(self, path: str) -> Detail:
-        return self._details.of(path)
 
 
 class NotebookMuting(Muting):

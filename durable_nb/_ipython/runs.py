@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from durable_nb._current import current_run, engine
-from durable_nb._view import Place, RunView, Source
+from durable_nb._engine.observing import Notice, Observation, Observers, log
+from durable_nb._engine.workflows import Workflows
+from durable_nb._ipython.details import DetailedSource, Details
+from durable_nb._view import Place, RunView
 from durable_nb._view.place import is_live
 from durable_nb._view.state import ENDED
 from durable_nb._workflow import Run
@@ -13,6 +17,10 @@ from durable_nb.errors import NotSupportedError
 
 _EVERY_S = 0.25
 """Between two looks at a run; what looking costs is bounded by the view."""
+_SOON_S, _SOON = 0.05, 20
+"""The same, so often, before it has begun: its steps' values are told only to those who have subscribed."""
+_ELSEWHERE_S = 1.0
+"""The same where another process executes it: looking reads its records."""
 
 
 def send(action: str, run_id: str, step: str | None = None, comment: str = "") -> None:  # noqa: ARG001
@@ -39,7 +47,8 @@ class _Followed:
 
     def __init__(self, run_id: str) -> None:
         self._run_id, self._place = run_id, Place()
-        self._source = Source(lambda: engine().snapshot(run_id))
+        self._details = Details(lambda _: [])
+        self._source = DetailedSource(lambda: engine().snapshot(run_id), self._details)
         self._live = is_live()
         self._follow()
 
@@ -55,14 +64,32 @@ class _Followed:
 
     async def _until_ended(self, view: RunView) -> None:
         current_run.set(None)  # of the cell that displays it
+        observers: Observers | None = None
+        looks = 0
+        unsubscribe: Callable[[], None] = lambda: None  # noqa: E731
         try:
             while self._source.snapshot().status not in ENDED:
+                if observers is None and (observers := _observers_of(self._run_id)) is not None:
+                    unsubscribe = observers.subscribe(self._note)
                 view.changed()
-                await asyncio.sleep(_EVERY_S)
+                looks += 1
+                await asyncio.sleep(_EVERY_S if observers is not None else _SOON_S if looks < _SOON else _ELSEWHERE_S)
         finally:
+            unsubscribe()
             view.close()
+
+    def _note(self, observation: Observation) -> None:
+        if isinstance(observation, Notice):  # who looks at a run takes its notices from nobody
+            log.warning(observation.text)
+        self._details.note(observation)
 
     def _send(self, action: str, run_id: str, step: str | None = None, comment: str = "") -> None:
         send(action, run_id, step, comment)
         if action == "retry":
             self._follow()
+
+
+def _observers_of(run_id: str) -> Observers | None:
+    """Return where a run that this process executes can be subscribed to."""
+    workflows = engine()
+    return workflows.observers_of(run_id) if isinstance(workflows, Workflows) else None

@@ -40,11 +40,17 @@ function initialize({ model }) {
     watch.disconnect();
     cancelAnimationFrame(frame);
     model.off("change:state", later);
-    model.off("comm_live_update", stop); // the kernel that knew of it is gone: the html is what there is
+    model.off("comm_live_update", lost);
     for (const place of [...mounted.keys()]) leave(place);
   };
   model.on("change:state", later);
-  model.on("comm_live_update", stop);
+  const lost = () => {
+    // the kernel that knew of it was restarted; should it be heard again, its next state says so
+    const state = model.get("state");
+    if (state?.rows) model.set("state", { ...state, gone: true });
+    else stop();
+  };
+  model.on("comm_live_update", lost);
   watch.observe(document.body, { childList: true, subtree: true });
   find();
   return stop;
@@ -130,7 +136,8 @@ function mount(model, el) {
   const tick = () => {
     const here = Date.now() / 1000;
     const heard = state.heard ?? here;
-    const silence = state.run.ended === undefined && here - heard > SILENCE_S ? here - heard : 0;
+    const silent = state.run.ended === undefined && (state.gone || here - heard > SILENCE_S);
+    const silence = silent ? Math.max(here - heard, 1) : 0;
     root.classList.toggle("dnb-silent", silence > 0);
     const now = silence ? state.now : here - heard + state.now; // times that went on would claim that the work does
     head.tick(now, silence);
@@ -210,13 +217,18 @@ function header(send) {
       bar.dataset.status = broken ? "failed" : "running";
       bar.style.width = `${total ? (100 * done) / total : 0}%`;
       for (const action of ["cancel", "retry"]) {
+        if (state.gone) {
+          act[action].set("the kernel was restarted");
+          continue;
+        }
         if (!pressed[action] || state.actions[action]) act[action].set(state.actions[action]);
         if (state.actions[action]) pressed[action] = 0;
       }
     },
     tick(now, silence) {
       const { run, done, total, rate, left } = state;
-      if (silence) sign(status, "interrupted", `no word from the kernel for ${clock(silence)}`);
+      if (state.gone) sign(status, "interrupted", "the kernel was restarted: run the cell again");
+      else if (silence) sign(status, "interrupted", `no word from the kernel for ${clock(silence)}`);
       else sign(status, run.status);
       put(elapsed, length((run.ended ?? now) - run.started, run.ended === undefined));
       const parts = [state.open ? `${count(done)} done` : `${count(done)} of ${count(total)}`];
