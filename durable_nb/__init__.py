@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from durable_nb._ledger import ledger as ledger
     from durable_nb._secrets import secret as secret
     from durable_nb._verbs import idempotency_key as idempotency_key
+    from durable_nb._verbs import now as now
+    from durable_nb._verbs import patched as patched
+    from durable_nb._verbs import random as random
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
     from durable_nb._verbs import sleep_until as sleep_until
     from durable_nb._verbs import step as step
+    from durable_nb._verbs import uuid4 as uuid4
     from durable_nb._workflow import Run as Run
     from durable_nb._workflow import get_run as get_run
     from durable_nb._workflow import resume as resume
@@ -69,7 +73,9 @@ _HOMES = {
     "open": "durable_nb._engine.workflows",
     "remake": "durable_nb._cellcache.resources",
     **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
-    **dict.fromkeys(("idempotency_key", "run", "sleep", "sleep_until", "step"), "durable_nb._verbs"),
+    **dict.fromkeys(
+        ("idempotency_key", "now", "patched", "random", "run", "sleep", "sleep_until", "step", "uuid4"), "durable_nb._verbs"
+    ),
     **dict.fromkeys(
         (
             "CorruptStoreError",

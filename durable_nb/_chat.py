@@ -12,7 +12,7 @@ import httpx
 
 from durable_nb import _exchange
 from durable_nb._clock import parse_duration
-from durable_nb._current import Run, current_body, run_for
+from durable_nb._current import Run, StandsFor, current_body, run_for
 from durable_nb._exchange import Credentials, Line, Recorded, Sent, StatusError
 from durable_nb._misuse import explained
 from durable_nb._redaction import redact, redact_log_of, said
@@ -142,7 +142,7 @@ async def _result(run: Run, step: Coroutine[Any, Any, Recorded], name: str, api:
         recorded = await step
     except StatusError as refused:
         response = _exchange.restored(refused.recorded, httpx, request)  # without credentials: the error may be recorded
-        run.stands_for(refused, response)
+        run.publish(StandsFor(refused, response))
         where, why = said(str(request.url)), f"{_reason(response)}{_remedy(response.status_code, api)}"
         raise ChatError(
             f"step {name!r}: {where} answered {refused}: {why}",

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from durable_nb import _exchange, _secrets, _usage
-from durable_nb._current import Run, StepRequest, current_body, current_run, note_usage
+from durable_nb._current import Run, StandsFor, StepRequest, current_body, current_run, note_usage
 from durable_nb._door import wait_for
 from durable_nb._exchange import Credentials, Line, Reader, Recorded, Recorder, StatusError
 from durable_nb._redaction import redact, redact_log_of, said
@@ -215,7 +215,7 @@ class _Transport:
             extensions=_exchange.extensions_of(recorded) | {"elapsed_s": recorded["elapsed_s"]},
         )
         if refused is not None:
-            run.stands_for(refused, response)
+            run.publish(StandsFor(refused, response))
         return response
 
     def _begun(self, request: Any, response: Any, stream: Any) -> Any:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from durable_nb import _usage
-from durable_nb._clock import Clock
+from durable_nb._clock import Clock, Instant
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb._secrets import call_revealed, holds_secret
@@ -69,8 +69,8 @@ class StepRequest:
     """So many worker threads may be at work for it and its like; 0: as many as usual."""
     item: int = -1
     """Of a fan-out: which of its items it is given. Not part of what identifies it."""
-    path: str = ""
-    """Of an item: what `Run.expect` has called it."""
+    items: Items | None = None
+    """Of these, which were published before."""
     is_continued: bool = False
     """When it has failed, the next request that is equal to it goes on with it: it takes no place of its own among equals."""
     awaited_at_once: bool = False
@@ -84,11 +84,27 @@ class StepRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class SleepRequest:
-    """A pause: for a duration from its first asking, or until a point in time."""
+class WaitRequest:
+    """A wait that outlasts the process: for a duration from its first asking, or until a point in time."""
 
     name: str
     wake: timedelta | datetime
+    kind: str = "sleep"
+
+
+Recorded = float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRequest:
+    """A value that is made once, and is the same in every execution from then on."""
+
+    kind: str
+    """`now`, `uuid4`, `random` or `patched`."""
+    make: Callable[[Instant], Recorded]
+    """Makes it, given the moment."""
+    name: str = ""
+    """Of `patched`: the change. Its value is False, whatever `make` gives, in a run that has been there without it."""
 
 
 @dataclass(slots=True)
@@ -103,6 +119,33 @@ class StartRequest:
     labels: tuple[str, ...]
     on_conflict: str
     """Where there is a run of that id: "attach", "fail", "restart", or "keep": attach whatever the arguments are."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Items:
+    """So many steps of that name will be asked for, one for each item. Views count them from now on."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalledOff:
+    """Of these items, those that have not begun will not."""
+
+    items: Items
+
+
+@dataclass(frozen=True, slots=True)
+class StandsFor:
+    """A verb gives the code `value` where its step raised `error`."""
+
+    error: BaseException
+    value: Any
+
+
+Observation = Items | CalledOff | StandsFor
+"""What verbs know of a run, beside what they ask of it. An engine may do without."""
 
 
 class Run(Protocol):
@@ -129,15 +172,7 @@ class Run(Protocol):
         """The recorded outcome, or that of doing the work now and recording it."""
         ...
 
-    def expect(self, name: str, count: int) -> list[str]:
-        """So many steps of that name will be asked for, one for each item; their paths. Views count them from now on."""
-        ...
-
-    def call_off(self, paths: list[str]) -> None:
-        """Of these, those that have not begun will not."""
-        ...
-
-    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+    def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         """Return when the time has come. The deadline is on disk before the wait begins."""
         ...
 
@@ -145,12 +180,16 @@ class Run(Protocol):
         """Begin a child; its id, the same in every execution."""
         ...
 
-    def stands_for(self, error: BaseException, value: Any) -> None:
-        """A verb gives the code `value` where its step raised `error`."""
-        ...
-
     def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
         """What another run returns or raises, when it has ended."""
+        ...
+
+    def record(self, request: RecordRequest) -> Recorded:
+        """The recorded value, or one that is made now. It is on disk before anything that may depend on it begins."""
+        ...
+
+    def publish(self, observation: Observation) -> None:
+        """Something that whoever watches the run may want to know."""
         ...
 
 
@@ -225,8 +264,16 @@ class Engine(Protocol):
         """What the run returns or raises, when it has ended."""
         ...
 
-    def snapshots(self) -> list[Snapshot]:
-        """All runs, the newest first, without their steps."""
+    def snapshots(
+        self,
+        *,
+        status: str | None = None,
+        workflow: str | None = None,
+        label: str | None = None,
+        limit: int | None = None,
+        steps: bool = False,
+    ) -> list[Snapshot]:
+        """The newest runs first, cells' too, as far as they fit; without their steps, which take their time, unless asked."""
         ...
 
     def used(self) -> list[Used]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -57,6 +57,8 @@ class Snapshot:
     ended_at: float | None
     steps: tuple[Step, ...]
     labels: tuple[str, ...] = ()
+    error: str | None = None
+    """Failed or cancelled: `TypeName: message`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,17 @@ class Facts:
     def __init__(self, changed: Callable[[], object]) -> None:
         """`changed` is called after every change."""
         self._steps: dict[str, Step] = {}
+        self._items: dict[object, list[str]] = {}
         self._paths, self._changed = Paths(), changed
 
-    def take(self, branch: str, name: str, item: int = -1) -> str:
-        """A path for the next step of that name in that task."""
-        return self._paths.take(branch, name, item)
+    def take(self, branch: str, name: str, items: object = None, item: int = -1) -> str:
+        """A path for the next step of that name in that task; of an item, the one that it was given with the others."""
+        return self._paths.take(branch, name) if items is None else self._items[items][item]
+
+    def expect(self, items: object, branch: str, name: str, count: int) -> list[str]:
+        """Paths for so many items, which will be asked for."""
+        paths = self._items[items] = [self._paths.take(branch, name, n) for n in range(count)]
+        return paths
 
     def add(self, *steps: Step) -> None:
         self._steps.update((step.path, step) for step in steps)
@@ -106,9 +114,9 @@ class Facts:
         self._changed()
         return step
 
-    def remove(self, paths: Iterable[str]) -> None:
-        """Steps that will not be asked for after all."""
-        for path in paths:
+    def call_off(self, items: object) -> None:
+        """Those that have not been asked for will not."""
+        for path in self._items[items]:
             if self._steps[path].status is Status.PENDING:
                 del self._steps[path]
         self._changed()

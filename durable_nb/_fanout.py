@@ -14,7 +14,7 @@ from contextvars import copy_context
 from typing import Any
 
 from durable_nb._clock import Clock, parse_rate
-from durable_nb._current import Run, run_for
+from durable_nb._current import CalledOff, Items, Run, StandsFor, run_for
 from durable_nb._misuse import explained, missing_name
 from durable_nb._retry import asked_delay_s
 from durable_nb._verbs import READ_ONCE, as_step, check_name
@@ -73,7 +73,8 @@ def map(  # noqa: A001  the word users say
             f"{_MOST_THREADS:,}; nothing was run. Make it an async function, or write concurrency={_MOST_THREADS}"
         )
     throttle = Throttle(concurrency, interval_s)
-    paths = run.expect(name, len(rows))
+    many = Items(name, len(rows))
+    run.publish(many)
 
     def ask(place: int) -> Coroutine[Any, Any, Any]:
         given = (*before, rows[place])
@@ -81,28 +82,28 @@ def map(  # noqa: A001  the word users say
             "limit": throttle,
             "threads": concurrency,
             "item": place,
-            "path": paths[place],
+            "items": many,
             "awaited_at_once": not run.is_replayed,
         }
         return step.ask("map", name, given, options, **more)
 
     if run.is_replayed:
         asked = [ask(place) for place in range(len(rows))]
-        return _results(run, asked.__getitem__, paths, throttle, math.inf, on_error == "collect")
-    return _results(run, ask, paths, throttle, concurrency + _AHEAD, on_error == "collect")
+        return _results(run, asked.__getitem__, many, throttle, math.inf, on_error == "collect")
+    return _results(run, ask, many, throttle, concurrency + _AHEAD, on_error == "collect")
 
 
 async def _results(
     run: Run,
     ask: Callable[[int], Coroutine[Any, Any, Any]],
-    paths: list[str],
+    many: Items,
     throttle: Throttle,
     room: float,
     collecting: bool,
 ) -> list[Any]:
     """What the items come to. Raises the first failure, or what stops the wait; then no body begins any more."""
     loop = asyncio.get_running_loop()
-    values: list[Any] = [None] * len(paths)
+    values: list[Any] = [None] * many.count
     tasks: set[asyncio.Task[None]] = set()
     failed: list[BaseException] = []
     changed = asyncio.Event()
@@ -113,7 +114,7 @@ async def _results(
         except Exception as error:
             if not collecting or isinstance(error, _NO_ITEMS):
                 raise
-            run.stands_for(error, error)
+            run.publish(StandsFor(error, error))
             values[place] = error
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -131,7 +132,7 @@ async def _results(
             raise failed[0]
 
     try:
-        for place in range(len(paths)):
+        for place in range(many.count):
             await fewer_than(room)
             # With a context of its own, an item belongs to the task that has called `map`, whichever others there are.
             task = loop.create_task(one(place), context=copy_context())
@@ -139,7 +140,7 @@ async def _results(
             task.add_done_callback(ended)
         await fewer_than(1)
     except BaseException:
-        run.call_off(paths)
+        run.publish(CalledOff(many))
         raise
     finally:
         throttle.close()

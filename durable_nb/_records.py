@@ -9,6 +9,7 @@
 | `log/SCOPE/GENERATION/SEQ` | any other row of a run's log: requests made, timers fired, children ended, a cancellation |
 | `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
 | `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
+| `value/RUN/KIND/N` | a time, a UUID or a random number that a cell has got |
 | `inbox/RUN/SEQ` | what somebody wants of the run: its cancellation. It goes when it has been delivered |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `arguments/RUN` | what a workflow's run was started with |
@@ -210,6 +211,8 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     """Of a sleep: when it is over."""
     item: int = -1
     """Of a fan-out: which of its items it is given."""
+    value: float | str | bool | None = None
+    """Of what is recorded in passing (`now`, `uuid4`, `random`, `patched`): what the code got."""
 
     @property
     def what(self) -> tuple[str, str, str]:
@@ -325,6 +328,17 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
+class Passing:
+    """What a cell's code got, and gets again while its attempt is open."""
+
+    kind: str
+    """`now`, `uuid4` or `random`."""
+    value: float | str | bool
+    branch: str = ""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """What restoring steps of a run has saved, as one process has counted it."""
 
@@ -333,7 +347,20 @@ class Saved:
 
 
 Record = (
-    Again | Arguments | Cancel | Event | Excluded | Outcome | Attempts | Result | Saved | Timer | RunRecord | Lease | Generation
+    Again
+    | Arguments
+    | Attempts
+    | Cancel
+    | Event
+    | Excluded
+    | Generation
+    | Lease
+    | Outcome
+    | Passing
+    | Result
+    | RunRecord
+    | Saved
+    | Timer
 )
 _R = TypeVar("_R", bound=Record)
 
@@ -437,6 +464,16 @@ def run_of_timer(key: str) -> str:
 def timer_key(run_id: str, name: str, n: int) -> str:
     """Key of the Nth sleep of that name in a run."""
     return f"{timer_prefix(run_id)}{quote(name, safe='')}/{n:06}"
+
+
+def value_prefix(run_id: str) -> str:
+    """Keys of what a cell's run has recorded in passing."""
+    return f"value/{quote(run_id, safe='')}/"
+
+
+def value_key(run_id: str, kind: str, n: int) -> str:
+    """Key of the Nth such value of that kind."""
+    return f"{value_prefix(run_id)}{kind}/{n:06}"
 
 
 def run_key(run_id: str) -> str:

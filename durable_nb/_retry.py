@@ -10,7 +10,7 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from durable_nb._clock import parse_duration
+from durable_nb._clock import parse_duration, say_duration
 from durable_nb.errors import DurableError, NonRetryableError, RetryAfter, StepTimeout
 
 BASE_S, FACTOR, CAP_S = 1.0, 2.0, 60.0
@@ -121,6 +121,20 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = http_status(error)
     return status is None or status in (408, 429) or not 400 <= status <= 499
+
+
+def note_failure(error: BaseException, step: str, of: str, attempts: int, resume_hint: str) -> str:
+    """Say in a note of the error, which the user gets, which step has failed for good; "3 attempts"."""
+    tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+    error.add_note(
+        f"durable_nb: step {step!r} of {of} failed after {tried}. Completed steps are kept: {resume_hint} to go on from here"
+    )
+    return tried
+
+
+def timed_out(step: str, of: str, timeout_s: float, more: str = "") -> StepTimeout:
+    """An attempt took longer than it may."""
+    return StepTimeout(f"step {step!r} of {of} took longer than its timeout of {say_duration(timeout_s)}{more}")
 
 
 def retry_delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float, spent_s: float = 0.0) -> float | None:

@@ -1,4 +1,5 @@
-"""The verbs of a run: `run` and `sleep`, and `step`, which says how a function is to be run."""
+"""The verbs of a run, `run` and `sleep`; what it records in passing, `now`, `uuid4`, `random`, `patched`; and `step`, which
+says how a function is to be run."""  # fmt: skip
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ import inspect
 import types
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from datetime import UTC, datetime, timedelta
+from random import SystemRandom
+from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
+from uuid import UUID
+from uuid import uuid4 as new_uuid4
 
-from durable_nb._clock import parse_duration, parse_when
-from durable_nb._current import SleepRequest, StepRequest, current_body, current_run, run_for
+from durable_nb._clock import Instant, parse_duration, parse_when
+from durable_nb._current import RecordRequest, StepRequest, WaitRequest, current_body, current_run, run_for
 from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
 from durable_nb._retry import USUAL, Backoff, RetryOn, RetryPolicy
@@ -70,7 +74,58 @@ def sleep_until(name: str, when: datetime | str | float) -> Coroutine[Any, Any, 
 
 def _sleep(verb: str, name: str, wake: timedelta | datetime) -> Coroutine[Any, Any, None]:
     __tracebackhide__ = True
-    return run_for(verb).sleep(SleepRequest(name, wake))
+    return run_for(verb).wait(WaitRequest(name, wake))
+
+
+def now() -> datetime:
+    """The time, in UTC. Executed again, the code gets what it got the first time.
+
+    Like `uuid4` and `random`: in a workflow as long as the run lives; in a cell until it completes, through restarts and edits,
+    where several are told apart by their order. What is got is on disk before a step, sleep or child that may depend on it
+    begins.
+    """
+    __tracebackhide__ = True
+    return datetime.fromtimestamp(cast("float", run_for("now").record(RecordRequest("now", _wall_s))), UTC)
+
+
+def uuid4() -> UUID:
+    """A random UUID, the same when the code is executed again; see `now`."""
+    __tracebackhide__ = True
+    return UUID(cast("str", run_for("uuid4").record(RecordRequest("uuid4", _new_uuid))))
+
+
+def random() -> float:
+    """A random number from 0 to below 1, the same when the code is executed again; see `now`. `random.seed` has nothing to do
+    with it."""  # fmt: skip
+    __tracebackhide__ = True
+    return cast("float", run_for("random").record(RecordRequest("random", _new_random)))
+
+
+def patched(change_id: str) -> bool:
+    """Does the run take the new way? False only in a workflow's run that had passed this point before the change was made.
+
+    Write `if durable.patched("mail twice"):` around what was added, and what it replaces under `else`. The first answer stands
+    for the whole run. When no run is left that began before the change, the call and the `else` can go. In a cell, True.
+    """
+    __tracebackhide__ = True
+    name = check_name("patched", change_id)
+    return cast("bool", run_for("patched").record(RecordRequest("patched", _yes, name)))
+
+
+def _wall_s(at: Instant) -> float:
+    return at.wall_s
+
+
+def _new_uuid(_: Instant) -> str:
+    return str(new_uuid4())
+
+
+def _new_random(_: Instant) -> float:
+    return SystemRandom().random()
+
+
+def _yes(_: Instant) -> bool:
+    return True
 
 
 def idempotency_key() -> str:

@@ -227,9 +227,8 @@ def runs(status: str | None = None, workflow: str | None = None, label: str | No
     if status is not None and status not in list(Status):
         raise ValueError(f"no status {status!r}; there are {', '.join(Status)}")
     refuse_in_workflow("durable.runs()")
-    found = engine().snapshots()
-    kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
-    return [Run(run.id) for run in kept if label is None or label in run.labels][:limit]
+    found = engine().snapshots(status=status, workflow=workflow, label=label, limit=limit)
+    return [Run(run.id) for run in found]
 
 
 def resume() -> list[Run]:

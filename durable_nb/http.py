@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb import _exchange, _secrets
 from durable_nb._clock import parse_duration
-from durable_nb._current import Run, StepRequest, run_for
+from durable_nb._current import Run, StandsFor, StepRequest, run_for
 from durable_nb._exchange import Credentials, Line, StatusError
 from durable_nb._misuse import explained
 from durable_nb._redaction import redact_log_of, said
@@ -144,7 +144,7 @@ async def _answer(
         return _restored(await step, name, request, credentials)
     except StatusError as refused:
         response = _restored(refused.recorded, name, request, credentials)
-        run.stands_for(refused, response)
+        run.publish(StandsFor(refused, response))
         return response
 
 

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from contextvars import Context, ContextVar
 from typing import Any
 
-from durable_nb._current import StepRequest
+from durable_nb._current import Recorded, StepRequest
 from durable_nb._engine.by_history import Request
 from durable_nb._records import Timer
 
@@ -46,6 +46,7 @@ class Ask:
         "request",
         "task",
         "timer",
+        "value",
         "what",
     )
 
@@ -54,6 +55,8 @@ class Ask:
         self.handle: events.TimerHandle | None = None
         self.coro: Coroutine[Any, Any, Any] | None = None
         self.timer: Timer | None = None
+        self.value: Recorded | None = None
+        """Of what the code gets in passing: it has it already."""
         self.path = ""
         """Of the step that views show; '' of what they don't."""
         self.task: asyncio.Task[Any] | None = None

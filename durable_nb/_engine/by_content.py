@@ -5,14 +5,16 @@ Without a loop: it is given what is recorded and what is asked, and says under w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from durable_nb import _fingerprint
 from durable_nb import _records as rec
+from durable_nb._arguments import fingerprint_of
 from durable_nb._codec import digest_of
 from durable_nb._current import StepRequest
-from durable_nb._engine.in_place import Changed, Inputs, changed, changed_by_itself, fingerprint_of, fixed
+from durable_nb._engine.in_place import Changed, Inputs, changed, changed_by_itself, fixed
 from durable_nb._engine.run_log import CellRecords
 from durable_nb._fingerprint import Fingerprint
 from durable_nb._records import Excluded, Outcome, StepKey
@@ -58,12 +60,8 @@ class ByContent:
             identity, number = key.rsplit("/", 2)[1:]
             recorded.setdefault(identity, set()).add(int(number))
         self._occurrences = Occurrences(recorded)
-        sleeps: dict[str, set[int]] = {}
-        for key in records.timers:
-            timer = records.timer(key)
-            if timer is not None:
-                sleeps.setdefault(timer.name, set()).add(int(key.rpartition("/")[2]))
-        self._sleeps = Occurrences(sleeps)
+        self._sleeps = _OfTasks((key, timer.name, timer.branch) for key in records.timers if (timer := records.timer(key)))
+        self._values = _OfTasks((key, got.kind, got.branch) for key in records.values if (got := records.value(key)))
 
     def step(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint]:
         """The record of a step that is asked for now."""
@@ -85,17 +83,12 @@ class ByContent:
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
 
     def sleep(self, name: str, branch: str, has_made: Callable[[str], bool]) -> str:
-        """The record of a sleep: that of this task, else one of a task that there is no more (a helper was renamed), else a new
-        one. Of two tasks that sleep under one name, neither takes the other's beginning."""  # fmt: skip
-        recorded = {n: self._sleeper(name, n) for n in self._sleeps.candidates(name)}
-        own = [n for n, sleeper in recorded.items() if sleeper == branch]
-        left = [n for n, sleeper in recorded.items() if not has_made(sleeper)]
-        n = next(iter((*own, *left)), None)
-        if n is None:
-            n = self._sleeps.new(name)
-        else:
-            self._sleeps.leave_out(name, n)
-        return rec.timer_key(self._run_id, name, n)
+        """The record of a sleep."""
+        return rec.timer_key(self._run_id, name, self._sleeps.take(name, branch, has_made))
+
+    def value(self, kind: str, branch: str, has_made: Callable[[str], bool]) -> str:
+        """The record of a value that the code gets in passing."""
+        return rec.value_key(self._run_id, kind, self._values.take(kind, branch, has_made))
 
     def child(self, workflow: str, arguments: str) -> str:
         """Which of the runs started in this one it is that is started now."""
@@ -181,9 +174,29 @@ class ByContent:
         outcome = self._records.outcome(key.outcome)
         return outcome.branch if outcome is not None else ""
 
-    def _sleeper(self, name: str, n: int) -> str:
-        timer = self._records.timer(rec.timer_key(self._run_id, name, n))
-        return timer.branch if timer is not None else ""
-
     def _key(self, identity: str, n: int) -> StepKey:
         return StepKey(self._scope, self._generation, identity, n)
+
+
+class _OfTasks:
+    """Records of the open attempt that have no content to be known by: told apart by name, task and order."""
+
+    def __init__(self, recorded: Iterable[tuple[str, str, str]]) -> None:
+        """(key, name, branch) of each."""
+        self._free: defaultdict[str, dict[int, str]] = defaultdict(dict)
+        for key, name, branch in sorted(recorded):
+            self._free[name][int(key.rpartition("/")[2])] = branch
+        self._next = {name: max(free) + 1 for name, free in self._free.items()}
+
+    def take(self, name: str, branch: str, has_made: Callable[[str], bool]) -> int:
+        """That of this task, else one of a task that there is no more (a helper was renamed), else a new one. Of two tasks that
+        ask under one name, neither takes the other's."""  # fmt: skip
+        free = self._free[name]
+        n = next((n for n, of in free.items() if of == branch), None)
+        if n is None:
+            n = next((n for n, of in free.items() if not has_made(of)), None)
+        if n is None:
+            n = self._next.get(name, 0)
+            self._next[name] = n + 1
+        free.pop(n, None)
+        return n

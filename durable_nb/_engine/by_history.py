@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -22,10 +22,13 @@ from durable_nb._records import Asked, Event, Outcome
 from durable_nb.errors import StepInterrupted
 
 Row = Outcome | Event
+Value = float | str | bool
 _NONE: list[Asked] = []
 
 TIMER = "timer"
 """The kind of `asyncio.sleep` and time-outs in a workflow's code: no step, shown nowhere."""
+PATCHED = "patched"
+"""The kind of a question whether the run takes the new way. It can go from the code, together with the old way."""
 
 
 class Request:
@@ -51,7 +54,7 @@ class Request:
 
     @property
     def described(self) -> str:
-        return f"{self.kind} {self.name!r}"
+        return f"{self.kind} {self.name!r}" if self.name else f"{self.kind}()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class _Course:
     """Outcomes that stand, though the requests that earned them are set aside: whoever asks for the same gets them."""
     taken: tuple[Asked, ...] = ()
     """Requests set aside whose place among their equals isn't given away again."""
+    values: tuple[Asked, ...] = ()
+    """Of these, what the code got in passing: it gets that again, so that what it asks for then is the same."""
 
 
 @contextlib.contextmanager
@@ -120,6 +125,11 @@ class History:
         self._next_id = last + 1
         self._edited: set[tuple[str, str, str]] = set()
         """What is recorded, and was taken by a request with other arguments."""
+        self._values: defaultdict[tuple[str, str, tuple[int, ...]], deque[Asked]] = defaultdict(deque)
+        for asked in course.values:
+            self._values[asked.kind, asked.name, asked.lane].append(asked)
+        self._drawing, self._drawn = -1, defaultdict[tuple[str, str], deque[Asked]](deque)
+        """Of that activation, what is recorded in passing and was not asked for yet."""
         self._asked_for: list[str] = []
         self._bound: set[int] = set()
         """Requests of this activation that were matched before it closed."""
@@ -159,20 +169,22 @@ class History:
         of the same kind and name, in order, where there are as many of these as of the records left.
         """
         recorded = self._by_activation.get(self.activation, _NONE)
+        free = requests
         if self._bound:
             recorded = [asked for asked in recorded if asked.id not in self._bound]
+            free = [request for request in requests if request.id < 0]
             for request in requests:
                 if request.id >= 0:
                     self._check_edited(request)
             self._bound.clear()
         self._asked_for += [request.described for request in requests if request.kind != TIMER]
         if not recorded:
-            new = [request for request in requests if request.id < 0]
-        elif len(recorded) == len(requests) == 1 and self._is_plainly(requests[0], recorded[0]):
-            self._take(requests[0], recorded[0])
+            new = list(free)
+        elif len(recorded) == len(free) == 1 and self._is_plainly(free[0], recorded[0]):
+            self._take(free[0], recorded[0])
             new = []
         else:
-            new = self._matched([request for request in requests if request.id < 0], recorded)
+            new = self._matched(free, recorded)
         if self._edited and self.activation <= len(self._deliveries):  # nothing has begun
             for request in new:
                 if (request.kind, request.name, request.digest) in self._edited:
@@ -200,6 +212,32 @@ class History:
             unbound = sum(other.id < 0 and (other.kind, other.name, other.digest) == what for other in before)
             request.n = self._equals.get(what, 0) + unbound
 
+    def draw(self, request: Request, lane: tuple[int, ...]) -> Value | None:
+        """What is recorded of a value that the code gets in passing, matched at its call; None: nothing. In an activation they
+        are told apart by their order, which a replay repeats."""  # fmt: skip
+        if self._drawing != self.activation:
+            self._drawing = self.activation
+            self._drawn.clear()
+            for asked in self._by_activation.get(self.activation, _NONE):
+                if asked.value is not None:
+                    self._drawn[asked.kind, asked.name].append(asked)
+        if free := self._drawn.get((request.kind, request.name)):
+            asked = free.popleft()
+            self._bound.add(asked.id)
+            self._take(request, asked)
+            return asked.value
+        aside = self._values.get((request.kind, request.name, lane))
+        return aside.popleft().value if aside else None
+
+    def has_passed(self, made: Iterable[Request]) -> bool:
+        """Has the code been here before, and gone on? `made`: what this activation has asked for up to here."""
+        if self.is_repeating():
+            return True
+        # The last activation on record: it went on from here where it has asked for more.
+        left = Counter(asked.kind == TIMER for asked in self._by_activation.get(self.activation, _NONE))
+        left.subtract(Counter(request.kind == TIMER for request in made))
+        return any(count > 0 for count in left.values())
+
     def kept(self, request: Request) -> Row | None:
         """An outcome that an equal request earned before the run was resumed; it is given away once."""
         found = self._kept.get((request.kind, request.name, request.digest))
@@ -216,7 +254,7 @@ class History:
 
     def check_returned(self) -> None:
         """The code is done: whatever was asked for in later activations is missing."""
-        later = [asked for asked in self._asked.values() if asked.activation > self.activation and asked.kind != TIMER]
+        later = [one for one in self._asked.values() if one.activation > self.activation and one.kind not in (TIMER, PATCHED)]
         if later:
             raise self._missing(later[0])
 
@@ -249,6 +287,8 @@ class History:
             if asked in free[asked.what]:
                 left[asked.kind, asked.name].append(asked)
         for place, rows in left.items():
+            if place[0] == PATCHED:
+                continue
             edited = others.pop(place, [])
             if len(edited) != len(rows):
                 raise self._missing(rows[0], next((rest[0] for rest in others.values() if rest), None))
@@ -317,6 +357,9 @@ def _course_of(rows: Iterable[Row]) -> _Course:
     for row in rows:
         for one in row.asked:
             asked[one.id] = one
+            if one.value is not None and course.values:
+                drawn = next((was for was in course.values if _is_drawn(was, one)), None)
+                course = replace(course, values=tuple(was for was in course.values if was is not drawn))
         if row.what == "resumed" and isinstance(row, Event):
             course = _resumed(replace(course, deliveries=tuple(deliveries)), row.cut, row.ended_by)
             asked, deliveries = course.asked, list(course.deliveries)
@@ -356,7 +399,12 @@ def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
         elif delivery.id not in caused:
             kept.append((course.asked[delivery.id], delivery.row))
     others = [asked for n, asked in course.asked.items() if n not in before]
-    return _Course(before, tuple(deliveries), tuple(kept), (*course.taken, *others))
+    values = [asked for asked in others if asked.value is not None and asked.id not in caused]
+    return _Course(before, tuple(deliveries), tuple(kept), (*course.taken, *others), (*course.values, *values))
+
+
+def _is_drawn(aside: Asked, asked: Asked) -> bool:
+    return (aside.kind, aside.name, aside.lane, aside.value) == (asked.kind, asked.name, asked.lane, asked.value)
 
 
 def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
@@ -378,4 +426,4 @@ def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
 
 
 def _described(asked: Asked) -> str:
-    return f"{asked.kind} {asked.name!r}"
+    return f"{asked.kind} {asked.name!r}" if asked.name else f"{asked.kind}()"

@@ -72,10 +72,22 @@ class Catalog:
                     lease if owners[owner] else replace(lease, owner="") if lease else None,
                 )
 
-    def snapshots(self) -> list[Snapshot]:
-        """All runs, the newest first, without their steps."""
-        found = [self.summary(record, lease) for record, lease in self.all()]
-        return sorted(found, key=lambda run: run.started_at, reverse=True)
+    def snapshots(
+        self, status: str | None, workflow: str | None, label: str | None, limit: int | None, *, steps: bool
+    ) -> list[Snapshot]:
+        """As `_current.Engine.snapshots` has it. How a run stands is looked up only where the rest fits."""
+        asked = [
+            (record, lease)
+            for record, lease in self.all()
+            if workflow in (None, record.name) and (label is None or label in record.labels)
+        ]
+        found: list[Snapshot] = []
+        for record, lease in sorted(asked, key=lambda pair: pair[0].started_at, reverse=True):
+            if limit is not None and len(found) >= limit:
+                break
+            if status is None or self.status(record, lease) == status:
+                found.append(self.snapshot(record.id) if steps else self.summary(record, lease))
+        return found
 
     def used(self) -> list[Used]:
         """What models' answers have cost, by run, the newest first. Records that can't be read are left out."""
@@ -98,7 +110,9 @@ class Catalog:
 
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
         status = self.status(record, lease)
-        return Snapshot(record.id, record.name, status, record.started_at, record.ended_at, steps, record.labels)
+        return Snapshot(
+            record.id, record.name, status, record.started_at, record.ended_at, steps, record.labels, record.error or None
+        )
 
     def status(self, record: RunRecord, lease: Lease | None) -> Status:
         """How a run stands, given its record and its lease."""
@@ -142,7 +156,7 @@ class Catalog:
         waits = {number[1]: step for number, _, step in self._waits(record)}
         ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
         steps = []
-        for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result")):
+        for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result") and one.value is None):
             end = ends.get(asked.id)
             of = asked.name, "", asked.kind
             if isinstance(end, Outcome):

@@ -14,14 +14,15 @@ from typing import Any
 
 from durable_nb import _codec, _patches, _usage
 from durable_nb import _records as rec
+from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import say_duration
 from durable_nb._codec import digest_of
-from durable_nb._current import SleepRequest, StartRequest, StepRequest
+from durable_nb._current import CalledOff, Items, Observation, Recorded, RecordRequest, StartRequest, StepRequest, WaitRequest
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.branches import branch_name
 from durable_nb._engine.by_content import ByContent
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
-from durable_nb._engine.in_place import Changed, Inputs, arguments_of, described, fingerprint_of
+from durable_nb._engine.in_place import Changed, Inputs, arguments_of, described
 from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Host, Observers, Returned
 from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, ended_step
@@ -31,7 +32,7 @@ from durable_nb._engine.task_scope import TaskScope, enters_engine_code, in_user
 from durable_nb._facts import Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
 from durable_nb._journal import Verdict
-from durable_nb._records import Again, Attempts, Outcome, RunRecord, StepKey
+from durable_nb._records import Again, Attempts, Outcome, Passing, RunRecord, StepKey
 from durable_nb._usage import Usage
 from durable_nb.errors import (
     CorruptStoreError,
@@ -51,7 +52,7 @@ class CellRun:
     is_replayed = False
 
     def __init__(self, shared: Shared, record: RunRecord, held: Held, *, resumed: bool) -> None:
-        self.id, self.name, self.record = record.id, record.name, record
+        self.id, self.name, self._record = record.id, record.name, record
         self.resumed = resumed
         """It goes on with a run that an earlier execution left unfinished."""
         label = f"cell {record.name!r}"
@@ -74,6 +75,8 @@ class CellRun:
         """Steps that are performed, until what they come to is on disk."""
         self._earlier = {key: body for key, body in shared.bodies.items() if body.run_id == record.id}
         """Bodies that an execution began which was interrupted."""
+        self._unrecorded: list[tuple[str, bytes]] = []
+        """Rows of what the code got in passing, which ride with the next commit."""
         self._origins = {record.id}
         """Runs whose steps were met, and whose notebook is known therefore."""
 
@@ -92,6 +95,11 @@ class CellRun:
     @host.setter
     def host(self, host: Host) -> None:
         self._performer.host = host
+
+    @property
+    def started_at(self) -> float:
+        """When its first execution began."""
+        return self._record.started_at
 
     @property
     def set_variables(self) -> list[tuple[ContextVar[Any], Any]]:
@@ -136,12 +144,12 @@ class CellRun:
         await self._records.load()
         self._identity = ByContent(
             self._records,
-            self.record.scope,
-            self.record.generation,
+            self._record.scope,
+            self._record.generation,
             self.id,
             holds=lambda outcome: self.host.holds(outcome.seen),
             now_s=self._execution.now_s,
-            changed_before=self._shared.changed[self.record.scope] if self.resumed else (),
+            changed_before=self._shared.changed[self._record.scope] if self.resumed else (),
         )
 
     async def forget_step(self, name: str) -> None:
@@ -152,13 +160,13 @@ class CellRun:
             known = f"; it has {', '.join(map(repr, sorted(names)))}" if names else ""
             raise LookupError(f"{self._label} has recorded no step {name!r}{known}")
         number = self._records.again[name] = self._records.again.get(name, 0) + 1
-        key = rec.again_prefix(self.record.scope, self.record.generation) + digest_of(name)
-        marked = self._log.pack(rec.run_key(self.id), replace(self.record, rerun_step=name))
+        key = rec.again_prefix(self._record.scope, self._record.generation) + digest_of(name)
+        marked = self._log.pack(rec.run_key(self.id), replace(self._record, rerun_step=name))
         await self._commit(puts=(self._log.pack(key, Again(name, number)), marked))
 
     async def _discard(self) -> None:
         """Leave no trace of a run that was begun and has executed nothing."""
-        own = (rec.run_key(self.id), rec.open_prefix(self.record.scope) + self.id, rec.lease_key(self.id))
+        own = (rec.run_key(self.id), rec.open_prefix(self._record.scope) + self.id, rec.lease_key(self.id))
         self._shared.ownership.lose(self._held)
         await self._commit(deletes=own)
 
@@ -224,7 +232,9 @@ class CellRun:
             self._execution.leave(status)
             return
         if status is Status.COMPLETED:
-            self._shared.changed.pop(self.record.scope, None)
+            self._shared.changed.pop(self._record.scope, None)
+        elif self._unrecorded:
+            self._log.commit(puts=self._riding())  # just before the end is written: it goes with that
         await self._execution.finish(status, error=error)
 
     def ends_as(self, error: BaseException) -> Status:
@@ -252,7 +262,7 @@ class CellRun:
         return asyncio.CancelledError()
 
     async def _commit(self, *, puts: tuple[tuple[str, bytes], ...] = (), deletes: tuple[str, ...] = ()) -> None:
-        if await self._log.commit(puts=puts, deletes=deletes) is not Verdict.APPLIED:
+        if await self._log.commit(puts=(*self._riding(), *puts), deletes=deletes) is not Verdict.APPLIED:
             raise self._give_way()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -262,7 +272,7 @@ class CellRun:
         self._scope.check_open(request.name)
         branch = branch_name()
         key, found = self._identity.step(request, branch)
-        path = request.path or self._facts.take(branch, request.name)
+        path = self._facts.take(branch, request.name, request.items, request.item)
         self._facts.add(Step(request.name, path, request.kind, Status.PENDING))
         self._advise_of_origin(key)
         return self._step(key, self._call(key, Inputs(request, found), path, branch))
@@ -270,14 +280,13 @@ class CellRun:
     def _call(self, key: StepKey, inputs: Inputs, path: str, branch: str) -> StepCall:
         return StepCall(inputs.request, digest_of(self._shared.store.id, key.outcome), path, branch, inputs)
 
-    def expect(self, name: str, count: int) -> list[str]:
-        branch = branch_name()
-        paths = [self._facts.take(branch, name, item) for item in range(count)]
-        self._facts.add(*(Step(name, path, "run", Status.PENDING) for path in paths))
-        return paths
-
-    def call_off(self, paths: list[str]) -> None:
-        self._facts.remove(paths)
+    def publish(self, observation: Observation) -> None:
+        match observation:  # what stands for a failure is of no matter here: a step that failed is not kept
+            case Items(name, count):
+                paths = self._facts.expect(observation, branch_name(), name, count)
+                self._facts.add(*(Step(name, path, "run", Status.PENDING) for path in paths))
+            case CalledOff(items):
+                self._facts.call_off(items)
 
     @enters_engine_code
     async def _step(self, key: StepKey, call: StepCall) -> Any:
@@ -336,6 +345,8 @@ class CellRun:
         """Execute the step; its outcome on disk and its value, or None where another execution has recorded it meanwhile."""
         self._scope.check_open(call.request.name)
         call.failures = self._records.failures(key.attempts)
+        if self._unrecorded:  # on disk first: killed in the body and executed again, the code gives it the same
+            await self._commit()
 
         async def note(failures: Attempts) -> None:
             self._scope.check_open(call.request.name)
@@ -397,11 +408,11 @@ class CellRun:
             self.observers.advise(f"step {call.request.name!r} changes {names}: restoring the step won't, and {names} is not "
                                   "compared")  # fmt: skip
             of = settled.excluded.kind, settled.excluded.name
-            excluded_key = rec.excluded_prefix(self.record.scope, self.record.generation) + digest_of(*of)
+            excluded_key = rec.excluded_prefix(self._record.scope, self._record.generation) + digest_of(*of)
             more = (self._log.pack(excluded_key, settled.excluded),)
         row = self._log.pack(settled.key.outcome, outcome)
         stale = (key.attempts,) if key.attempts in self._records.attempts else ()
-        verdict = await self._log.commit(inserts=(row,), puts=more, deletes=stale)
+        verdict = await self._log.commit(inserts=(row,), puts=(*self._riding(), *more), deletes=stale)
         call.leave()
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
@@ -416,7 +427,7 @@ class CellRun:
             records.outcomes[settled.key.outcome] = row[1]
         given = ended.inputs.given(after)
         if given:
-            self._shared.changed[self.record.scope].append(Changed(ended.inputs, settled.key, given, after))
+            self._shared.changed[self._record.scope].append(Changed(ended.inputs, settled.key, given, after))
         return outcome, ended.value
 
     def _listening(self) -> set[CellRecords]:
@@ -438,7 +449,7 @@ class CellRun:
             if outcome is None or outcome.run_id in self._origins:
                 return
             self._origins.add(outcome.run_id)
-            found, mine = self._shared.ownership.read_run(outcome.run_id), self.record.origin.notebook
+            found, mine = self._shared.ownership.read_run(outcome.run_id), self._record.origin.notebook
             theirs = found[0].origin.notebook if found else ""
             if mine and theirs and mine != theirs:
                 self.observers.advise(f"steps come from {PurePath(theirs).name}, which has them in common")
@@ -486,7 +497,7 @@ class CellRun:
             return value
         after = call.inputs.after()
         if given := call.inputs.given(after):
-            self._shared.changed[self.record.scope].append(Changed(call.inputs, key, given, after))
+            self._shared.changed[self._record.scope].append(Changed(call.inputs, key, given, after))
         return result
 
     def _unreadable(self, call: StepCall, error: StoreError) -> StoreError:
@@ -498,7 +509,7 @@ class CellRun:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
-    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+    def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
         self._scope.check_open(request.name)
         branch = branch_name()
@@ -508,7 +519,7 @@ class CellRun:
         return self._sleep(request, key, path, branch)
 
     @enters_engine_code
-    async def _sleep(self, request: SleepRequest, key: str, path: str, branch: str) -> None:
+    async def _sleep(self, request: WaitRequest, key: str, path: str, branch: str) -> None:
         recorded, began = self._records.timer(key), self._shared.clock.now()
         since = recorded.since if recorded else began
         sequence = recorded.sequence if recorded else self._held.next_sequence()
@@ -539,6 +550,24 @@ class CellRun:
         )
         raise asyncio.CancelledError
 
+    # -- recorded in passing -------------------------------------------------------------------------------------------
+
+    def record(self, request: RecordRequest) -> Recorded:
+        self._scope.check_open(request.kind)
+        if request.kind == "patched":
+            return True  # the code of a cell may change: its steps are known by what they are
+        branch = branch_name()
+        key = self._identity.value(request.kind, branch, self._scope.branch.has_made)
+        recorded = self._records.value(key)
+        if recorded is None:
+            recorded = Passing(request.kind, request.make(self._shared.clock.now()), branch)
+            self._unrecorded.append(self._log.pack(key, recorded))
+        return recorded.value
+
+    def _riding(self) -> tuple[tuple[str, bytes], ...]:
+        rows, self._unrecorded = tuple(self._unrecorded), []
+        return rows
+
     # -- other runs ----------------------------------------------------------------------------------------------------
 
     def start(self, request: StartRequest) -> str:
@@ -547,18 +576,17 @@ class CellRun:
         branch, now = branch_name(), self._execution.now_s()
         if request.run_id is None:
             key = self._identity.child(request.workflow, arguments_of(request))
-            parts = self._shared.store.id, self.record.scope, str(self.record.generation), key
+            parts = self._shared.store.id, self._record.scope, str(self._record.generation), key
             request.run_id, request.on_conflict = digest_of("start", *parts), "keep"
         path = self._facts.take(branch, request.workflow)
         self._facts.add(Step(request.workflow, path, "start", Status.COMPLETED, 1, now, now))
+        if self._unrecorded:  # handed over before the child's: of both, none is there without it
+            self._log.commit(puts=self._riding())
         self._shared.workflows.start(request, self.id)
         return request.run_id
 
     def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
         return self._shared.workflows.outcome(run_id)
-
-    def stands_for(self, error: BaseException, value: Any) -> None:
-        """Of no matter here: a step that failed is not kept."""
 
 
 def _has_patches(outcome: Outcome) -> bool:

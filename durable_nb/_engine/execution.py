@@ -10,7 +10,7 @@ from typing import Any
 
 from durable_nb import _records as rec
 from durable_nb._clock import RECHECK_S, Instant, remaining_s
-from durable_nb._current import SleepRequest
+from durable_nb._current import WaitRequest
 from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.performer import Performer, RunPolicy, Wording
@@ -42,6 +42,7 @@ class Execution:
         self.status = Status.RUNNING
         self.began_at = self.now_s()
         self.ended_at: float | None = None
+        self.error: str | None = None
         self._heard: dict[str, bytes] = {}
         """Messages that are on disk and that this execution has heard of."""
 
@@ -51,7 +52,7 @@ class Execution:
     def snapshot(self, status: Status) -> Snapshot:
         """The run and its steps, as they stand now."""
         of = self.record.id, self.record.name, status, self.began_at, self.ended_at
-        return Snapshot(*of, self.facts.steps(), self.record.labels)
+        return Snapshot(*of, self.facts.steps(), self.record.labels, self.error)
 
     def begin(self, run: Any) -> None:
         """`run` is what executes it here from now on."""
@@ -103,6 +104,7 @@ class Execution:
         """
         ownership, run_id = self.shared.ownership, self.record.id
         ownership.changing.add(run_id)
+        self.error = rec.plain(error) or None
         self.leave(status)
         try:
             for key in self.shared.left_over(run_id):  # bodies of an earlier execution that this one did not ask for
@@ -130,7 +132,7 @@ class Execution:
             raise self.lost()
 
 
-def timer_of(request: SleepRequest, since: Instant) -> Timer:
+def timer_of(request: WaitRequest, since: Instant) -> Timer:
     """What is recorded of a sleep that was first asked for then."""
     if isinstance(request.wake, datetime):
         return Timer(request.name, since, 0.0, request.wake.timestamp())

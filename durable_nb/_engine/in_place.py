@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from durable_nb import _fingerprint, _patches
+from durable_nb import _arguments, _fingerprint
+from durable_nb._arguments import changeable, difference, fingerprint_of
 from durable_nb._current import StartRequest, StepRequest
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._records import Provenance, StepKey
@@ -31,7 +32,7 @@ class Inputs:
         self.request, self.found = request, found
         """`found`: what its outcome depends on; None where that can't be told, or needn't."""
         self.components = found.components if found is not None else {}
-        self.objects = found.places() if found is not None and not found.lasting else {}
+        self.objects = changeable(found)
         """What its body may change in place."""
         self.shared = False
         """Other bodies that were at work meanwhile may have changed the same objects."""
@@ -41,8 +42,7 @@ class Inputs:
 
     def given(self, after: dict[str, str]) -> set[str]:
         """The arguments, and the object whose method is called, as far as they are something else now."""
-        parts = self.components.items()
-        return {label for label, was in parts if label.startswith(("arg ", "call")) and after.get(label) != was}
+        return _arguments.changed(self.components, after)
 
     def objects_of(self, label: str) -> list[Any]:
         """What may change of that component."""
@@ -112,13 +112,6 @@ class Changed:
         return True
 
 
-def fingerprint_of(request: StepRequest) -> Fingerprint:
-    """What a step's outcome depends on now: its digest identifies the step in a cell."""
-    if request.described is not None:
-        return _fingerprint.of_value(request.described)
-    return _fingerprint.of_call(request.fn, request.args, request.kwargs)
-
-
 def arguments_of(request: StepRequest | StartRequest) -> str:
     """Digest of what a function or workflow is given, of a partial what it holds too: which of a workflow's recorded requests
     of this name it is. '' where something in it can't be read: such requests are told apart by their order."""  # fmt: skip
@@ -162,14 +155,7 @@ def described(label: str) -> str:
 def packed_changes(asked: Inputs, given: set[str], value: Any) -> bytes | None:
     """The arguments that the body has changed, to be changed again when the step is restored, and which of its inputs it
     returned. None where there is nothing of both, or where it can't be done again."""  # fmt: skip
-    if asked.shared:  # whose change is whose can't be told
-        return None
-    try:
-        changed = [(place, obj) for place, obj in asked.objects.items() if place[0] in given]
-        patches = [(place, _patches.content_of(obj)) for place, obj in changed]
-        return _patches.pack(patches, value, asked.objects) if {place[0] for place, _ in changed} == given else None
-    except Exception:  # whatever is odd about an argument, the outcome itself is recorded
-        return None
+    return None if asked.shared else difference(asked.objects, given, value)  # shared: whose change is whose can't be told
 
 
 def fixed(asked: Inputs) -> tuple[str, str, dict[str, str]]:

@@ -39,6 +39,10 @@ class Outbox:
         self._written, self._failed = written, failed
         self.unrecorded: list[Asked] = []
         """Requests that are on no row yet."""
+        self.has_values = False
+        """Among these are values that the code has got in passing."""
+        self._values: asyncio.Future[Verdict] | None = None
+        """Of the last row that has such values."""
         self.count = 0
         """Rows handed over that are not on disk yet."""
         self.last: asyncio.Future[Verdict] | None = None
@@ -63,9 +67,12 @@ class Outbox:
             row = replace(row, wall_s=self._wall_s())
         self._last_commit_s = time.monotonic()
         at_s = max(self._run_s(), at_s)
+        has_values, self.has_values = self.has_values, False
         row, done = self._log.append(row, self.unrecorded, self._closed(), at_s, puts=puts, deletes=deletes)
         self.count += 1
         self.last = done
+        if has_values:
+            self._values = done
         done.add_done_callback(lambda commit: self._applied(commit, row, value, error))
         return done
 
@@ -84,6 +91,13 @@ class Outbox:
     async def written(self, row: Row, *, puts: tuple[tuple[str, bytes], ...] = ()) -> None:
         """Commit a row that is delivered to nobody, and return when it is on disk."""
         if await self.append(row, puts=puts) is not Verdict.APPLIED:
+            raise asyncio.CancelledError
+
+    async def remembered(self) -> None:
+        """Return when what the code has got in passing is on disk: killed in a body and repeated, it gives that the same."""
+        if self.has_values:
+            self.append(Event("asked"))
+        if self._values is not None and await asyncio.shield(self._values) is not Verdict.APPLIED:
             raise asyncio.CancelledError
 
     def record_soon(self) -> None:

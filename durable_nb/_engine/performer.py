@@ -13,10 +13,11 @@ from typing import Any
 
 from durable_nb import _codec, _usage
 from durable_nb import _records as rec
+from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
-from durable_nb._engine.in_place import Inputs, Sharing, described, fingerprint_of, packed_changes, provenance_of
+from durable_nb._engine.in_place import Inputs, Sharing, described, packed_changes, provenance_of
 from durable_nb._engine.observing import Host, NoHost, Observers, Raised
 from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
@@ -24,7 +25,7 @@ from durable_nb._facts import Facts, Status, Step
 from durable_nb._fingerprint import Unhashable
 from durable_nb._records import Attempts, Outcome
 from durable_nb._replay import CutOff, Perform, Retry, decide
-from durable_nb._retry import retry_delay_s
+from durable_nb._retry import note_failure, retry_delay_s, timed_out
 from durable_nb._usage import Usage
 from durable_nb.errors import LeaseLost, StepInterrupted, StepTimeout, UnserializableError
 
@@ -333,11 +334,7 @@ class Performer:
             error.add_note(f"durable_nb: its retry policy failed as well ({say(policy_error)}), so it was not tried again")
             delay = None
         if delay is None:
-            attempts = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-            error.add_note(
-                f"durable_nb: step {request.name!r} of {self._wording.label} failed after {attempts}. Completed steps are "
-                f"kept: {self._wording.resume_hint} to go on from here"
-            )
+            attempts = note_failure(error, request.name, self._wording.label, attempt, self._wording.resume_hint)
             self._observers.notice(f"step {request.name!r} failed after {attempts}: {say(error)}")
         return delay
 
@@ -365,10 +362,9 @@ class Performer:
         return call.failures
 
     def _timed_out(self, request: StepRequest) -> StepTimeout:
-        limit = say_duration(request.timeout_s or 0.0)
-        took = f"step {request.name!r} of {self._wording.label} took longer than its timeout of {limit}"
         kept = f"; what it returns is recorded, {self._wording.resume_hint} then" if self._policy.keeps_late_results else ""
-        return StepTimeout(took + (f"; its thread can't be stopped and goes on{kept}" if request.thread else ""))
+        goes_on = f"; its thread can't be stopped and goes on{kept}" if request.thread else ""
+        return timed_out(request.name, self._wording.label, request.timeout_s or 0.0, goes_on)
 
     def _cut_off(self, request: StepRequest) -> StepInterrupted:
         return StepInterrupted(

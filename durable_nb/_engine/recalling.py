@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from durable_nb import _codec, _patches
+from durable_nb._arguments import fingerprint_of
 from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import History, Row
 from durable_nb._engine.execution import Execution
-from durable_nb._engine.in_place import PYTHON, code_of, fingerprint_of
+from durable_nb._engine.in_place import PYTHON, code_of
 from durable_nb._engine.run_log import say
 from durable_nb._records import Outcome
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError

@@ -174,6 +174,7 @@ class RequestTasks:
                 await self._record(ask, call, ended)
 
         try:
+            await self._outbox.remembered()
             ended = await self._performer.perform(call, note, keep, earlier=self._shared.bodies.get(key))
         except StepInterrupted as cut_off:
             tried = call.failures.failed + 1 if call.failures else 1
@@ -226,6 +227,7 @@ class RequestTasks:
         if ask.path:
             self._facts.update(ask.path, status=Status.RUNNING, attempts=1, started_at=self._execution.now_s())
         value, error = None, None
+        await self._outbox.remembered()
         try:
             if isinstance(ask.what, StartRequest):
                 workflows.start(ask.what, self._execution.record.id)

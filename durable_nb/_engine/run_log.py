@@ -16,7 +16,20 @@ from durable_nb import _records as rec
 from durable_nb._codec import Signer
 from durable_nb._engine.by_history import History, Row, without_collector
 from durable_nb._journal import Commit, Journal, Verdict
-from durable_nb._records import Again, Asked, Attempts, Event, Excluded, Lease, Outcome, Record, RunRecord, Timer, unpack
+from durable_nb._records import (
+    Again,
+    Asked,
+    Attempts,
+    Event,
+    Excluded,
+    Lease,
+    Outcome,
+    Passing,
+    Record,
+    RunRecord,
+    Timer,
+    unpack,
+)
 from durable_nb._store import Store
 from durable_nb.errors import CorruptStoreError, RunCancelled
 
@@ -132,6 +145,7 @@ class CellRecords:
         self.outcomes: dict[str, bytes] = {}
         self.attempts: dict[str, bytes] = {}
         self.timers: dict[str, bytes] = {}
+        self.values: dict[str, bytes] = {}
         self.excluded: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
         """By kind and name: components that steps change themselves."""
         self.again: dict[str, int] = {}
@@ -145,13 +159,13 @@ class CellRecords:
             rec.step_prefix(*of),
             rec.attempts_prefix(*of),
             rec.timer_prefix(self.log.record.id),
+            rec.value_prefix(self.log.record.id),
             rec.excluded_prefix(*of),
             rec.again_prefix(*of),
         )
         journal = self.log.store.journal
-        outcomes, attempts, self.timers, excluded, again = await self.log.read(
-            lambda: [dict(journal.scan(p)) for p in prefixes]
-        )
+        found = await self.log.read(lambda: [dict(journal.scan(prefix)) for prefix in prefixes])
+        outcomes, attempts, self.timers, self.values, excluded, again = found
         self.outcomes = outcomes | self.outcomes
         self.attempts = attempts | self.attempts
         for key, row in excluded.items():
@@ -179,6 +193,10 @@ class CellRecords:
     def timer(self, key: str) -> Timer | None:
         row = self.timers.get(key)
         return None if row is None else unpack(self._signer, key, row, Timer)
+
+    def value(self, key: str) -> Passing | None:
+        row = self.values.get(key)
+        return None if row is None else unpack(self._signer, key, row, Passing)
 
     def names(self) -> set[str]:
         """Of the steps that are recorded, or have failed and are to be tried again."""

@@ -26,10 +26,21 @@ from typing import Any
 
 from durable_nb import _codec
 from durable_nb import _records as rec
-from durable_nb._current import SleepRequest, StartRequest, StepRequest, current_run
+from durable_nb._current import (
+    CalledOff,
+    Items,
+    Observation,
+    Recorded,
+    RecordRequest,
+    StandsFor,
+    StartRequest,
+    StepRequest,
+    WaitRequest,
+    current_run,
+)
 from durable_nb._engine.asking import Ask, Lane, current_lane
 from durable_nb._engine.blame import Blame
-from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, without_collector
+from durable_nb._engine.by_history import PATCHED, TIMER, History, Mismatch, Request, Row, without_collector
 from durable_nb._engine.execution import Execution, timer_of
 from durable_nb._engine.in_place import arguments_of
 from durable_nb._engine.inbox import Received
@@ -82,7 +93,7 @@ class WorkflowRun:
     is_replayed = True
 
     def __init__(self, shared: Shared, record: RunRecord, held: Held) -> None:
-        self.record, self.id, self.name = record, record.id, record.name
+        self.id, self.name = record.id, record.name
         self._label = f"run {record.id!r} of workflow {record.name!r}"
         rerun = "call the run's resume()"
         wording = Wording(self._label, rerun, rerun, "begin the run anew with its restart()")
@@ -141,6 +152,8 @@ class WorkflowRun:
         self._closed = -1
         """The last activation that is over."""
         self._is_live = self._is_over = self._is_scheduled = False
+        self._ways: dict[str, Recorded] = {}
+        """By change: whether the run takes the new way."""
 
     @property
     def runs(self) -> Any:
@@ -186,13 +199,16 @@ class WorkflowRun:
         __tracebackhide__ = True
         return self._ask(Request(request.kind, request.name, functools.partial(arguments_of, request)), request.kind, request)
 
-    def expect(self, name: str, count: int) -> list[str]:
-        return [self._facts.take("", name, item) for item in range(count)]
+    def publish(self, observation: Observation) -> None:
+        match observation:
+            case Items(name, count):
+                self._facts.expect(observation, "", name, count)
+            case CalledOff():
+                pass  # they were asked for, as the history tells
+            case StandsFor(error, value):  # should the run end with that value, the failure is what ended it
+                self._blame.stands_for(error, value)
 
-    def call_off(self, paths: list[str]) -> None:
-        """They were asked for, as the history tells."""
-
-    def sleep(self, request: SleepRequest) -> Coroutine[Any, Any, None]:
+    def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
         return self._ask(Request("sleep", request.name, str(request.wake)), "sleep", request)
 
@@ -219,6 +235,26 @@ class WorkflowRun:
             await asyncio.shield(start.future)  # a conflict is raised here
         return await self._ask(Request("result", run_id, ""), "", None)
 
+    def record(self, request: RecordRequest) -> Recorded:
+        """The recorded value, matched now; else a new one, which rides with the next commit."""
+        __tracebackhide__ = True
+        self._check_open(request.name or request.kind)
+        if self._broken is not None:
+            raise self._broken
+        if request.kind == PATCHED and request.name in self._ways:
+            return self._ways[request.name]
+        lane = current_lane.get()
+        ask = Ask(Request(request.kind, request.name, ""), None, lane.path if lane else ())
+        value = self._history.draw(ask.request, ask.lane)
+        if value is None and request.kind == PATCHED and self._history.has_passed(one.request for one in self._fresh):
+            self._ways[request.name] = False
+            return False
+        ask.value = value if value is not None else request.make(self._shared.clock.now())
+        if request.kind == PATCHED:
+            self._ways[request.name] = ask.value
+        self._fresh.append(ask)
+        return ask.value
+
     def _ask(self, request: Request, kind: str, what: Any) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
         self._check_open(request.name)
@@ -232,10 +268,10 @@ class WorkflowRun:
         lane = current_lane.get()
         ask = Ask(request, self._loop.create_future(), lane.path if lane else (), what)
         if kind:
-            given = what.path if isinstance(what, StepRequest) else ""
-            ask.path = given or self._facts.take("", request.name)
+            item = (what.items, what.item) if isinstance(what, StepRequest) else ()
+            ask.path = self._facts.take("", request.name, *item)
             self._facts.add(Step(request.name, ask.path, kind, Status.PENDING))
-        if isinstance(what, SleepRequest):
+        if isinstance(what, WaitRequest):
             ask.timer = timer_of(what, self._shared.clock.now())
         self._fresh.append(ask)
         return ask
@@ -412,6 +448,11 @@ class WorkflowRun:
         self._closed = history.activation
         fresh = {id(request) for request in new}
         for ask in asked:
+            if ask.value is not None:
+                if id(ask.request) in fresh:
+                    self._outbox.unrecorded.append(self._as_recorded(ask))
+                    self._outbox.has_values = True
+                continue
             self._open[ask.request.id] = ask
             ask.activation = history.activation
             if id(ask.request) in fresh:
@@ -429,7 +470,7 @@ class WorkflowRun:
         request = ask.request
         where = request.id, self._history.activation, request.kind, request.name, request.digest, request.n
         item = ask.what.item if isinstance(ask.what, StepRequest) else -1
-        return Asked(*where, ask.lane, ask.timer, item)
+        return Asked(*where, ask.lane, ask.timer, item, ask.value)
 
     def _go_live(self) -> None:
         """Everything recorded was asked for and delivered: from here on bodies begin."""
@@ -633,11 +674,6 @@ class WorkflowRun:
             else:
                 self._end(_Over(Status.COMPLETED, value=main.result()))
 
-    def stands_for(self, error: BaseException, value: Any) -> None:
-        """The code is given that value where the step failed (an answer with a status of 400 or more): should the run end with
-        it, that failure is what ended it."""  # fmt: skip
-        self._blame.stands_for(error, value)
-
     def stop(self, why: BaseException) -> None:
         """Cancelled, the code unwinds; for any other reason nothing of it is executed any more."""
         if self._is_over:
@@ -760,6 +796,8 @@ class WorkflowRun:
         self, status: Status, error: BaseException | None, ended_by: tuple[int, ...], form: str, data: bytes
     ) -> None:
         """Write down how the run ended."""
+        if self._outbox.has_values and status is not Status.COMPLETED and self._broken is None:
+            self._outbox.append(Event("asked"))  # resumed, the code gets the same
         data, blob = await self._execution.log.kept(data)
         await self._execution.finish(
             status,

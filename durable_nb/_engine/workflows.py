@@ -328,8 +328,16 @@ class Workflows:
         run = self._ownership.active.get(run_id)
         return run.observers if isinstance(run, WorkflowRun) else None
 
-    def snapshots(self) -> list[Snapshot]:
-        return self.catalog.snapshots()
+    def snapshots(
+        self,
+        *,
+        status: str | None = None,
+        workflow: str | None = None,
+        label: str | None = None,
+        limit: int | None = None,
+        steps: bool = False,
+    ) -> list[Snapshot]:
+        return self.catalog.snapshots(status, workflow, label, limit, steps=steps)
 
     def used(self) -> list[Used]:
         return self.catalog.used()

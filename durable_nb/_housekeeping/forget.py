@@ -38,8 +38,11 @@ def forget(engine: Engine, name: str) -> Forgotten:
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:
             rows += [rec.run_key(run_id), rec.lease_key(run_id)]
-            rows += [key for key, _ in journal.sizes(rec.inbox_prefix(run_id))]
-            rows += [key for key, _ in journal.sizes(rec.timer_prefix(run_id))]
+            rows += [
+                key
+                for prefix in (rec.inbox_prefix, rec.timer_prefix, rec.value_prefix)
+                for key, _ in journal.sizes(prefix(run_id))
+            ]
         number = unpack(store.signer, counter, begun, Generation).number if begun else 0
         put = counter, pack(store.signer, counter, Generation(number + 1))
         deletes = (*steps, *rows)

@@ -160,7 +160,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     of_runs = f"timer/{_OF_RUN}"  # rows of a log; else of a cell's run
     by_run = [
         key
-        for prefix in ("timer/", "lease/", "cancel/", "open/", "arguments/", "result/", "saved/")
+        for prefix in ("timer/", "value/", "lease/", "cancel/", "open/", "arguments/", "result/", "saved/")
         for key, _ in journal.sizes(prefix)
         if not key.startswith(of_runs)
     ]
@@ -191,7 +191,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
         yield current[scope][1], keys
     for key in by_run:
         kind, _, rest = key.partition("/")  # ids may have slashes in them
-        of = {"timer": rec.run_of_timer, "saved": rec.run_of_saved}.get(kind)
+        of = {"timer": rec.run_of_timer, "value": rec.run_of_timer, "saved": rec.run_of_saved}.get(kind)
         run = rec.run_key(of(key) if of is not None else rest.partition("/")[2] if kind == "open" else rest)
         if run not in runs:
             yield (run, None), [key]

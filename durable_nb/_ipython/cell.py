@@ -183,7 +183,7 @@ class CellExecution:
         self.report.opaque, self.report.differences = key.opaque, why.differences
         self.report.nearest = why.nearest
         if run.resumed:
-            return f"resumes from {say_past(run.record.started_at)}"
+            return f"resumes from {say_past(run.started_at)}"
         if self._rerun_by_magic:
             return "asked for by %durable rerun"
         if self.options.rerun or self.options.rerun_step:

@@ -1,0 +1,210 @@
+"""A second engine behind the seam, in memory: it knows `durable_nb._current`, and nothing of the embedded engine.
+
+It keeps nothing, and executes every body elsewhere: from the bytes that a worker in another place would get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+from collections import Counter
+from contextvars import copy_context
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+
+from durable_nb._current import current_body, current_run, workflow_functions
+from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._portable import execute, portable, settled
+from durable_nb._retry import note_failure, retry_delay_s, timed_out
+from durable_nb.errors import RunCancelled, RunConflictError, RunNotFoundError
+
+
+class MemoryRun:
+    """Implements `_current.Run`."""
+
+    is_replayed = True
+
+    def __init__(self, engine, run_id, request):
+        self.id, self.runs, self.request, self.clock = run_id, engine, request, engine.clock
+        self.label = f"run {run_id!r} of workflow {request.workflow!r}"
+        self.loop = asyncio.get_running_loop()
+        self.began_at, self.ended_at = self.clock.now().wall_s, None
+        self.status, self.error, self.value, self.cancelled = Status.RUNNING, None, None, None
+        self.steps, self._names, self._children, self._closing = {}, Counter(), itertools.count(1), []
+        self._bodies = set()
+        context = copy_context()
+        context.run(current_run.set, self)
+        context.run(current_body.set, None)
+        self.task = self.loop.create_task(self._drive(), context=context)
+
+    async def _drive(self):
+        try:
+            args, kwargs = copy.deepcopy((self.request.args, self.request.kwargs))
+            self.value = await workflow_functions[self.request.workflow](*args, **kwargs)
+            status = Status.COMPLETED
+        except asyncio.CancelledError:
+            self.error = self.cancelled or RunCancelled(f"{self.label} ended with a CancelledError of its own code")
+            status = Status.CANCELLED
+        except Exception as error:
+            self.error, status = error, Status.FAILED
+        while self._bodies:  # those that have begun end
+            await asyncio.wait(self._bodies)
+        for close in self._closing:
+            await close()
+        for path, step in self.steps.items():
+            if step.status not in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
+                self.steps[path] = replace(step, status=Status.INTERRUPTED)
+        self.status, self.ended_at = status, self.clock.now().wall_s
+
+    def cancel(self, why):
+        self.cancelled = self.cancelled or why
+        self.task.cancel()
+        for body in self._bodies:
+            body.cancel()
+
+    def at_end(self, close):
+        self._closing.append(close)
+
+    def _add(self, kind, name, item=-1):
+        name_here = name if item < 0 else f"{name}[{item}]"
+        self._names[name_here] += 1
+        path = name_here if self._names[name_here] == 1 else f"{name_here}#{self._names[name_here]}"
+        self.steps[path] = Step(name, path, kind, Status.PENDING)
+        return partial(self._tell, path)
+
+    def _tell(self, path, status, **news):
+        self.steps[path] = replace(self.steps[path], status=status, **news)
+
+    def step(self, request):
+        tell = self._add(request.kind, request.name, request.item)
+        return self._awaited(partial(self._perform, request, tell))
+
+    async def _awaited(self, work):
+        """Whoever gives up waiting doesn't stop it."""
+        body = self.loop.create_task(work())
+        self._bodies.add(body)
+        body.add_done_callback(self._bodies.discard)
+        return await asyncio.shield(body)
+
+    async def _perform(self, request, tell):
+        for attempt in itertools.count(1):
+            if request.limit is not None:
+                await request.limit.enter(self.clock)
+            try:
+                tell(Status.RUNNING, attempts=attempt)
+                returned = await self._attempt(request)
+                value = settled(request, returned)
+            except asyncio.CancelledError:
+                tell(Status.CANCELLED)
+                raise
+            except Exception as error:
+                if request.limit is not None:
+                    request.limit.heed(error)
+                delay_s = retry_delay_s(request.policy, attempt, error, 0.0)
+                if delay_s is None:
+                    note_failure(error, request.name, self.label, attempt, "call the run's resume()")
+                    tell(Status.FAILED, error=f"{type(error).__name__}: {error}")
+                    raise
+                tell(Status.RETRYING)
+            else:
+                tell(Status.COMPLETED)
+                return value
+            finally:
+                if request.limit is not None:
+                    request.limit.leave(returned=False)
+            await self.clock.sleep(delay_s)
+        return None
+
+    async def _attempt(self, request):
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                return await asyncio.create_task(execute(portable(request), f"{self.id} {request.name}"))
+        except TimeoutError:
+            raise timed_out(request.name, self.label, request.timeout_s) from None
+
+    def wait(self, request):
+        return self._wait(request, self._add(request.kind, request.name))
+
+    async def _wait(self, request, tell):
+        tell(Status.SLEEPING)
+        now_s = self.clock.now().wall_s
+        until_s = request.wake.timestamp() if isinstance(request.wake, datetime) else now_s + request.wake.total_seconds()
+        while (left_s := until_s - self.clock.now().wall_s) > 0:
+            await self.clock.sleep(left_s)
+        tell(Status.COMPLETED)
+
+    def start(self, request):
+        self._add("start", request.workflow)(Status.COMPLETED)
+        run_id = request.run_id or f"{self.id}/{next(self._children)}"
+        return self.runs.start(replace(request, run_id=run_id), self.id)
+
+    def result_of(self, run_id):
+        return self.runs.outcome(run_id)
+
+    def record(self, request):
+        return request.make(self.clock.now())
+
+    def publish(self, observation):
+        """Nobody watches."""
+
+
+class MemoryEngine:
+    """Implements `_current.Engine`."""
+
+    store_id = "memory"
+
+    def __init__(self, clock):
+        self.clock, self._runs = clock, {}
+        self.running_loop = asyncio.get_running_loop()
+
+    def start(self, request, parent=""):
+        run_id = request.run_id or f"run {len(self._runs)}"
+        found = self._runs.setdefault(run_id, None) or MemoryRun(self, run_id, request)
+        self._runs[run_id] = found
+        if request.on_conflict == "fail" or (found.request.args, found.request.kwargs) != (request.args, request.kwargs):
+            raise RunConflictError(f"the run id {run_id!r} is used already")
+        return run_id
+
+    def _of(self, run_id):
+        if run_id not in self._runs:
+            raise RunNotFoundError(f"no run {run_id!r}")
+        return self._runs[run_id]
+
+    async def outcome(self, run_id):
+        run = self._of(run_id)
+        await asyncio.wait({run.task})
+        if run.error is not None:
+            raise run.error
+        return run.value
+
+    def cancel(self, run_id, reason):
+        why = f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else "")
+        self._of(run_id).cancel(RunCancelled(why))
+
+    def status_of(self, run_id):
+        return self._of(run_id).status
+
+    def check(self, run_id):
+        self._of(run_id)
+
+    def snapshot(self, run_id):
+        run = self._of(run_id)
+        said = f"{type(run.error).__name__}: {run.error}" if run.error is not None else None
+        of = run.id, run.request.workflow, run.status, run.began_at, run.ended_at
+        return Snapshot(*of, tuple(run.steps.values()), run.request.labels, said)
+
+    def snapshots(self, *, status=None, workflow=None, label=None, limit=None, steps=False):
+        found = [self.snapshot(run_id) for run_id in reversed(self._runs)]
+        kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
+        kept = [run for run in kept if label is None or label in run.labels][:limit]
+        return kept if steps else [replace(run, steps=()) for run in kept]
+
+    def interrupted(self):
+        return []  # a process that dies takes all of them with it
+
+    resume_own = used = interrupted
+
+    def resume(self, run_id, *, take_over):
+        """Those that have ended stay as they are."""
