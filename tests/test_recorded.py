@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from kernels import kernel as kernel_in
 from test_engine import begun, cell, finished, kernel, killed, world
 from test_engine import path as path  # noqa: PLC0414  a fixture
 
@@ -15,6 +16,7 @@ from durable_nb import _current
 from durable_nb import _records as rec
 from durable_nb._engine.run_log import read_log
 from durable_nb._engine.workflows import Workflows
+from durable_nb._housekeeping.forget import forget
 from durable_nb.errors import NestedStepError, NonDeterminismError, NotInRunError
 from durable_nb.testing import FakeClock, MemoryStore, redefine, runtime
 
@@ -446,6 +448,44 @@ def test_children_that_were_started_with_them_are_found_again(path):
             await cell(two, code)
         assert seen[0] == seen[1]
         assert len(done) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.kernel
+def test_in_a_notebook_they_are_kept_over_a_kill_and_an_edit_and_a_restored_cell_has_them(tmp_path):
+    cell_of = """%%durable order
+at, order_id, draw = durable.now(), durable.uuid4(), durable.random()
+def keep(what):
+    open("seen.txt", "a").write(what + "\\n")
+await durable.run("keep", keep, f"{at.isoformat()} {order_id} {draw}")
+"""
+    notebook = tmp_path / "shop.ipynb"  # known by name: else an edited cell would begin an attempt of its own
+    with kernel_in(tmp_path, env={"JPY_SESSION_NAME": str(notebook)}) as k:
+        k.send(cell_of + 'import asyncio; open("at work", "w").write("\\n"); await asyncio.Event().wait()')
+        k.wait_until(tmp_path / "at work")
+        k.kill()
+        assert k.run(cell_of + "edited = True").status == "ok"
+        kept, *more = (tmp_path / "seen.txt").read_text().splitlines()
+        assert more == []
+        assert k.value("f'{at.isoformat()} {order_id} {draw}'") == kept
+        k.restart()
+        assert k.run(cell_of + "edited = True").status == "ok"
+        assert k.value("f'{at.isoformat()} {order_id} {draw}'") == kept
+        assert (tmp_path / "seen.txt").read_text().splitlines() == [kept]
+
+
+def test_what_is_forgotten_takes_them_along(path):
+    async def main():
+        async def code():
+            got()
+            await durable.run("a", work, "a")
+
+        async with kernel(path) as one:
+            await cell(one, code)
+            assert len(one.store.journal.scan("value/")) == 3
+            await asyncio.to_thread(forget, one, "cell")
+            assert one.store.journal.scan("value/") == []
 
     asyncio.run(main())
 
