@@ -2127,3 +2127,92 @@ def test_a_helper_that_was_renamed_goes_on_with_its_sleep(path):
         assert clock.wall_s - T0 == 100
 
     asyncio.run(main())
+
+
+async def large_work(what: str) -> bytes:
+    """Waits for its gate; what it returns lies in a file of its own."""
+    world.start(what).set()
+    await world.gate(what).wait()
+    world.do(what)
+    return b"x" * (1 << 20)
+
+
+@pytest.mark.parametrize("fn", [held_work, large_work])
+def test_given_up_in_whatever_moment_a_body_that_has_run_is_recorded(path, fn):
+    """Between its end and the commit the task that waits for it may be cancelled in any turn of the loop."""
+
+    def giving_up(name, turns):
+        async def body():
+            asking = asyncio.create_task(durable.run(name, fn, name))
+            await world.start(name).wait()
+            world.gate(name).set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+        return body
+
+    async def main():
+        async with kernel(path) as engine:
+            for turns in range(12):
+                name = f"b{turns}"
+                await cell(engine, giving_up(name, turns), name=name)
+                assert len(await cell(engine, lambda name=name: ask_again(name), name=name)) > 5
+                assert world.done.count(name) == 1, f"given up {turns} turns after the end"
+                assert not engine.ownership.held
+
+    async def ask_again(name):
+        return await durable.run(name, fn, name)
+
+    asyncio.run(main())
+
+
+def test_two_executions_at_once_execute_a_step_with_a_large_result_once(path):
+    """The second hears of the body's end while the file of the result is being written."""
+
+    async def body():
+        return await durable.run("b", durable.step(large_work, timeout=60), "b")
+
+    async def main():
+        async with kernel(path) as engine:
+            first = asyncio.ensure_future(cell(engine, body, inputs="k1"))
+            await world.start("b").wait()
+            second = asyncio.ensure_future(cell(engine, body, inputs="k2"))
+            await until(lambda: len(engine.active) == 2)
+            for _ in range(20):
+                await asyncio.sleep(0.005)
+            world.gate("b").set()
+            assert await first == await second
+        assert world.done == ["b"]
+
+    asyncio.run(main())
+
+
+def test_a_thread_that_outlives_two_executions_is_recorded_once(path):
+    """Each of the two has taken it for its own."""
+
+    def thread_grows(what: str) -> str:
+        world.do(f"{what} begun")
+        assert world.thread_gate(what).wait(30)
+        world.do(what)
+        return f"{what} done"
+
+    async def one():
+        return await durable.run("t", thread_grows, "t")
+
+    async def main():
+        async with kernel(path) as engine:
+            kept = []
+            keep = engine.shared.keep
+            engine.shared.keep = lambda recording, run_id: kept.append(run_id) or keep(recording, run_id)
+            for _ in range(3):
+                await interrupted(engine, one, lambda: "t begun" in world.done)
+            world.thread_gate("t").set()
+            await until(lambda: engine.store.journal.scan("step/"), "the outcome")
+            await until(lambda: not engine.ownership.held, "the lease let go")
+            assert len(kept) == 1
+            assert await cell(engine, one) == "t done"
+        assert world.done == ["t begun", "t"]
+
+    asyncio.run(main())

@@ -297,7 +297,10 @@ class CellRun:
         while True:
             earlier = self._earlier_attempt(call)
             if earlier is not None and earlier.owner is None:  # another execution waits for it, and records it
+                recorded_by = self._shared.performed.get(call.key)
                 await asyncio.wait({earlier.task})
+                if recorded_by is not None and earlier.error is None:
+                    await asyncio.wait({recorded_by})
                 await self._shared.settled(earlier.run_id)
                 await self._look(key)
                 performed = True
@@ -358,14 +361,17 @@ class CellRun:
             with contextlib.suppress(StoreError, asyncio.CancelledError):
                 await self._recorded(key, call, ended)
 
-        done = self._at_work[call] = asyncio.get_running_loop().create_future()
+        done = asyncio.get_running_loop().create_future()
+        self._at_work[call] = self._shared.performed[call.key] = done
         try:
             ended = await self._performer.perform(call, note, keep, self._wait, earlier)
             if ended.was_interrupted and self._scope.stopped is None:
                 self.stop(KeyboardInterrupt(f"{self._label} was interrupted"))
             if ended.error is not None:
                 raise await self._failed(key, call, ended)
-            outcome, value = await self._recorded(key, call, ended)
+            # The code may give up in this very moment; the body has run, and is paid for.
+            recording = self._shared.keep(self._recorded(key, call, ended), self.id)
+            outcome, value = await asyncio.shield(recording)
             if outcome is not None and ended.inputs is not call.inputs:
                 value = await self._taken_over(key, call, outcome, value)
         except LeaseLost:
@@ -373,6 +379,8 @@ class CellRun:
         finally:
             call.is_at_work = False
             del self._at_work[call]
+            if self._shared.performed.get(call.key) is done:
+                del self._shared.performed[call.key]
             done.set_result(None)
         return outcome, value
 
@@ -384,16 +392,18 @@ class CellRun:
     async def _failed(self, key: StepKey, call: StepCall, ended: Ended) -> BaseException:
         """A failed step is not kept: the next execution tries anew."""
         error = ended.error
-        if error is None or isinstance(error, asyncio.CancelledError):
-            return asyncio.CancelledError()
-        self._facts.update(call.path, status=Status.FAILED, error=say(error), ended_at=self._execution.now_s())
-        if call.request.is_continued:
-            self._identity.give_back(key)
-        if key.attempts in self._records.attempts:
-            await self._commit(deletes=(key.attempts,))
-            self._learn_attempts(key, None)
-        call.leave()
-        return error
+        try:
+            if error is None or isinstance(error, asyncio.CancelledError):
+                return asyncio.CancelledError()
+            self._facts.update(call.path, status=Status.FAILED, error=say(error), ended_at=self._execution.now_s())
+            if call.request.is_continued:
+                self._identity.give_back(key)
+            if key.attempts in self._records.attempts:
+                await self._commit(deletes=(key.attempts,))
+                self._learn_attempts(key, None)
+            return error
+        finally:
+            call.leave()
 
     async def _recorded(self, key: StepKey, call: StepCall, ended: Ended) -> tuple[Outcome | None, Any]:
         after = ended.inputs.after()
@@ -412,8 +422,10 @@ class CellRun:
             more = (self._log.pack(excluded_key, settled.excluded),)
         row = self._log.pack(settled.key.outcome, outcome)
         stale = (key.attempts,) if key.attempts in self._records.attempts else ()
-        verdict = await self._log.commit(inserts=(row,), puts=(*self._riding(), *more), deletes=stale)
-        call.leave()
+        try:
+            verdict = await self._log.commit(inserts=(row,), puts=(*self._riding(), *more), deletes=stale)
+        finally:
+            call.leave()
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
         if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands

@@ -109,8 +109,9 @@ class Execution:
         try:
             for key in self.shared.left_over(run_id):  # bodies of an earlier execution that this one did not ask for
                 body = self.shared.bodies.pop(key)
-                if body.owner is not None:
-                    body.owner(body)
+                owner, body.owner = body.owner, None
+                if owner is not None:
+                    owner(body)
             is_over = status is not Status.INTERRUPTED
             record = replace(
                 self.record,

@@ -166,6 +166,7 @@ class Performer:
         """
         late = self._taken_over(call, earlier)
         began_at, is_held = self._now_s(), False
+        body: Attempt | None = None  # whose end nobody has looked at
         try:
             while True:
                 failures = self._of_this_boot(call)
@@ -173,7 +174,7 @@ class Performer:
                     return self._ended(late, failures.failed if failures else 1, began_at)
                 match decide(None, failures, self._shared.clock.now()):
                     case CutOff() if late is None:
-                        raise self._cut_off(call.request)
+                        raise self._cut_off(call.request)  # noqa: TRY301  not admitted by its limit
                     case Retry() as later:
                         await self._pause(call, later, wait, late)
                         continue
@@ -203,6 +204,7 @@ class Performer:
                 else:
                     error = self._timed_out(call.request)
                     late = body if body.in_thread else None
+                body = None
                 if call.request.limit is not None:
                     call.request.limit.heed(error)
                 self._observers.publish(Raised(call.path, call.request, error))
@@ -216,10 +218,12 @@ class Performer:
                     call.leave()
                 else:
                     late.when_over(call.leave)
-        except asyncio.CancelledError:
+        except BaseException:
             running = self.bodies.get(call.key)
             if running is None:
                 call.leave()
+                if body is not None and body.is_over:  # in the very moment in which its end was to be looked at
+                    self._keep(keep, self._ended(body, attempt, began_at))
             else:
                 running.when_over(call.leave)
                 tried = call.failures.failed + 1 if call.failures else 1
@@ -270,8 +274,9 @@ class Performer:
             if not is_left:  # else the execution that goes on with the run asks for it, or lets it be recorded at its end
                 if self._shared.bodies.get(key) is body:
                     del self._shared.bodies[key]
-                if body.owner is not None:
-                    body.owner(body)
+                owner, body.owner = body.owner, None  # once: an execution that took it over is told as well
+                if owner is not None:
+                    owner(body)
             self._shared.ownership.let_go(self._run_id)
 
         body.when_over(over)

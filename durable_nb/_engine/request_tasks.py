@@ -169,9 +169,11 @@ class RequestTasks:
             self.attempts[number] = failures
             await self._outbox.written(Event("asked"), puts=(self._log.attempts_row(number, failures),))
 
-        async def keep(ended: Ended) -> None:
-            with contextlib.suppress(StoreError):
-                await self._record(ask, call, ended)
+        kept: list[Ended] = []
+
+        def keep(ended: Ended) -> Coroutine[Any, Any, None]:
+            kept.append(ended)
+            return self._kept(ask, call, ended)
 
         try:
             await self._outbox.remembered()
@@ -180,14 +182,28 @@ class RequestTasks:
             tried = call.failures.failed + 1 if call.failures else 1
             ended = Ended(call.inputs, tried, self._execution.now_s(), error=cut_off)
         except asyncio.CancelledError:
-            if self._is_cancelled():
+            if self._is_cancelled() and not kept:
                 self._drop(ask)
             raise
         if ended.was_interrupted:
+            call.leave()
             self._interrupted()
         elif isinstance(ended.error, asyncio.CancelledError):
+            call.leave()
             self._drop(ask)
         else:
+            try:
+                await self._record(ask, call, ended)
+            except asyncio.CancelledError:  # while a large value was being written: it is paid for
+                self._shared.keep(self._kept(ask, call, ended), self._execution.record.id)
+                raise
+            except BaseException:
+                call.leave()
+                raise
+
+    async def _kept(self, ask: Ask, call: StepCall, ended: Ended) -> None:
+        """Record what a body came to that nobody waits for."""
+        with contextlib.suppress(StoreError):
             await self._record(ask, call, ended)
 
     async def _record(self, ask: Ask, call: StepCall, ended: Ended) -> None:

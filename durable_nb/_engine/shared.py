@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._current import Engine
@@ -17,6 +17,8 @@ from durable_nb._engine.ownership import Ownership
 from durable_nb._engine.workers import Workers
 from durable_nb._savings import Savings
 from durable_nb._store import Store
+
+_T = TypeVar("_T")
 
 
 class Shared:
@@ -37,6 +39,8 @@ class Shared:
         """What keeps a repeated workflow from showing again what it showed."""
         self.workflows: Engine
         """What starts and finds the runs of workflows of this store, and awaits them."""
+        self.performed: dict[str, asyncio.Future[None]] = {}
+        """By idempotency key: done when what a cell's step has come to is on disk."""
         self._recording: Counter[str] = Counter()
         """By run: how many results of bodies that nobody waits for are being recorded."""
         self._kept: set[asyncio.Task[Any]] = set()
@@ -50,8 +54,8 @@ class Shared:
         """Keys of bodies of the run that have ended and that nobody has taken over."""
         return [key for key, body in self.bodies.items() if body.run_id == run_id and body.is_over]
 
-    def keep(self, recording: Coroutine[Any, Any, None], run_id: str) -> None:
-        """Record what a body has come to that nobody waits for. The run's lease is ours until then."""
+    def keep(self, recording: Coroutine[Any, Any, _T], run_id: str) -> asyncio.Task[_T]:
+        """Record what a body has come to, whether or not somebody waits for it. The run's lease is ours until then."""
         self._recording[run_id] += 1
         task = asyncio.get_running_loop().create_task(recording)
         self._kept.add(task)
@@ -62,6 +66,7 @@ class Shared:
             self.ownership.let_go(run_id)
 
         task.add_done_callback(done)
+        return task
 
     async def settled(self, run_id: str) -> None:
         """Return when what is being recorded of the run is."""
