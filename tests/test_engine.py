@@ -1368,6 +1368,47 @@ def test_of_two_that_do_one_step_at_once_the_first_outcome_stands_for_both(path)
     asyncio.run(main())
 
 
+def test_what_is_recorded_in_passing_is_kept_where_the_commit_that_it_rides_with_comes_second(path):
+    """Nothing is written of the commit of a step that another kernel has recorded first."""
+    numbers = []
+
+    async def sample():
+        world.do("sample")
+        await world.gate(f"sample {len(world.done)}").wait()
+        return 7
+
+    async def slower():
+        asking = asyncio.create_task(durable.run("sample", sample))
+        await world.start("asked").wait()
+        numbers.append(durable.random())
+        await asking
+        await durable.run("held", held_work, "held")
+
+    async def faster():
+        return await durable.run("sample", sample)
+
+    async def main():
+        async with kernel(path) as first, kernel(path) as second:
+            run = await begun(first, inputs="1")
+            task = asyncio.ensure_future(stopped(finished(run, slower)))
+            await until(lambda: len(world.done) == 1)
+            other = asyncio.ensure_future(cell(second, faster, inputs="2"))
+            await until(lambda: len(world.done) == 2)
+            world.gate("sample 2").set()
+            assert await other == 7
+            world.start("asked").set()
+            await until(lambda: numbers)
+            world.gate("sample 1").set()
+            await world.start("held").wait()
+            run.interrupt()
+            assert isinstance(await task, KeyboardInterrupt)
+            world.gate("held").set()
+            await cell(first, slower, inputs="1")
+        assert numbers[0] == numbers[1]
+
+    asyncio.run(main())
+
+
 def test_a_run_killed_between_its_entry_and_its_end_is_closed(path):
     """Left open, its timers would count for the next inputs."""
 

@@ -371,6 +371,7 @@ class CellRun:
                 raise await self._failed(key, call, ended)
             # The code may give up in this very moment; the body has run, and is paid for.
             recording = self._shared.keep(self._recorded(key, call, ended), self.id)
+            recording.add_done_callback(lambda done: done.cancelled() or done.exception())  # who still waits gets it
             outcome, value = await asyncio.shield(recording)
             if outcome is not None and ended.inputs is not call.inputs:
                 value = await self._taken_over(key, call, outcome, value)
@@ -422,13 +423,15 @@ class CellRun:
             more = (self._log.pack(excluded_key, settled.excluded),)
         row = self._log.pack(settled.key.outcome, outcome)
         stale = (key.attempts,) if key.attempts in self._records.attempts else ()
+        riding = self._riding()
         try:
-            verdict = await self._log.commit(inserts=(row,), puts=(*self._riding(), *more), deletes=stale)
+            verdict = await self._log.commit(inserts=(row,), puts=(*riding, *more), deletes=stale)
         finally:
             call.leave()
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
         if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands
+            self._unrecorded = [*riding, *self._unrecorded]  # nothing of that commit was written
             await self._look(settled.key)
             if settled.key.outcome not in self._records.outcomes:
                 raise CorruptStoreError(f"the record {settled.key.outcome!r} disappeared while it was read")
