@@ -144,7 +144,7 @@ class StandsFor:
     value: Any
 
 
-Observation = Items | CalledOff | StandsFor
+Published = Items | CalledOff | StandsFor
 """What verbs know of a run, beside what they ask of it. An engine may do without."""
 
 
@@ -188,7 +188,7 @@ class Run(Protocol):
         """The recorded value, or one that is made now. It is on disk before anything that may depend on it begins."""
         ...
 
-    def publish(self, observation: Observation) -> None:
+    def publish(self, published: Published) -> None:
         """Something that whoever watches the run may want to know."""
         ...
 

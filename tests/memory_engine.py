@@ -146,7 +146,7 @@ class MemoryRun:
     def record(self, request):
         return request.make(self.clock.now())
 
-    def publish(self, observation):
+    def publish(self, published):
         """Nobody watches."""
 
 

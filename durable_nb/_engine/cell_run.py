@@ -17,7 +17,7 @@ from durable_nb import _records as rec
 from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import say_duration
 from durable_nb._codec import digest_of
-from durable_nb._current import CalledOff, Items, Observation, Recorded, RecordRequest, StartRequest, StepRequest, WaitRequest
+from durable_nb._current import CalledOff, Items, Published, Recorded, RecordRequest, StartRequest, StepRequest, WaitRequest
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.branches import branch_name
 from durable_nb._engine.by_content import ByContent
@@ -280,10 +280,10 @@ class CellRun:
     def _call(self, key: StepKey, inputs: Inputs, path: str, branch: str) -> StepCall:
         return StepCall(inputs.request, digest_of(self._shared.store.id, key.outcome), path, branch, inputs)
 
-    def publish(self, observation: Observation) -> None:
-        match observation:  # what stands for a failure is of no matter here: a step that failed is not kept
+    def publish(self, published: Published) -> None:
+        match published:  # what stands for a failure is of no matter here: a step that failed is not kept
             case Items(name, count):
-                paths = self._facts.expect(observation, branch_name(), name, count)
+                paths = self._facts.expect(published, branch_name(), name, count)
                 self._facts.add(*(Step(name, path, "run", Status.PENDING) for path in paths))
             case CalledOff(items):
                 self._facts.call_off(items)

@@ -29,7 +29,7 @@ from durable_nb import _records as rec
 from durable_nb._current import (
     CalledOff,
     Items,
-    Observation,
+    Published,
     Recorded,
     RecordRequest,
     StandsFor,
@@ -199,10 +199,10 @@ class WorkflowRun:
         __tracebackhide__ = True
         return self._ask(Request(request.kind, request.name, functools.partial(arguments_of, request)), request.kind, request)
 
-    def publish(self, observation: Observation) -> None:
-        match observation:
+    def publish(self, published: Published) -> None:
+        match published:
             case Items(name, count):
-                self._facts.expect(observation, "", name, count)
+                self._facts.expect(published, "", name, count)
             case CalledOff():
                 pass  # they were asked for, as the history tells
             case StandsFor(error, value):  # should the run end with that value, the failure is what ended it
