@@ -2728,3 +2728,41 @@ def test_a_call_that_is_refused_returns_its_answer_in_a_workflow_too_and_is_aske
         await server.wait_closed()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+@pytest.mark.parametrize("end", ["cancelled", "interrupted"])
+def test_stopped_in_whatever_moment_a_run_has_the_body_that_has_run_on_record(size, end):
+    """Between a body's end and its commit, in any turn of the loop, also while the file of a large value is being written."""
+
+    async def stopped_after(turns):
+        done, began, gate = [], asyncio.Event(), asyncio.Event()
+
+        async def body():
+            began.set()
+            await gate.wait()
+            done.append(turns)
+            return b"x" * size
+
+        @redefine
+        async def order():
+            return len(await durable.run("b", body))
+
+        async with runtime() as process:
+            run = order.start(id="r")
+            await began.wait()
+            gate.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if end == "cancelled":
+                run.cancel()
+                with suppress(RunCancelled):
+                    await run
+                run.resume()
+            else:
+                process.engine.active["r"].stop(KeyboardInterrupt())
+            assert await run == size
+        assert done == [turns]
+
+    for turns in range(10):
+        asyncio.run(stopped_after(turns))
