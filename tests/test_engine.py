@@ -2257,3 +2257,46 @@ def test_a_thread_that_outlives_two_executions_is_recorded_once(path):
         assert world.done == ["t begun", "t"]
 
     asyncio.run(main())
+
+
+async def shielded_thread():
+    return await asyncio.shield(asyncio.create_task(one_thread()))
+
+
+def test_a_thread_whose_task_was_shielded_from_the_interrupt_is_recorded_when_it_ends(path):
+    """The task still waits for it when the execution is over; the lease stays ours until the result is on disk."""
+
+    async def main():
+        async with kernel(path) as engine:
+            await interrupted(engine, shielded_thread, lambda: world.done == ["t begun"])
+            assert engine.ownership.held
+            world.thread_gate("t").set()
+            await until(lambda: engine.store.journal.scan("step/"), "the outcome")
+            await until(lambda: not engine.ownership.held, "the lease let go")
+            assert await cell(engine, shielded_thread) == "t done"
+        assert world.done == ["t begun", "t"]
+
+    asyncio.run(main())
+
+
+def test_a_retry_that_is_shielded_from_the_interrupt_begins_no_body_after_it(path):
+    async def body():
+        await asyncio.shield(asyncio.create_task(durable.run("f", flaky, "f", 2)))
+
+    async def main():
+        clock = FakeClock()
+        clock.holding = True
+        async with kernel(path, clock) as engine:
+            run = await begun(engine)
+            task = asyncio.ensure_future(stopped(finished(run, body)))
+            await clock.asleep.wait()
+            before = asyncio.all_tasks()
+            run.interrupt()
+            assert isinstance(await task, KeyboardInterrupt)
+            assert world.done == ["f"]
+            await until(lambda: all(other.done() for other in before if "_step" in repr(other.get_coro())))
+            clock.holding = False
+            await cell(engine, body)
+        assert world.done == ["f", "f"]
+
+    asyncio.run(main())

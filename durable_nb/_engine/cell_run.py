@@ -73,6 +73,8 @@ class CellRun:
         """Restored steps, and the inputs that their bodies would have changed."""
         self._at_work: dict[StepCall, asyncio.Future[None]] = {}
         """Steps that are performed, until what they come to is on disk."""
+        self._asking: dict[StepCall, asyncio.Task[Any] | None] = {}
+        """The tasks that wait for these."""
         self._earlier = {key: body for key, body in shared.bodies.items() if body.run_id == record.id}
         """Bodies that an execution began which was interrupted."""
         self._unrecorded: list[tuple[str, bytes]] = []
@@ -215,6 +217,11 @@ class CellRun:
             await asyncio.wait(busy, timeout=0.5)
         if self._scope.stopped is None or isinstance(self._scope.stopped, RunSuspended):
             await self._shared.settled(self.id)
+        elif self._at_work:  # shielded from what stopped the code: nobody waits for their bodies from here on
+            for task in self._asking.values():
+                if task is not None:
+                    task.cancel()
+            await asyncio.wait(set(self._at_work.values()), timeout=UNWIND_S)
         unwinding = {body.task for body in self._performer.bodies.values() if not (body.is_over or body.in_thread)}
         if unwinding:
             await asyncio.wait(unwinding, timeout=UNWIND_S)
@@ -363,6 +370,7 @@ class CellRun:
 
         done = asyncio.get_running_loop().create_future()
         self._at_work[call] = self._shared.performed[call.key] = done
+        self._asking[call] = asyncio.current_task()
         try:
             ended = await self._performer.perform(call, note, keep, self._wait, earlier)
             if ended.was_interrupted and self._scope.stopped is None:
@@ -379,7 +387,7 @@ class CellRun:
             raise self._give_way() from None
         finally:
             call.is_at_work = False
-            del self._at_work[call]
+            del self._at_work[call], self._asking[call]
             if self._shared.performed.get(call.key) is done:
                 del self._shared.performed[call.key]
             done.set_result(None)

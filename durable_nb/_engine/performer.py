@@ -251,6 +251,8 @@ class Performer:
         self, call: StepCall, note: Callable[[Attempts], Awaitable[None]], attempt: int, began_at: float
     ) -> Attempt:
         """A new attempt at the body."""
+        if self.is_over:  # a pause has outlasted the execution
+            raise asyncio.CancelledError
         if self._policy.verifies_lease and not await self._log.is_ours():
             raise LeaseLost
         call.began, call.is_at_work = self._held.next_sequence(), True
