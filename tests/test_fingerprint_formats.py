@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import durable_nb as durable
+from durable_nb import _arguments
 from durable_nb import _fingerprint as fp
-from durable_nb import _verbs
 from durable_nb._engine import Asked, Engine
 from durable_nb._facts import Status
 from durable_nb._records import Outcome, unpack
@@ -122,7 +122,7 @@ def test_a_step_recorded_under_an_earlier_format_is_not_executed_again(later, tm
             store.close()
 
     assert asyncio.run(execute("a", "a")) == (["paid a", "paid a"], [fp.FORMAT] * 2)
-    monkeypatch.setattr(_verbs, "_fingerprint", later)
+    monkeypatch.setattr(_arguments, "_fingerprint", later)
     values, formats = asyncio.run(execute("a", "a", "b"))
     assert values == ["paid a", "paid a", "paid b"]
     assert formats == [fp.FORMAT, fp.FORMAT, fp.FORMAT + 1]
