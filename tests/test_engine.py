@@ -2300,3 +2300,55 @@ def test_a_retry_that_is_shielded_from_the_interrupt_begins_no_body_after_it(pat
         assert world.done == ["f", "f"]
 
     asyncio.run(main())
+
+
+noted: list[Any] = []
+
+
+def notes_and_gives(what: Any) -> Any:
+    """Changes a global of its own, which is therefore no part of its identity."""
+    noted.append(what)
+    world.do(what)
+    return threading.Lock() if what == "a lock" else what
+
+
+def test_a_result_that_cannot_be_stored_leaves_nothing_settled(path):
+    """A step of the same name has failed so before: what it changes itself is on record with the next one all the same."""
+
+    async def body():
+        with suppress(UnserializableError):
+            await durable.run("note", notes_and_gives, "a lock")
+        return await durable.run("note", notes_and_gives, "a text")
+
+    async def good():
+        return await durable.run("note", notes_and_gives, "a text")
+
+    async def main():
+        noted.clear()
+        async with kernel(path) as engine:
+            assert await cell(engine, body) == "a text"
+        noted[:] = ["something else by now"]
+        async with kernel(path) as engine:
+            assert await cell(engine, good) == "a text"
+        assert world.done == ["a lock", "a text"]
+
+    asyncio.run(main())
+
+
+def test_a_given_up_body_whose_result_cannot_be_stored_is_told(path):
+    async def gives_a_lock():
+        await world.gate("lock").wait()
+        return threading.Lock()
+
+    async def body():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(durable.run("lock", gives_a_lock), 0.01)
+        world.gate("lock").set()
+
+    async def main():
+        async with kernel(path) as engine:
+            run = await begun(engine)
+            await finished(run, body)
+            assert any("can't be stored" in notice for notice in run.quiet.notices), run.quiet.notices
+
+    asyncio.run(main())

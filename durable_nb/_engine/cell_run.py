@@ -40,6 +40,7 @@ from durable_nb.errors import (
     RunCancelled,
     RunSuspended,
     StoreError,
+    UnserializableError,
     UntrustedStoreError,
 )
 
@@ -186,11 +187,7 @@ class CellRun:
 
     def interrupt(self) -> None:
         """Stop at the next await, keeping what is recorded. Safe in a signal handler."""
-        self.stop_soon(KeyboardInterrupt(f"{self._label} was interrupted"))
-
-    def stop_soon(self, why: BaseException) -> None:
-        """The same as `stop`, from any thread."""
-        self._scope.soon(lambda: self.stop(why))
+        self._scope.soon(lambda: self.stop(KeyboardInterrupt(f"{self._label} was interrupted")))
 
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
@@ -252,13 +249,7 @@ class CellRun:
         self._scope.soon(lambda: self.hear(self._held.row, inbox))
 
     def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
-        ownership = self._shared.ownership
-        if not ownership.holds(self._held) or self.id in ownership.changing:
-            return
-        if lease != self._held.row:
-            self._give_way()
-            return
-        for received in self._execution.unheard(inbox):
+        for received in self._execution.news(lease, inbox, self._give_way):
             if self._scope.stopped is None:  # once: its code may be tidying up by now
                 self.stop(cancelled(self.id, received.message.reason))
 
@@ -366,7 +357,10 @@ class CellRun:
 
         async def keep(ended: Ended) -> None:
             with contextlib.suppress(StoreError, asyncio.CancelledError):
-                await self._recorded(key, call, ended)
+                try:
+                    await self._recorded(key, call, ended)
+                except UnserializableError as error:  # nobody waits for it
+                    self.observers.notice(say(error))
 
         done = asyncio.get_running_loop().create_future()
         self._at_work[call] = self._shared.performed[call.key] = done
@@ -415,12 +409,19 @@ class CellRun:
             call.leave()
 
     async def _recorded(self, key: StepKey, call: StepCall, ended: Ended) -> tuple[Outcome | None, Any]:
-        after = ended.inputs.after()
-        settled = self._identity.settle(key, ended.inputs, after)
         try:
-            outcome = await self._performer.outcome_of(call, ended, after, settled.own)
-        except Exception as unserializable:
+            return await self._written(key, call, ended)
+        except UnserializableError as unserializable:
             raise await self._failed(key, call, replace(ended, error=unserializable)) from None
+        finally:
+            call.leave()
+
+    async def _written(self, key: StepKey, call: StepCall, ended: Ended) -> tuple[Outcome | None, Any]:
+        after = ended.inputs.after()
+        outcome = await self._performer.outcome_of(call, ended, after)
+        # What can't be stored has raised by now: nothing is settled that will not be on disk.
+        settled = self._identity.settle(key, ended.inputs, after)
+        outcome = replace(outcome, changes=tuple(sorted({*outcome.changes, *map(described, settled.own)})))
         more: tuple[tuple[str, bytes], ...] = ()
         if settled.excluded is not None:
             names = ", ".join(sorted(map(described, settled.own)))
@@ -432,10 +433,7 @@ class CellRun:
         row = self._log.pack(settled.key.outcome, outcome)
         stale = (key.attempts,) if key.attempts in self._records.attempts else ()
         riding = self._riding()
-        try:
-            verdict = await self._log.commit(inserts=(row,), puts=(*riding, *more), deletes=stale)
-        finally:
-            call.leave()
+        verdict = await self._log.commit(inserts=(row,), puts=(*riding, *more), deletes=stale)
         if verdict is Verdict.GUARD_FAILED:
             raise self._give_way()
         if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands

@@ -58,8 +58,15 @@ class Execution:
         """`run` is what executes it here from now on."""
         self.shared.ownership.active[self.record.id] = run
 
-    def unheard(self, inbox: Iterable[Received]) -> list[Received]:
-        """Of what is in the run's inbox, what this execution has not heard of yet; from now on it has."""
+    def news(self, lease: bytes | None, inbox: Iterable[Received], give_way: Callable[[], object]) -> list[Received]:
+        """Of what is in the run's inbox, what this execution has not heard of yet; from now on it has. Where the lease's row is
+        another's, `give_way` is called, and nothing is news."""  # fmt: skip
+        ownership = self.shared.ownership
+        if not ownership.holds(self.held) or self.record.id in ownership.changing:
+            return []
+        if lease != self.held.row:
+            give_way()
+            return []
         new = [one for one in inbox if self._heard.get(one.key) != one.row]
         self._heard.update((one.key, one.row) for one in new)
         return new

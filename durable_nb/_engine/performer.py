@@ -382,13 +382,10 @@ class Performer:
 
     # -- what is recorded ------------------------------------------------------------------------------------------------
 
-    async def outcome_of(
-        self, call: StepCall, ended: Ended, after: dict[str, str], own: frozenset[str] = frozenset()
-    ) -> Outcome:
+    async def outcome_of(self, call: StepCall, ended: Ended, after: dict[str, str]) -> Outcome:
         """The record of a step that has come to a value; UnserializableError where that can't be stored.
 
         after  the components of its inputs now
-        own    globals that it has changed itself: restoring it won't
         """
         inputs, request = ended.inputs, call.request
         form, data = encoded(ended.value, f"step {request.name!r} of {self._wording.label} returned")
@@ -400,7 +397,7 @@ class Performer:
         if given:
             names = ", ".join(sorted(map(described, given)))
             self._observers.advise(f"step {request.name!r} changes {names}: restoring the step won't")
-        changes = tuple(sorted(map(described, own | given)))
+        changes = tuple(sorted(map(described, given)))
         outcome = self._outcome(call, ended, form, data)
         return replace(
             outcome,

@@ -186,13 +186,6 @@ class WorkflowRun:
         is_asleep = found is Status.RUNNING and self._time.is_armed and not self._tasks  # in asyncio.sleep
         return Status.SLEEPING if is_asleep else found
 
-    def stop_soon(self, why: BaseException) -> None:
-        """The same as `stop`, from any thread."""
-        if asyncio._get_running_loop() is self._host_loop:
-            self.stop(why)
-        else:
-            self._host_loop.call_soon_threadsafe(self.stop, why)
-
     # -- what verbs ask ------------------------------------------------------------------------------------------------
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
@@ -705,10 +698,6 @@ class WorkflowRun:
         self._tasks.die()
         self._close_loop()
 
-    def interrupt(self) -> None:
-        """As a kill would: nothing is recorded any more."""
-        self._host_loop.call_soon_threadsafe(self.stop, KeyboardInterrupt(f"{self._label} was interrupted"))
-
     def hear_soon(self, inbox: list[Received]) -> None:
         if asyncio._get_running_loop() is self._host_loop:
             self.hear(self._held.row, inbox)
@@ -716,13 +705,7 @@ class WorkflowRun:
             self._host_loop.call_soon_threadsafe(self.hear, self._held.row, inbox)
 
     def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
-        ownership = self._shared.ownership
-        if not ownership.holds(self._held) or self.id in ownership.changing:
-            return
-        if lease != self._held.row:
-            self._give_way()
-            return
-        for received in self._execution.unheard(inbox):
+        for received in self._execution.news(lease, inbox, self._give_way):
             self._delivering.append(received.key)
             self.cancel(cancelled(self.id, received.message.reason))
 
