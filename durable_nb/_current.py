@@ -252,6 +252,10 @@ class Engine(Protocol):
         """Go on with a run that is not completed and that nobody executes."""
         ...
 
+    def restart(self, run_id: str) -> None:
+        """Begin a workflow's run anew, under its id and with its arguments; whoever executes it does it."""
+        ...
+
     def cancel(self, run_id: str, reason: str) -> None:
         """Stop a run at its next await."""
         ...

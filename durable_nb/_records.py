@@ -10,7 +10,7 @@
 | `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
 | `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
 | `value/RUN/KIND/N` | a time, a UUID or a random number that a cell has got |
-| `inbox/RUN/SEQ` | what somebody wants of the run: its cancellation. It goes when it has been delivered |
+| `inbox/RUN/SEQ` | what somebody wants of the run, a message: it goes in the commit that records its delivery |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `arguments/RUN` | what a workflow's run was started with |
 | `result/RUN` | what it returned, or the exception it raised |
@@ -286,8 +286,22 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     format: int = FORMAT
 
 
-Message = Cancel
-"""What somebody wants of a run: a tagged union, of which there will be more."""
+class Resume(msgspec.Struct, frozen=True, tag="resume"):
+    """Nobody executes the run, and whoever asks can't: a process that has its workflow is to resume it."""
+
+    sent_at: float
+    format: int = FORMAT
+
+
+class Restart(msgspec.Struct, frozen=True, tag="restart"):
+    """Whoever executes the run is to stop, and to begin it anew."""
+
+    sent_at: float
+    format: int = FORMAT
+
+
+Message = Cancel | Resume | Restart
+"""What somebody wants of a run. `_engine/inbox.py` tells who consumes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +372,8 @@ Record = (
     | Outcome
     | Passing
     | Result
+    | Restart
+    | Resume
     | RunRecord
     | Saved
     | Timer
@@ -375,6 +391,7 @@ class _Formatted(msgspec.Struct):
 
 _formats = msgspec.msgpack.Decoder(_Formatted)
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(kind) for kind in get_args(Record)}
+_messages = msgspec.msgpack.Decoder(Message)
 
 
 def pack(signer: Signer, key: str, record: Record) -> bytes:
@@ -384,15 +401,24 @@ def pack(signer: Signer, key: str, record: Record) -> bytes:
 
 def unpack(signer: Signer, key: str, row: bytes, kind: type[_R]) -> _R:
     """The record in a row; CorruptStoreError or UntrustedStoreError where it isn't one of ours."""
+    return _unpacked(signer, key, row, _decoders[kind])  # type: ignore[no-any-return]  # a decoder of that kind
+
+
+def unpack_message(signer: Signer, key: str, row: bytes) -> Message:
+    """The message in a row of an inbox; errors as of `unpack`."""
+    return _unpacked(signer, key, row, _messages)  # type: ignore[no-any-return]
+
+
+def _unpacked(signer: Signer, key: str, row: bytes, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
     body = signer.verify(key, row)
     try:
-        record = _decoders[kind].decode(body)
+        record = decoder.decode(body)
     except msgspec.MsgspecError as error:
         _check_format(key, body)
         raise CorruptStoreError(f"the record {key!r} can't be read: {error}") from error
     if record.format > FORMAT:
         _check_format(key, body)
-    return record  # type: ignore[no-any-return]  # a decoder of that kind
+    return record
 
 
 def _check_format(key: str, body: bytes) -> None:

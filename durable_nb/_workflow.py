@@ -202,6 +202,16 @@ class Run:
         self._engine.resume(self.id, take_over=take_over)
         return self
 
+    def restart(self) -> Run:
+        """Begin the run anew: it keeps its id and its arguments, and its outcomes are discarded.
+
+        Steps get idempotency keys of their own, so that what was charged is charged again. A run that a live process executes
+        is stopped there at once, as by a kill, and begins anew there.
+        """
+        refuse_in_workflow("run.restart()")
+        self._engine.restart(self.id)
+        return self
+
     def cancel(self, reason: str = "") -> None:
         """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
         refuse_in_workflow("run.cancel()")

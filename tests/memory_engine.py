@@ -183,6 +183,11 @@ class MemoryEngine:
         why = f"the run {run_id!r} was cancelled" + (f": {reason}" if reason else "")
         self._of(run_id).cancel(RunCancelled(why))
 
+    def restart(self, run_id):
+        found = self._of(run_id)
+        found.task.cancel()
+        self._runs[run_id] = MemoryRun(self, run_id, found.request)
+
     def status_of(self, run_id):
         return self._of(run_id).status
 

@@ -11,7 +11,7 @@ import durable_nb as durable
 from durable_nb import _records as rec
 from durable_nb._engine.inbox import Inbox
 from durable_nb._journal import Commit
-from durable_nb._records import Cancel
+from durable_nb._records import Cancel, Restart
 from durable_nb._store import Store
 from durable_nb.errors import RunCancelled
 from durable_nb.testing import MemoryStore, redefine, runtime
@@ -20,7 +20,7 @@ from durable_nb.testing import MemoryStore, redefine, runtime
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("DURABLE_NB_KEY_FILE", str(tmp_path / "signing.key"))
-    for name in ("waits", "tidies"):
+    for name in ("waits", "tidies", "counts"):
         redefine(name)
 
 
@@ -126,3 +126,166 @@ def test_senders_take_turns(tmp_path):
         assert len(inbox.of("a")) == 20
     finally:
         store.close()
+
+
+def rows_of(store, run_id):
+    return [key for key, _ in store.journal.scan(rec.inbox_prefix(run_id))]
+
+
+async def soon(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  what is asked has no event
+            await asyncio.sleep(0.01)
+
+
+def counting(began, gate):
+    """A workflow that tells which keys its step was given, and that waits for the gate."""
+
+    @durable.workflow
+    async def counts(n):
+        await durable.run("paid", lambda: began.append(durable.idempotency_key()))
+        if not gate.is_set():
+            await durable.run("held", held, asyncio.Event())
+        return n, len(began)
+
+    return counts
+
+
+def test_a_restart_reaches_the_process_that_executes_the_run():
+    """It stops and begins anew there, with keys of its own; whoever awaits the run gets what the new execution returns."""
+    store, began = MemoryStore(), []
+
+    async def main():
+        gate = asyncio.Event()
+        counts = counting(began, gate)
+        async with runtime(store) as owner:
+            run = counts.start(7, id="a", labels=["shop"])
+            await soon(lambda: len(run.steps) == 2)
+            waiting = asyncio.ensure_future(run)
+            await asyncio.sleep(0)
+            async with runtime(store):
+                durable.get_run("a").restart()
+                gate.set()
+                assert await durable.get_run("a") == (7, 2)
+                assert rows_of(store, "a") == []
+            owner.use()
+            assert await waiting == (7, 2)
+            assert [step.name for step in run.steps] == ["paid"]
+        assert len(set(began)) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ended", ["completed", "failed", "cancelled", "interrupted"])
+def test_a_restart_of_a_run_that_nobody_executes_begins_it_here(ended):
+    store, began = MemoryStore(), []
+
+    async def main():
+        @durable.workflow
+        async def counts():
+            await durable.run("paid", lambda: began.append(durable.idempotency_key()))
+            if len(began) > 1:
+                return len(began)
+            if ended == "failed":
+                raise OSError("down")
+            if ended != "completed":
+                await durable.run("held", held, asyncio.Event())
+            return len(began)
+
+        async with runtime(store) as process:
+            run = counts.start(id="a")
+            if ended in ("cancelled", "interrupted"):
+                await soon(lambda: len(run.steps) == 2)
+            if ended == "cancelled":
+                run.cancel()
+            if ended == "interrupted":
+                process.kill()
+            else:
+                await asyncio.wait([asyncio.ensure_future(run)])
+        async with runtime(store):
+            run = durable.get_run("a")
+            assert run.status == ended
+            assert await run.restart() == 2
+            assert (run.status, [step.name for step in run.steps]) == ("completed", ["paid"])
+        assert len(set(began)) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["resume", "restart"])
+def test_a_process_without_the_workflow_asks_one_that_has_it(how):
+    """The run stands as interrupted until then, and is executed once somebody that has its code lives."""
+    store, began = MemoryStore(), []
+
+    async def main():
+        gate = asyncio.Event()
+        counts = counting(began, gate)
+        async with runtime(store) as process:
+            counts.start(7, id="a")
+            await soon(lambda: began)
+            process.kill()
+        redefine("counts")
+        async with runtime(store):
+            getattr(durable.get_run("a"), how)()
+            assert durable.get_run("a").status == "interrupted"
+        gate.set()
+        redefine(counts)
+        async with runtime(store):
+            assert durable.get_run("a").status == "interrupted"
+            await soon(lambda: durable.get_run("a").status == "completed")
+            assert rows_of(store, "a") == []
+            assert await durable.get_run("a") == (7, 1 + (how == "restart"))
+
+    asyncio.run(main())
+
+
+def test_an_owner_that_dies_before_it_hears_of_a_restart_leaves_it_to_the_next():
+    store, began = MemoryStore(), []
+
+    async def main():
+        gate = asyncio.Event()
+        counts = counting(began, gate)
+        async with runtime(store) as process:
+            run = counts.start(7, id="a")
+            await soon(lambda: len(run.steps) == 2)
+            row = store.journal.get(rec.run_key("a"))
+            assert process.engine.ownership.inbox.send("a", row, Restart(0.0))  # nobody is told
+            process.kill()
+        gate.set()
+        async with runtime(store):
+            assert durable.get_run("a").status == "interrupted"
+            assert await durable.get_run("a").resume() == (7, 2)
+
+    asyncio.run(main())
+
+
+def test_what_is_sent_in_the_moment_of_the_end_goes_with_it():
+    """A cancellation comes too late then, and leaves nothing behind; a restart is heeded all the same."""
+    store, began = MemoryStore(), []
+
+    async def main():
+        gate = asyncio.Event()
+        gate.set()
+        counts = counting(began, gate)
+        async with runtime(store) as process:
+            inbox, late = process.engine.ownership.inbox, [Cancel("late", 0.0)]
+            apply = store.journal.apply
+
+            def just_before(commits):
+                if late and any(commit.sweeps for commit in commits):
+                    rows = [(key, row) for key, row in [inbox.next_row("a", message) for message in late]]
+                    late.clear()
+                    apply([Commit(inserts=tuple(rows))])
+                return apply(commits)
+
+            store.journal.apply = just_before
+            run = counts.start(7, id="a")
+            assert await run == (7, 1)
+            assert (run.status, rows_of(store, "a"), late) == ("completed", [], [])
+            late.append(Restart(0.0))
+            run.restart()
+            await soon(lambda: len(began) == 3)
+            await soon(lambda: run.status == "completed")
+            assert rows_of(store, "a") == []
+
+    asyncio.run(main())

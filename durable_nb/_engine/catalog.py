@@ -16,10 +16,10 @@ from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
 from durable_nb._engine.by_history import TIMER
-from durable_nb._engine.inbox import Received
+from durable_nb._engine.inbox import Received, wish
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
-from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, RunRecord, Sequence, Timer, unpack
+from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, Restart, RunRecord, Sequence, Timer, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
 from durable_nb.errors import RunNotFoundError, StoreError
@@ -46,9 +46,9 @@ class Catalog:
         return found
 
     def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
-        """A run as it stands; cancelled it is as well where its executor died before it heard of it."""
+        """A run as it stands: what is wanted of it counts where nobody executes it."""
         found = self._ownership.read_run(run_id)
-        if found is None or found[0].status != Status.RUNNING or self.is_owned(run_id, found[1]):
+        if found is None or self.is_owned(run_id, found[1]):
             return found
         return self._heeding(found[0], self._ownership.inbox.of(run_id)), found[1]
 
@@ -59,7 +59,7 @@ class Catalog:
         for key, row in self._journal.scan(rec.run_key("")):
             with contextlib.suppress(StoreError):
                 record = unpack(self._signer, key, row, RunRecord)
-                if record.status != Status.RUNNING:
+                if record.status != Status.RUNNING and record.id not in inboxes:
                     yield record, None
                     continue
                 held = leases.get(rec.lease_key(record.id))
@@ -130,11 +130,13 @@ class Catalog:
         return self._is_started(run_id) or self._ownership.is_owned(run_id, lease)
 
     def _heeding(self, record: RunRecord, inbox: list[Received]) -> RunRecord:
-        """The run, cancelled where somebody wanted that while nobody executed it."""
-        cancel = next((one.message for one in inbox if isinstance(one.message, Cancel)), None)
-        if cancel is None:
-            return record
-        return replace(record, status=Status.CANCELLED.value, error=str(cancelled(record.id, cancel.reason)))
+        """The run as it is wanted, where nobody executes it: cancelled; or unfinished, since it is to begin anew."""
+        match wish(record, inbox):
+            case Cancel(reason):
+                return replace(record, status=Status.CANCELLED.value, error=str(cancelled(record.id, reason)))
+            case Restart():
+                return replace(record, status=Status.RUNNING.value, ended_at=None, error="")
+        return record
 
     def _last_of_cell(self, name: str) -> tuple[RunRecord, Lease | None] | None:
         key = rec.generation_key(rec.scope_of(name))

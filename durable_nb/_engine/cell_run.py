@@ -32,7 +32,7 @@ from durable_nb._engine.task_scope import TaskScope, enters_engine_code, in_user
 from durable_nb._facts import Snapshot, Status, Step, standing
 from durable_nb._fingerprint import Unhashable
 from durable_nb._journal import Verdict
-from durable_nb._records import Again, Attempts, Outcome, Passing, RunRecord, StepKey
+from durable_nb._records import Again, Attempts, Cancel, Outcome, Passing, RunRecord, StepKey
 from durable_nb._usage import Usage
 from durable_nb.errors import (
     CorruptStoreError,
@@ -250,8 +250,9 @@ class CellRun:
 
     def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
         for received in self._execution.news(lease, inbox, self._give_way):
-            if self._scope.stopped is None:  # once: its code may be tidying up by now
-                self.stop(cancelled(self.id, received.message.reason))
+            match received.message:
+                case Cancel(reason) if self._scope.stopped is None:  # once: its code may be tidying up by now
+                    self.stop(cancelled(self.id, reason))
 
     def _give_way(self) -> asyncio.CancelledError:
         """Another process owns the run: unwind, so that `execute` raises LeaseLost."""

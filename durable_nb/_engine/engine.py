@@ -16,6 +16,7 @@ from durable_nb._adoption import Origin, exists_beside, may_adopt
 from durable_nb._clock import Clock
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.cell_run import CellRun
+from durable_nb._engine.inbox import wish
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Status
 from durable_nb._records import Cancel, Generation, Lease, RunRecord, unpack
@@ -161,8 +162,7 @@ class Engine:
 
     def _was_cancelled(self, run: RunRecord, lease: Lease | None) -> bool:
         """Was it cancelled while nobody executed it, or its executor killed before hearing of it?"""
-        cancels = [one for one in self.ownership.inbox.of(run.id) if isinstance(one.message, Cancel)]
-        return bool(cancels) and not self.ownership.is_owned(run.id, lease)
+        return isinstance(wish(run, self.ownership.inbox.of(run.id)), Cancel) and not self.ownership.is_owned(run.id, lease)
 
     async def _claim(
         self, asked: Asked, found: _Unfinished, adopted: tuple[RunRecord, Lease] | None, new: str

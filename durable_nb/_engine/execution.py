@@ -129,9 +129,7 @@ class Execution:
             )
             is_at_work = self.shared.is_at_work(run_id)
             closes = status in (Status.COMPLETED, Status.CANCELLED)
-            # What was heard of an execution that is interrupted is delivered to the next one.
-            heard = tuple(self._heard) if is_over else ()
-            verdict = await self.log.end(record, result, closes=closes, is_at_work=is_at_work, heard=heard)
+            verdict = await self.log.end(record, result, closes=closes, is_at_work=is_at_work)
             if not is_at_work:
                 ownership.lose(self.held)
         finally:

@@ -1,18 +1,30 @@
 """What others want of a run: messages in its inbox. Buttons, command lines and other processes are senders, and nothing more.
 
-A sender inserts the next row `inbox/RUN/SEQ`; whoever executes the run hears of it within half a second, and its row goes in
-the commit that records its delivery. What is sent while nobody executes the run waits there.
+A sender inserts the next row `inbox/RUN/SEQ`. The run's owner looks every half second; a sender in the owner's own process
+tells it at once. What is sent while nobody executes the run waits there. A row goes in the commit that records its delivery.
+
+| message | a process executes the run, idle or busy | nobody does |
+|---|---|---|
+| `Cancel` | its code unwinds; a second one ends the run at once | the run is cancelled from that moment, by the row alone |
+| `Restart` | the execution stops, and the run begins anew | whoever resumes the run begins it anew |
+| `Resume` | it is done with already | any process that has the workflow resumes the run |
+
+A process that is busy in blocking code hears when its loop has a turn; one that died has no more turns, so its runs are
+nobody's. `Execution.news` gives an execution what it has not heard of; `WorkflowRun.hear` and `CellRun.hear` say what each
+message does; `Ownership` hands what is for nobody's runs to `Workflows`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from durable_nb import _records as rec
+from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Message, pack, unpack
+from durable_nb._records import Cancel, Message, Restart, Resume, RunRecord, pack, unpack_message
 from durable_nb._store import Store
 from durable_nb.errors import StoreError
 
@@ -27,6 +39,24 @@ class Received:
     message: Message
 
 
+class Restarted(Exception):  # noqa: N818  it says what happened
+    """Ends an execution whose run is to begin anew. Nothing more of it is written down."""
+
+
+def wish(record: RunRecord, inbox: Iterable[Received]) -> Message | None:
+    """What counts of the inbox of a run that nobody executes: the cancellation or the restart that was sent last."""
+    found: Message | None = None
+    for message in (one.message for one in inbox):
+        match message:
+            case Cancel() if record.status == Status.RUNNING or isinstance(found, Restart):
+                found = found if isinstance(found, Cancel) else message
+            case Restart():
+                found = message
+            case Resume():
+                found = found or message
+    return found
+
+
 class Inbox:
     """Of all runs of a store. May be used by any thread."""
 
@@ -36,13 +66,17 @@ class Inbox:
     def send(self, run_id: str, run_row: bytes, message: Message) -> bool:
         """Put a message on disk. False, and nothing is written, where the run's record is not `run_row` any more."""
         while True:
-            keys = [key for key, _ in self._store.journal.sizes(rec.inbox_prefix(run_id))]
-            key = rec.inbox_key(run_id, max((int(key.rpartition("/")[2]) for key in keys), default=0) + 1)
-            row = key, pack(self._store.signer, key, message)
+            row = self.next_row(run_id, message)
             guard = rec.run_key(run_id), run_row  # of a run that has ended nobody would take it out again
             verdict = self._store.writer.commit_and_wait(Commit(guard, inserts=(row,)))
             if verdict is not Verdict.EXISTS:  # else another sender was faster
                 return verdict is Verdict.APPLIED
+
+    def next_row(self, run_id: str, message: Message) -> tuple[str, bytes]:
+        """The row that a message is, to be inserted: another sender may be faster."""
+        keys = [key for key, _ in self._store.journal.sizes(rec.inbox_prefix(run_id))]
+        key = rec.inbox_key(run_id, max((int(key.rpartition("/")[2]) for key in keys), default=0) + 1)
+        return key, pack(self._store.signer, key, message)
 
     def of(self, run_id: str) -> list[Received]:
         """What is in one run's inbox, in the order in which it was sent."""
@@ -56,5 +90,5 @@ class Inbox:
         found: defaultdict[str, list[Received]] = defaultdict(list)
         for key, row in sorted(self._store.journal.scan(prefix)):
             with contextlib.suppress(StoreError):  # one that can't be read is told of by `doctor`, and stops no other
-                found[rec.run_of_inbox(key)].append(Received(key, row, unpack(self._store.signer, key, row, Message)))
+                found[rec.run_of_inbox(key)].append(Received(key, row, unpack_message(self._store.signer, key, row)))
         return found

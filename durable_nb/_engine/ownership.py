@@ -20,12 +20,12 @@ from durable_nb._engine.run_log import Held
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._facts import Snapshot, Status
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
+from durable_nb._records import Generation, Lease, Restart, Resume, RunRecord, pack, unpack
 from durable_nb._store import Store
 from durable_nb.errors import StoreError
 
 WATCH_S = 0.5
-"""How soon a process hears that a run of its was cancelled or taken over by another, where it doesn't find out itself."""
+"""How soon a process hears what others want of its runs, and that one was taken over, where it doesn't find out itself."""
 
 
 class Executed(Protocol):
@@ -74,7 +74,11 @@ class Ownership:
         """Runs that are being claimed or ended: their leases are not to be given away meanwhile."""
         self._awaited: dict[str, _Awaited] = {}
         """Runs that other processes execute, and that somebody here waits for."""
+        self.takes: Callable[[str], None] | None = None
+        """Where this process executes workflows: told of a run that nobody executes, and that somebody wants executed."""
         self.watching: asyncio.Task[None] | None = None
+        """The look that is being taken."""
+        self._watched_on: asyncio.AbstractEventLoop | None = None
 
     def pack(self, key: str, record: rec.Record) -> tuple[str, bytes]:
         """A record as the row that a commit takes."""
@@ -109,6 +113,22 @@ class Ownership:
         new = tuple(row for row in commit.puts if row[0] == key)
         commit = replace(commit, inserts=new, puts=(row, *(row for row in commit.puts if row[0] != key)))
         return self._claimed(held, self.store.writer.commit_and_wait(commit))
+
+    def claim_for_nobody(
+        self,
+        record: RunRecord,
+        lease: Lease | None,
+        *,
+        deletes: tuple[str, ...] = (),
+        inserts: tuple[tuple[str, bytes], ...] = (),
+    ) -> bool:
+        """Write a run's record as a claim does, and leave the run to whoever claims it; for synchronous code. False where
+        another was faster."""  # fmt: skip
+        commit, held = self._claiming(record, lease, deletes, None)
+        free = self.pack(rec.lease_key(record.id), Lease(held.epoch, ""))
+        puts = (free, *(row for row in commit.puts if row[0] != free[0]))
+        verdict = self.store.writer.commit_and_wait(replace(commit, puts=puts, inserts=inserts))
+        return verdict is Verdict.APPLIED
 
     def _claiming(
         self,
@@ -204,29 +224,44 @@ class Ownership:
     # -- watching ------------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Look for what other processes want of the runs that are executed here, for as long as there are any."""
+        """Look for what other processes want of the runs that are executed here, and of nobody's runs, for as long as there is
+        any, or this process executes workflows."""  # fmt: skip
         loop = asyncio.get_running_loop()
         if type(loop) is WorkflowLoop:
             loop = loop.carrier
-        if self.watching is None or self.watching.done() or self.watching.get_loop() is not loop:
-            self.watching = loop.create_task(self._watch_on(), context=Context(), name="durable_nb watch")
+        if self._watched_on is not loop:
+            self._watched_on = loop
+            loop.call_later(WATCH_S, self._tick, loop, context=Context())
 
-    async def _watch_on(self) -> None:
-        while (self.held or self._awaited) and not self.store.writer.closed:
-            await asyncio.sleep(WATCH_S)
-            with contextlib.suppress(StoreError):  # whoever needs the disk is told; here it is tried again
-                for run_id in list(self.held):
-                    self.let_go(run_id)
-                runs = list(self.active.values())
-                awaited = dict(self._awaited)
-                for run, lease, inbox in await self.store.writer.call(functools.partial(self._news, runs)):
-                    if self.active.get(run.id) is run:  # not ended meanwhile
-                        run.hear(lease, inbox)
-                if awaited:
-                    for run_id in await self.store.writer.call(functools.partial(self._changed_of, awaited)):
-                        for waiting in self._awaited.pop(run_id).waiters:
-                            if not waiting.done():
-                                waiting.set_result(None)
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A timer, and a task for the moment of a look: a loop that ends with a task that waits complains of it.
+        if self._watched_on is not loop:
+            return
+        if self.store.writer.closed or not (self.held or self._awaited or self.takes):
+            self._watched_on = None
+            return
+        self.watching = loop.create_task(self._look(), name="durable_nb watch")
+        self.watching.add_done_callback(lambda _: loop.call_later(WATCH_S, self._tick, loop))
+
+    async def _look(self) -> None:
+        with contextlib.suppress(StoreError):  # whoever needs the disk is told; here it is tried again
+            for run_id in list(self.held):
+                self.let_go(run_id)
+            runs = list(self.active.values())
+            awaited = dict(self._awaited)
+            inboxes, leases = await self.store.writer.call(functools.partial(self._news, runs))
+            for run in runs:
+                if self.active.get(run.id) is run:  # not ended meanwhile
+                    run.hear(leases[run.id], inboxes.get(run.id, []))
+            if self.takes is not None:
+                for run_id, inbox in inboxes.items():
+                    if run_id not in self.active and any(isinstance(one.message, Resume | Restart) for one in inbox):
+                        self.takes(run_id)
+            if awaited:
+                for run_id in await self.store.writer.call(functools.partial(self._changed_of, awaited)):
+                    for waiting in self._awaited.pop(run_id).waiters:
+                        if not waiting.done():
+                            waiting.set_result(None)
 
     async def change_of(self, run_id: str) -> None:
         """Return when a run that another process executes has ended, or when that process has."""
@@ -252,6 +287,6 @@ class Ownership:
                 changed.append(run_id)
         return changed
 
-    def _news(self, runs: list[Executed]) -> list[tuple[Executed, bytes | None, list[Received]]]:
-        journal, inboxes = self.store.journal, self.inbox.all()
-        return [(run, journal.get(rec.lease_key(run.id)), inboxes.get(run.id, [])) for run in runs]
+    def _news(self, runs: list[Executed]) -> tuple[dict[str, list[Received]], dict[str, bytes | None]]:
+        """What is in all inboxes, and the rows of these runs' leases."""
+        return self.inbox.all(), {run.id: self.store.journal.get(rec.lease_key(run.id)) for run in runs}

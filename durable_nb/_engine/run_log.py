@@ -6,8 +6,9 @@ Every commit is conditional on the exact bytes of the lease's row, so a process 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,18 +21,20 @@ from durable_nb._records import (
     Again,
     Asked,
     Attempts,
+    Cancel,
     Event,
     Excluded,
     Lease,
     Outcome,
     Passing,
     Record,
+    Resume,
     RunRecord,
     Timer,
     unpack,
 )
 from durable_nb._store import Store
-from durable_nb.errors import CorruptStoreError, RunCancelled
+from durable_nb.errors import CorruptStoreError, RunCancelled, StoreError
 
 BLOB_BYTES = 1 << 20
 """Values from this size on lie in files of their own."""
@@ -79,11 +82,12 @@ class RunLog:
         inserts: tuple[tuple[str, bytes], ...] = (),
         puts: tuple[tuple[str, bytes], ...] = (),
         deletes: tuple[str, ...] = (),
+        sweeps: tuple[str, Callable[[str, bytes], bool]] | None = None,
         follows: str | None = None,
     ) -> asyncio.Future[Verdict]:
         """Hand over a commit. GUARD_FAILED where another process owns the run, EXISTS, MISSING of `inserts`, `follows`."""
         began_s = time.monotonic()
-        done = self.store.writer.commit(Commit(self.held.guard, inserts, puts, deletes, follows))
+        done = self.store.writer.commit(Commit(self.held.guard, inserts, puts, deletes, sweeps, follows))
         done.add_done_callback(lambda commit: self._confirm(commit, began_s))
         return done
 
@@ -116,15 +120,16 @@ class RunLog:
     def read_row(self, key: str) -> asyncio.Future[bytes | None]:
         return self.read(lambda: self.store.journal.get(key))
 
-    def end(
-        self, record: RunRecord, result: rec.Result | None, *, closes: bool, is_at_work: bool, heard: Iterable[str] = ()
-    ) -> asyncio.Future[Verdict]:
+    def end(self, record: RunRecord, result: rec.Result | None, *, closes: bool, is_at_work: bool) -> asyncio.Future[Verdict]:
         """Write down how an execution ended. `closes`: nobody goes on with the run. While a body of it `is_at_work`, the lease
-        stays ours, so that what it comes to can be recorded. `heard`: messages that are done with."""  # fmt: skip
+        stays ours, so that what it comes to can be recorded."""  # fmt: skip
         puts = [self.pack(rec.run_key(record.id), record)]
         if result is not None:
             puts.append(self.pack(rec.result_key(record.id), result))
-        deletes = [*heard]
+        deletes = []
+        # What came too late goes with the end, also what was sent since the last look; after it nobody can send any more. What
+        # is wanted of an execution that is interrupted is delivered to the next one.
+        sweeps = (rec.inbox_prefix(record.id), self._is_settled) if record.status != "running" else None
         if closes:
             deletes.append(rec.open_prefix(record.scope) + record.id)
         if is_at_work:
@@ -133,7 +138,13 @@ class RunLog:
             deletes.append(rec.lease_key(record.id))
         else:
             puts.append(self.pack(rec.lease_key(record.id), Lease(self.held.epoch, "")))
-        return self.commit(puts=tuple(puts), deletes=tuple(deletes))
+        return self.commit(puts=tuple(puts), deletes=tuple(deletes), sweeps=sweeps)
+
+    def _is_settled(self, key: str, row: bytes) -> bool:
+        """Is that message done with when the run has ended? A restart is not: the run is to begin anew all the same."""
+        with contextlib.suppress(StoreError):
+            return isinstance(rec.unpack_message(self.signer, key, row), Cancel | Resume)
+        return False
 
 
 class CellRecords:

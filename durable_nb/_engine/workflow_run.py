@@ -43,7 +43,7 @@ from durable_nb._engine.blame import Blame
 from durable_nb._engine.by_history import PATCHED, TIMER, History, Mismatch, Request, Row, without_collector
 from durable_nb._engine.execution import Execution, timer_of
 from durable_nb._engine.in_place import arguments_of
-from durable_nb._engine.inbox import Received
+from durable_nb._engine.inbox import Received, Restarted
 from durable_nb._engine.observing import Observers, Returned
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import RunPolicy, Wording, encoded, ended_step
@@ -55,7 +55,7 @@ from durable_nb._engine.shared import Shared
 from durable_nb._engine.workflow_loop import Interrupted, WorkflowLoop
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._journal import Verdict
-from durable_nb._records import Arguments, Asked, Event, Outcome, Result, RunRecord, unpack
+from durable_nb._records import Arguments, Asked, Cancel, Event, Outcome, Restart, Result, RunRecord, unpack
 from durable_nb.errors import (
     CorruptStoreError,
     DurableError,
@@ -706,8 +706,13 @@ class WorkflowRun:
 
     def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
         for received in self._execution.news(lease, inbox, self._give_way):
-            self._delivering.append(received.key)
-            self.cancel(cancelled(self.id, received.message.reason))
+            match received.message:
+                case Cancel(reason):
+                    self._delivering.append(received.key)
+                    self.cancel(cancelled(self.id, reason))
+                case Restart():
+                    self._shared.ownership.changing.add(self.id)  # the lease stays ours
+                    self.stop(Restarted())
 
     def _give_way(self) -> None:
         """Another process owns the run: this one writes nothing more."""
@@ -745,7 +750,7 @@ class WorkflowRun:
                 await self._tasks.stop()
         self._close_loop()
         status, error, value = over.status, over.error, over.value
-        if isinstance(error, LeaseLost):
+        if isinstance(error, LeaseLost | Restarted):
             self._execution.leave(Status.INTERRUPTED)
             raise error
         form, data = "", b""

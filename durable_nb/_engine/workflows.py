@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
+from durable_nb._engine.inbox import Restarted, wish
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._fingerprint import Unhashable, hash_value
-from durable_nb._records import Arguments, Cancel, Event, Lease, Result, RunRecord, unpack
+from durable_nb._records import Arguments, Cancel, Event, Lease, Message, Restart, Result, Resume, RunRecord, unpack
 from durable_nb._store import Store
 from durable_nb.errors import (
     CorruptStoreError,
@@ -58,6 +58,9 @@ class Workflows:
             self._loop = _carrier(asyncio.get_running_loop())
         self.catalog = Catalog(self._shared, self._tasks.__contains__)
         self._shared.workflows = self
+        self._ownership.takes = self._take
+        if self._loop is not None:
+            self._ownership.watch()
 
     @property
     def store_id(self) -> str:
@@ -119,7 +122,7 @@ class Workflows:
                     f"the run {record.id!r} is being executed (it is {self.catalog.status(record, lease)}), so it was not "
                     "restarted; nothing was started. Cancel it first, with the run's cancel()"
                 )
-            self._go(replace(record, generation=record.generation + 1), lease, anew=True)
+            self._go(record, lease, anew=True)
         elif record.status == Status.RUNNING and not self.catalog.is_owned(record.id, lease):
             self._go(record, lease)
 
@@ -127,9 +130,22 @@ class Workflows:
         record, lease = self.catalog.find(run_id)
         if record.id in self._tasks or record.status == Status.COMPLETED or record.kind != "workflow":
             return
-        if self.catalog.is_owned(run_id, lease) and not take_over:
+        if self.catalog.is_owned(record.id, lease) and not take_over:
             return
-        self._go(record, lease)
+        self._go_or_ask(record, lease)
+
+    def restart(self, run_id: str) -> None:
+        while True:
+            record, lease, row = self._found(run_id)
+            if record.kind != "workflow":
+                raise DurableError(
+                    f"{record.id!r} is a run of the cell {record.name!r}, so nothing was restarted: run the cell with --rerun"
+                )
+            if not self.catalog.is_owned(record.id, lease):
+                self._go_or_ask(record, lease, anew=True)
+                return
+            if self._send(record.id, row, Restart(self._shared.clock.now().wall_s)):
+                return  # else it has changed hands, or ended, in this very moment
 
     def resume_own(self) -> list[str]:
         resumed = []
@@ -150,31 +166,66 @@ class Workflows:
         return self._main() if module == "__main__" else module
 
     def cancel(self, run_id: str, reason: str) -> None:
+        while True:
+            record, _, row = self._found(run_id)
+            if record.status != Status.RUNNING and record.id not in self._tasks:
+                return
+            # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
+            if self._send(record.id, row, Cancel(reason, self._shared.clock.now().wall_s)):
+                return  # else it has changed hands, or ended, in this very moment
+
+    def _found(self, run_id: str) -> tuple[RunRecord, Lease | None, bytes]:
+        """A run as it stands, and its record's row, which a message may be conditional on."""
         record, _ = self.catalog.find(run_id)
-        row = self._store.journal.get(rec.run_key(record.id))
-        if row is None or (record.status != Status.RUNNING and record.id not in self._tasks):
-            return
-        # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
-        if not self._ownership.inbox.send(record.id, row, Cancel(reason, self._shared.clock.now().wall_s)):
-            self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
-            return
-        run = self._ownership.active.get(record.id)
+        row = self._store.journal.get(rec.run_key(record.id)) or b""
+        return *self.catalog.find(record.id), row  # read after the row: what has changed meanwhile makes the message fail
+
+    def _send(self, run_id: str, row: bytes, message: Message) -> bool:
+        """Put it into the run's inbox, and tell the run of it where this process executes it."""
+        if not self._ownership.inbox.send(run_id, row, message):
+            return False
+        run = self._ownership.active.get(run_id)
         if run is not None:
-            run.hear_soon(self._ownership.inbox.of(record.id))
+            run.hear_soon(self._ownership.inbox.of(run_id))
+        return True
 
     # -- executing -----------------------------------------------------------------------------------------------------
 
-    def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
-        """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it."""
+    def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> bool:
+        """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it. False, and it
+        is told, where its workflow is not defined here."""  # fmt: skip
         if workflow_functions.get(record.name) is None:
             log.warning(
                 "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
                 "then durable.get_run(%r).resume()",
                 *(record.id, record.name, record.id),
             )
-            return
-        stale = [one.key for one in self._ownership.inbox.of(record.id)]  # what is sent from here on is for this execution
+            return False
+        inbox = self._ownership.inbox.of(record.id)
+        stale = tuple(one.key for one in inbox)  # what is sent from here on is for this execution
+        anew = anew or isinstance(wish(record, inbox), Restart)
         self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
+        return True
+
+    def _go_or_ask(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
+        """The same; where its workflow is not defined here, the run is made ready, and a process that has it is asked."""
+        if self._go(record, lease, anew=anew) or self.catalog.is_owned(record.id, lease):
+            return
+        stale = tuple(one.key for one in self._ownership.inbox.of(record.id))
+        ready = self._ready(record, stale, anew=anew)
+        for child in ready.children:
+            self.resume(child, take_over=False)
+        asked = self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s))
+        self._ownership.claim_for_nobody(ready.record, lease, deletes=ready.deletes, inserts=(*ready.rows, asked))
+
+    def _take(self, run_id: str) -> None:
+        """Somebody wants this run executed, which nobody does: if it is this process's to do, do it."""
+        found = self._ownership.read_run(run_id)
+        if found is None or run_id in self._tasks or self._ownership.is_owned(run_id, found[1]):
+            return
+        function = workflow_functions.get(found[0].name)
+        if function is not None and self.home_of(function) == found[0].home:
+            self._go(*found)
 
     def _loop_for(self, run_id: str) -> asyncio.AbstractEventLoop:
         """The loop that executes it: the running one; in another thread, the one that executes this store's runs."""
@@ -213,32 +264,43 @@ class Workflows:
         if not task.cancelled():
             task.exception()  # on record: whoever waits for the run gets it from there
 
-    async def _drive(self, record: RunRecord, lease: Lease | None, stale: list[str], *, anew: bool) -> None:
-        now, deletes = self._shared.clock.now(), stale
-        rows: list[tuple[str, bytes]] = []
-        since, since_s = record.since, record.since_s
+    async def _drive(self, record: RunRecord, lease: Lease | None, stale: tuple[str, ...], *, anew: bool) -> None:
+        ready = await self._store.writer.call(lambda: self._ready(record, stale, anew=anew))
+        for child in ready.children:
+            self.resume(child, take_over=False)
+        held = await self._ownership.claim(ready.record, lease, deletes=ready.deletes, inserts=ready.rows)
+        if held is None:
+            return  # another process was faster: it executes the run, and who waits here hears of it by the journal
+        await self._execute(ready.record, held)
+
+    def _ready(self, record: RunRecord, stale: tuple[str, ...], *, anew: bool) -> _Ready:
+        """What is to be written for a run to be executed from here on; `stale`: rows that go. Only looks."""
+        now, rows, deletes, children = self._shared.clock.now(), list[tuple[str, bytes]](), stale, list[str]()
+        since, since_s, generation = record.since, record.since_s, record.generation
         if anew:
-            since, since_s = now, 0.0
+            since, since_s, generation = now, 0.0, generation + 1
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
-            since_s, rows, cleared = await self._resumption(record)
+            since_s, rows, cleared, children = self._resumption(record)
             deletes += cleared
         elif since is None or since.boot != now.boot:  # from here on this boot's clock tells the run's time
             since_s, since = since_s + elapsed_s(since or now, now), now
         record = replace(
-            record, status=Status.RUNNING.value, ended_at=None, error="", ended_by=(), since=since, since_s=since_s
+            record,
+            generation=generation,
+            status=Status.RUNNING.value,
+            ended_at=None,
+            error="",
+            ended_by=(),
+            since=since,
+            since_s=since_s,
         )
-        held = await self._ownership.claim(record, lease, deletes=tuple(deletes), inserts=tuple(rows))
-        if held is None:
-            return  # another process was faster: it executes the run, and who waits here hears of it by the journal
-        await self._execute(record, held)
+        return _Ready(record, tuple(rows), deletes, tuple(children))
 
-    async def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], list[str]]:
-        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, and rows
-        that go."""  # fmt: skip
-        journal, signer = self._store.journal, self._store.signer
-        log_rows = await self._store.writer.call(lambda: read_log(journal, signer, record.scope, record.generation))
-        rows = [row for _, _, row in log_rows]
+    def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], tuple[str, ...], list[str]]:
+        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, rows
+        that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
+        rows = [row for _, _, row in read_log(self._store.journal, self._store.signer, record.scope, record.generation)]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
         since_s = course[cut].row.at if cut >= 0 else max((row.at for row in rows), default=0.0)
@@ -250,24 +312,25 @@ class Workflows:
             )
         key = f"{rec.log_prefixes(record.scope, record.generation)[2]}{len(rows) + 1:08}"
         event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._shared.clock.now().wall_s)
-        await self._resume_children(rows, event)
         attempts = rec.attempts_prefix(record.scope, record.generation)
-        cleared = [f"{attempts}{request:08}" for request in record.ended_by]
-        return since_s, [self._ownership.pack(key, event)], cleared
+        cleared = tuple(f"{attempts}{request:08}" for request in record.ended_by)
+        return since_s, [self._ownership.pack(key, event)], cleared, self._failed_children(rows, event)
 
-    async def _resume_children(self, rows: list[Row], resumed: Event) -> None:
-        """The runs that have failed, and whose results are asked for again."""
+    def _failed_children(self, rows: list[Row], resumed: Event) -> list[str]:
         stand = {delivery.id for delivery in deliveries_of([*rows, resumed])}
-        for asked in (one for row in rows for one in row.asked if one.kind == "result" and one.id not in stand):
-            found = await self._store.writer.call(functools.partial(self.catalog.seen, asked.name))
-            if found is not None and self.catalog.status(*found) is Status.FAILED:
-                self.resume(asked.name, take_over=False)
+        again = [one.name for row in rows for one in row.asked if one.kind == "result" and one.id not in stand]
+        found = [(child, self.catalog.seen(child)) for child in again]
+        return [child for child, seen in found if seen is not None and self.catalog.status(*seen) is Status.FAILED]
 
     async def _execute(self, record: RunRecord, held: Held) -> None:
         self._ownership.watch()
         run = WorkflowRun(self._shared, record, held)
         try:
             await run.drive(workflow_functions[record.name])
+        except Restarted:
+            inbox = await self._store.writer.call(lambda: self._ownership.inbox.of(record.id))
+            mine = Lease(held.epoch, self._store.process.id)
+            await self._drive(record, mine, tuple(one.key for one in inbox), anew=True)
         finally:
             if self._ownership.active.get(run.id) is run:  # where the records or the arguments can't be read
                 del self._ownership.active[run.id]
@@ -349,6 +412,17 @@ class Workflows:
             if record.kind == "workflow" and self.catalog.status(record, lease) is Status.INTERRUPTED
         ]
         return [(run.id, run.name) for run in sorted(waiting, key=lambda run: run.started_at, reverse=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What the claim of a run writes."""
+
+    record: RunRecord
+    rows: tuple[tuple[str, bytes], ...]
+    deletes: tuple[str, ...]
+    children: tuple[str, ...]
+    """Runs to be resumed before."""
 
 
 def _script() -> str:

@@ -23,6 +23,9 @@ class Commit:
     puts: tuple[tuple[str, bytes], ...] = ()
     """Rows written over whatever is there."""
     deletes: tuple[str, ...] = ()
+    sweeps: tuple[str, Callable[[str, bytes], bool]] | None = None
+    """Of the rows whose keys begin so, those go of which the function says so: whatever other processes have written before
+    this commit is among them."""
     follows: str | None = None
     """Apply only while there is a row of this key: of commits handed over one by one, none lands without the former."""
 

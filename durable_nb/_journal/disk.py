@@ -126,7 +126,9 @@ class DiskJournal:
 
 def _applied_as_one_statement(sql: sqlite3.Connection, commit: Commit) -> bool:
     """The usual commit, one new row under a guard, needs no BEGIN and COMMIT. False: nothing done, reason unknown."""
-    if len(commit.inserts) != 1 or commit.puts or commit.deletes or commit.guard is None or commit.guard[1] is None:
+    if len(commit.inserts) != 1 or commit.puts or commit.deletes or commit.sweeps:
+        return False
+    if commit.guard is None or commit.guard[1] is None:
         return False
     ((key, value),) = commit.inserts
     now = time.time()
@@ -152,6 +154,10 @@ def _applied(sql: sqlite3.Connection, commit: Commit) -> Verdict:
     now = time.time()
     sql.executemany(_PUT, [(key, now, now, value) for key, value in (*commit.inserts, *commit.puts)])
     sql.executemany(_DELETE, [(key,) for key in commit.deletes])
+    if commit.sweeps is not None:
+        prefix, goes = commit.sweeps
+        rows = sql.execute(_SCAN, (prefix, _beyond(prefix))).fetchall()
+        sql.executemany(_DELETE, [(key,) for key, row in rows if isinstance(row, bytes) and goes(key, row)])
     return Verdict.APPLIED
 
 

@@ -35,7 +35,11 @@ class MemoryJournal:
             return Verdict.EXISTS
         self.rows.update(commit.inserts)
         self.rows.update(commit.puts)
-        for key in commit.deletes:
+        swept: list[str] = []
+        if commit.sweeps is not None:
+            prefix, goes = commit.sweeps
+            swept = [key for key, row in self.rows.items() if key.startswith(prefix) and goes(key, row)]
+        for key in (*commit.deletes, *swept):
             self.rows.pop(key, None)
         return Verdict.APPLIED
 
