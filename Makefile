@@ -25,11 +25,12 @@ demo: $(VENV)/wheel
 test: $(VENV)/test browser
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --installed --known-skips-only $(ARGS)
 
-# Processes killed at 2,000 random moments, SEED=7 chooses other ones; a journal opened, checkpointed and closed by three at once.
+# Processes killed at 2,000 random moments, SEED=7 chooses other ones; a journal opened, checkpointed and closed by three at once;
+# a schedule that three processes fire for a minute.
 SEED ?= 1
 stress: $(VENV)/test
-	DURABLE_NB_KILLS=2000 DURABLE_NB_OPENINGS=4000 DURABLE_NB_PROGRAMS=2000 DURABLE_NB_KILLED_PROGRAMS=200 DURABLE_NB_SEED=$(SEED) \
-	$(BIN)/pytest --installed tests/test_processes.py tests/test_replay.py $(ARGS)
+	DURABLE_NB_KILLS=2000 DURABLE_NB_OPENINGS=4000 DURABLE_NB_PROGRAMS=2000 DURABLE_NB_KILLED_PROGRAMS=200 DURABLE_NB_SECONDS=60 DURABLE_NB_SEED=$(SEED) \
+	$(BIN)/pytest --installed tests/test_processes.py tests/test_replay.py tests/test_schedule.py $(ARGS)
 
 # The tests on Python 3.11 to 3.14, with pandas 2 and 3, numpy 1.26 and 2, ipykernel 6 and 7, SDKs on httpx and httpx2, as far as
 # the Pythons are there; as root on Debian 3.14 is fetched. By hand, before a release: about an hour. ONLY=3.14 chooses, ARGS are pytest's.

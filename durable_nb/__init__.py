@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
     from durable_nb._ledger import ledger as ledger
+    from durable_nb._schedule import Schedule as Schedule
+    from durable_nb._schedule import schedule as schedule
     from durable_nb._secrets import secret as secret
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import now as now
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
+    **dict.fromkeys(("Schedule", "schedule"), "durable_nb._schedule"),
     "secret": "durable_nb._secrets",
     "dashboard": "durable_nb._housekeeping.dashboard",
     "ChatResult": "durable_nb._chat",

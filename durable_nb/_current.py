@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from durable_nb import _usage
 from durable_nb._clock import Clock, Instant
-from durable_nb._facts import Snapshot, Status, Used
+from durable_nb._facts import ScheduleFacts, Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb._secrets import call_revealed, holds_secret
 from durable_nb._usage import Usage
@@ -121,6 +121,23 @@ class StartRequest:
     """Where there is a run of that id: "attach", "fail", "restart", or "keep": attach whatever the arguments are."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduleRequest:
+    """Runs of a workflow, to be begun by the clock."""
+
+    name: str
+    workflow: str
+    cron: str
+    tz: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: tuple[str, ...]
+    catch_up: str
+    """Due times that passed while no process fired them: "all", "last" or "none" are begun later."""
+    overlap: str
+    """While the last run is unfinished: "allow" the next one, or "skip" it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Items:
     """So many steps of that name will be asked for, one for each item. Views count them from now on."""
@@ -214,6 +231,30 @@ current_run: ContextVar[Run | None] = ContextVar("durable_nb_run", default=None)
 current_body: ContextVar[Body | None] = ContextVar("durable_nb_body", default=None)
 
 
+class Schedules(Protocol):
+    """The schedules of an engine. RunNotFoundError for a name that it doesn't know."""
+
+    def put(self, request: ScheduleRequest) -> None:
+        """Make one, or replace the one of that name; on disk when this returns."""
+        ...
+
+    def pause(self, name: str, *, paused: bool) -> None:
+        """Fire nothing until it is resumed; what is due in between is dropped."""
+        ...
+
+    def trigger(self, name: str) -> str:
+        """Begin a run of it now; its id."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Forget it; its runs stay."""
+        ...
+
+    def all(self) -> list[ScheduleFacts]:
+        """Those there are, by name."""
+        ...
+
+
 class Engine(Protocol):
     """What starts and finds the runs of workflows."""
 
@@ -230,6 +271,11 @@ class Engine(Protocol):
     def start(self, request: StartRequest, parent: str = "") -> str:
         """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns.
         `parent`: the run that starts it."""  # fmt: skip
+        ...
+
+    @property
+    def schedules(self) -> Schedules:
+        """What begins its runs by the clock."""
         ...
 
     def interrupted(self) -> list[tuple[str, str]]:

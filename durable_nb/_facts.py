@@ -72,6 +72,21 @@ class Used:
     saved: Usage
 
 
+@dataclass(frozen=True, slots=True)
+class ScheduleFacts:
+    """Starts of a workflow by the clock."""
+
+    name: str
+    workflow: str
+    cron: str
+    tz: str
+    paused: bool
+    next_at: float | None
+    """Unix seconds; None while it is paused."""
+    last_run: str
+    """The id of the run that it has started last; '' for none."""
+
+
 class Paths:
     """Names for the steps of a run: where each was asked for, numbered from the second of a name on; `map[3]` is an item."""
 

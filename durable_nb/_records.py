@@ -19,6 +19,7 @@
 | `excluded/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `again/SCOPE/GENERATION/STEP` | how often the steps of this name were asked to be executed anew (`--rerun=STEP`) |
 | `saved/RUN/PROCESS` | tokens that restoring steps of this run has saved, as far as that process knows |
+| `schedule/NAME` | when a workflow is started again and again, and up to when that was done |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
 A SCOPE is one durable cell. Every record carries the version of its form; fields may be added, with defaults, and none is
@@ -360,6 +361,31 @@ class Saved:
     format: int = FORMAT
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Starts of a workflow by the clock."""
+
+    name: str
+    workflow: str
+    cron: str
+    tz: str
+    form: str
+    """Of `value`, its runs' (args, kwargs)."""
+    value: bytes
+    labels: tuple[str, ...]
+    catch_up: str
+    """Of due times that passed while nobody fired them: `all`, `last` or `none` are started later."""
+    skips: bool = False
+    """A due time is dropped while the last run is unfinished."""
+    home: str = ""
+    """The module or notebook that defines the workflow: it fires the schedule."""
+    settled_s: float = 0.0
+    """Every due time up to here was fired, or is dropped."""
+    last_run: str = ""
+    is_paused: bool = False
+    format: int = FORMAT
+
+
 Record = (
     Again
     | Arguments
@@ -376,6 +402,7 @@ Record = (
     | Resume
     | RunRecord
     | Saved
+    | Schedule
     | Timer
 )
 _R = TypeVar("_R", bound=Record)
@@ -535,6 +562,11 @@ def saved_key(run_id: str, process_id: str) -> str:
 def run_of_saved(key: str) -> str:
     """The run that was restored from."""
     return unquote(key.split("/", 2)[1])
+
+
+def schedule_key(name: str) -> str:
+    """Key of a schedule; of nothing, their prefix."""
+    return f"schedule/{quote(name, safe='')}"
 
 
 def open_prefix(scope: str) -> str:

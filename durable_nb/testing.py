@@ -283,7 +283,7 @@ class Process:
             self._owner_cancelled = self._owner.cancel()
 
     def _tasks(self) -> set[asyncio.Task[Any]]:
-        tasks = {*self._workflows._tasks.values(), self.engine.ownership.watching}
+        tasks = {*self._workflows._tasks.values(), self.engine.ownership.watching, self._workflows.schedules.watching}
         tasks |= {body.task for body in self.engine.bodies.values()}
         return {task for task in tasks if task is not None}
 

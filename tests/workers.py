@@ -594,6 +594,24 @@ async def predict(channel, store, oracle="", run_id="run"):
     return await predictable.start(PREDICTED, id=run_id)
 
 
+@durable.workflow
+async def each_second():
+    await durable.run("one", quick, "one")
+
+
+async def fire(channel, store, oracle):
+    """Fire a schedule until killed."""
+    _open_oracle(oracle)
+    durable.open(store)
+    durable.schedule("each second", each_second, cron="* * * * * *", tz="UTC")
+    await asyncio.Event().wait()
+
+
+async def all_runs(channel, store):
+    durable.open(store)
+    return [run.id for run in durable.runs(limit=10_000)]
+
+
 async def look(channel, store, run_id="run"):
     """Everything that the public face tells of a run, and its result."""
     durable.open(store)

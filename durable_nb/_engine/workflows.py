@@ -26,6 +26,7 @@ from durable_nb._engine.engine import Engine, new_id
 from durable_nb._engine.inbox import Restarted, wish
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
+from durable_nb._engine.schedules import Schedules
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
 from durable_nb._facts import Snapshot, Status, Used
@@ -57,6 +58,7 @@ class Workflows:
         with contextlib.suppress(RuntimeError):
             self._loop = _carrier(asyncio.get_running_loop())
         self.catalog = Catalog(self._shared, self._tasks.__contains__)
+        self.schedules = Schedules(self)
         self._shared.workflows = self
         self._ownership.takes = self._take
         if self._loop is not None:

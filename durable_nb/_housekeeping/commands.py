@@ -1,4 +1,4 @@
-"""The command line's part for stores: `ls`, `show`, `gc`, `doctor`, `trust`."""
+"""The command line's part for stores: `ls`, `show`, `schedule`, `gc`, `doctor`, `trust`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from durable_nb._engine import Engine
+from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._files import default_store
 from durable_nb._housekeeping import doctor, gc
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._housekeeping.listings import gc_table, steps_table
-from durable_nb._housekeeping.tables import Table, count
+from durable_nb._housekeeping.tables import Table, count, say_when
 from durable_nb._store import Store
 from durable_nb._view import terminal
 from durable_nb._view.listing import Query
@@ -27,7 +28,7 @@ from durable_nb.errors import StoreError
 
 def add_to(commands: Any) -> None:
     """Add the parsers of all of them."""
-    for add in (_ls, _show, _gc, _doctor, _trust):
+    for add in (_ls, _show, _schedule, _gc, _doctor, _trust):
         add(commands)
 
 
@@ -66,6 +67,33 @@ def _show(commands: Any) -> None:
                 _tell({"run": asdict(found), "steps": list(map(asdict, inventory.steps_of(found).steps))})
             else:
                 _say(steps_table(found, inventory))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _schedule(commands: Any) -> None:
+    parser = _listing(commands, "schedule", "what is started by the clock")
+
+    def run(arguments: argparse.Namespace) -> int:
+        with _opened(arguments.store) as engine:
+            found = Workflows(engine).schedules.all()
+            path = engine.store.path
+        if arguments.json:
+            _tell({"store": str(path), "schedules": list(map(asdict, found))})
+        else:
+            rows = [
+                (
+                    one.name,
+                    one.workflow,
+                    f"{one.cron} {one.tz}",
+                    "paused" if one.paused else say_when(one.next_at),
+                    one.last_run,
+                )
+                for one in found
+            ]
+            title = f"{count(len(rows), 'schedule')} of {path}"
+            _say(Table(title, ("schedule", "workflow", "due", "next", "last run"), rows))
         return 0
 
     parser.set_defaults(run=run)

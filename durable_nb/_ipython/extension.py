@@ -47,7 +47,7 @@ class Extension:
         said = f"durable_nb: this notebook's store is {session.path}" + (f"\ndurable_nb: {advice}" if advice else "")
         print(said + _waiting(session))  # noqa: T201  what loading says
         with contextlib.suppress(RuntimeError):  # a terminal has no loop yet
-            asyncio.get_running_loop().call_later(_IDLE_S, _import_the_rest)
+            asyncio.get_running_loop().call_later(_IDLE_S, _load_the_rest, session)
 
     def unload(self) -> None:
         """Take everything back; the store is closed."""
@@ -122,11 +122,13 @@ _IDLE_S = 0.05
 """After so long a front end has heard that the extension is loaded."""
 
 
-def _import_the_rest() -> None:
+def _load_the_rest(session: Session) -> None:
     """What the first durable cell needs, while the kernel is idle or between two cells; not in a thread, since a process that
-    is forked meanwhile could not import."""  # fmt: skip
+    is forked meanwhile could not import. Where the store has schedules, they are fired from here on."""  # fmt: skip
     for name in ("durable_nb._engine.workflows", "durable_nb._ipython.cell"):
         importlib.import_module(name)
+    if session.path.exists() and _keys(session, "schedule/"):
+        session.workflows().schedules.watch()
 
 
 def load(shell: Any) -> None:
@@ -169,25 +171,31 @@ def _waiting(session: Session) -> str:
 
 
 def _interrupted(session: Session) -> list[RunRecord]:
-    """The runs that nobody executes, the newest first; none where that can't be told now. The store is opened only where it has
-    an unfinished run."""  # fmt: skip
-    from durable_nb._journal.disk import DiskJournal
+    """The runs that nobody executes, the newest first. The store is opened only where it has an unfinished run."""
     from durable_nb.errors import StoreError
 
     found: list[RunRecord] = []
+    for key in _keys(session, "open/"):
+        with contextlib.suppress(StoreError):  # what can't be read is told by whoever needs it
+            catalog = session.workflows().catalog
+            seen = catalog.seen(key.split("/", 2)[2])
+            if seen is not None and catalog.status(*seen) == "interrupted":
+                found.append(seen[0])
+    return sorted(found, key=lambda run: run.started_at, reverse=True)
+
+
+def _keys(session: Session, prefix: str) -> list[str]:
+    """Rows of the store, which is not opened for it; none where that can't be told now."""
+    from durable_nb._journal.disk import DiskJournal
+    from durable_nb.errors import StoreError
+
     with contextlib.suppress(StoreError):
         journal = DiskJournal(session.path / "journal", session.path / "values", only_look=True)
         try:
-            ids = [key.split("/", 2)[2] for key, _ in journal.sizes("open/")]
+            return [key for key, _ in journal.sizes(prefix)]
         finally:
             journal.close()
-        for run_id in ids:
-            catalog = session.workflows().catalog
-            with contextlib.suppress(StoreError):  # what can't be read is told by whoever needs it
-                seen = catalog.seen(run_id)
-                if seen is not None and catalog.status(*seen) == "interrupted":
-                    found.append(seen[0])
-    return sorted(found, key=lambda run: run.started_at, reverse=True)
+    return []
 
 
 def _listed(names: list[str]) -> str:
