@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -107,6 +107,8 @@ class Facts:
     def __init__(self, changed: Callable[[], object]) -> None:
         """`changed` is called after every change."""
         self._steps: dict[str, Step] = {}
+        self._counts = dict.fromkeys(Status, 0)
+        """Of the steps, by status. Its keys never change: any thread may read it."""
         self._items: dict[object, list[str]] = {}
         self._paths, self._changed = Paths(), changed
 
@@ -120,12 +122,14 @@ class Facts:
         return paths
 
     def add(self, *steps: Step) -> None:
-        self._steps.update((step.path, step) for step in steps)
+        for step in steps:
+            self._set(step)
         self._changed()
 
     def update(self, path: str, **news: Any) -> Step:
         """The step at that path, with these fields."""
-        step = self._steps[path] = replace(self._steps[path], **news)
+        step = replace(self._steps[path], **news)
+        self._set(step)
         self._changed()
         return step
 
@@ -133,14 +137,14 @@ class Facts:
         """Those that have not been asked for will not."""
         for path in self._items[items]:
             if self._steps[path].status is Status.PENDING:
-                del self._steps[path]
+                self._counts[self._steps.pop(path).status] -= 1
         self._changed()
 
     def interrupt(self) -> None:
         """The execution is over: what has not ended is interrupted."""
-        for path, step in self._steps.items():
+        for step in self.steps():
             if step.status not in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
-                self._steps[path] = replace(step, status=Status.INTERRUPTED)
+                self._set(replace(step, status=Status.INTERRUPTED))
         self._changed()
 
     def __getitem__(self, path: str) -> Step:
@@ -149,10 +153,21 @@ class Facts:
     def steps(self) -> tuple[Step, ...]:
         return tuple(self._steps.values())
 
+    def standing(self) -> Status:
+        """What the run does. May be asked by any thread, and takes as long however many steps there are."""
+        return standing(status for status, count in self._counts.items() if count)
 
-def standing(steps: Collection[Step]) -> Status:
-    """What a run that is being executed does: it waits or sleeps where no step of it is at work."""
-    found = {step.status for step in steps}
+    def _set(self, step: Step) -> None:
+        before = self._steps.get(step.path)
+        self._counts[step.status] += 1
+        if before is not None:
+            self._counts[before.status] -= 1
+        self._steps[step.path] = step
+
+
+def standing(found: Iterable[Status]) -> Status:
+    """What a run that is being executed does, its steps having these states: it waits or sleeps where none is at work."""
+    found = set(found)
     if Status.RUNNING in found:
         return Status.RUNNING
     return next((s for s in (Status.WAITING, Status.SLEEPING, Status.RETRYING) if s in found), Status.RUNNING)

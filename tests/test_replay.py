@@ -589,7 +589,7 @@ def test_an_event_that_the_notebook_sets_fails_the_run_and_leaves_the_notebook_a
     async def main():
         async with runtime() as process:
             run = redefine(body, name="order").start(id="42")
-            await until(lambda: shop.done == ["a"] and process.engine.active["42"]._idle is not None)
+            await until(lambda: shop.done == ["a"] and process.engine.active["42"]._stepper._idle is not None)
             shop.gate("of the notebook").set()
             with pytest.raises(durable.NotSupportedError, match=r"Do this in a step"):
                 await asyncio.wait_for(_outcome(run), 15)

@@ -123,7 +123,9 @@ class Catalog:
             return Status.PENDING
         if record.status != Status.RUNNING:
             return Status(record.status)
-        return standing([step for _, _, step in self._waits(record)]) if self.is_owned(record.id, lease) else Status.INTERRUPTED
+        if not self.is_owned(record.id, lease):
+            return Status.INTERRUPTED
+        return standing(step.status for _, _, step in self._waits(record))
 
     def is_owned(self, run_id: str, lease: Lease | None) -> bool:
         """Does a live process, this one or another, execute the run?"""

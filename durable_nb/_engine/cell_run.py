@@ -29,7 +29,7 @@ from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, en
 from durable_nb._engine.run_log import CellRecords, Held, cancelled, say
 from durable_nb._engine.shared import Shared
 from durable_nb._engine.task_scope import TaskScope, enters_engine_code, in_user_code
-from durable_nb._facts import Snapshot, Status, Step, standing
+from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._fingerprint import Unhashable
 from durable_nb._journal import Verdict
 from durable_nb._records import Again, Attempts, Cancel, Outcome, Passing, RunRecord, StepKey
@@ -126,7 +126,7 @@ class CellRun:
 
     def standing(self) -> Status:
         status = self._execution.status
-        return standing(self._facts.steps()) if status is Status.RUNNING else status
+        return self._facts.standing() if status is Status.RUNNING else status
 
     def spent_before_s(self) -> float:
         """What the steps of this run took before this execution began: a restored one all, a sleep what had passed."""

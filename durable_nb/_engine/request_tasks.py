@@ -19,7 +19,7 @@ from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import Ended, StepCall, encoded
 from durable_nb._engine.run_log import LinearLog, say
-from durable_nb._facts import Status, standing
+from durable_nb._facts import Status
 from durable_nb._records import Attempts, Event
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb.errors import LeaseLost, StepInterrupted, StoreError, UnserializableError
@@ -77,15 +77,12 @@ class RequestTasks:
         if ask.is_step and not ask.is_at_work and self._is_cancelled():  # cancelled before its first line
             self._drop(ask)
 
-    def standing(self) -> Status:
-        """What the run does, as far as its tasks tell."""
-        return standing([self._facts[ask.path] for ask in self._working.values() if ask.path])
-
     def let_go_of_sleeps(self) -> None:
         """End those that nobody waits for any more."""
         for ask in list(self._sleeping.values()):
-            if ask.is_given_up and ask.task is not None:
+            if ask.is_given_up and ask.task is not None and not ask.task.cancelling():
                 ask.task.cancel()
+                self._facts.update(ask.path, status=Status.CANCELLED, wake_at=None)
 
     def is_at_work(self) -> bool:
         """Is a body executed, or about to be?"""
