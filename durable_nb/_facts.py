@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from durable_nb._preview import NONE, Preview
 from durable_nb._usage import Usage
 
 
@@ -44,6 +45,10 @@ class Step:
     """`TypeName: message` of the last failed attempt."""
     wake_at: float | None = None
     """When a sleep or a retry goes on."""
+    preview: Preview = field(default=NONE, repr=False)
+    """What it was given and what it gave, as short texts without secrets."""
+    usage: Usage = field(default_factory=dict, repr=False, hash=False)
+    """What models' answers have cost it."""
 
 
 @dataclass(frozen=True, slots=True)

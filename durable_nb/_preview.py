@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import fractions
-import os
+import functools
 import pathlib
 import re
 import sys
@@ -19,10 +19,22 @@ import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
-LENGTH = 400
+from durable_nb._variables import variables
+
+LENGTH = 240
 """Characters of a preview, unless it is asked for another length."""
+
+
+class Preview(NamedTuple):
+    """What a step was given and what it gave, as short texts."""
+
+    arguments: str = ""
+    result: str = ""
+
+
+NONE = Preview()
 
 HIDDEN = "[redacted]"
 
@@ -32,7 +44,8 @@ _NUMBER_TOO = re.compile(r"passw|secret|credential", re.IGNORECASE)
 _IN_TEXT = re.compile(
     r"(?P<userinfo>(?<=://)[^/?#@\s'\"]+(?=@))"
     r"|(?P<parameter>(?<=[?&])[^=&#\s'\"]*(?:key|token|secret|signature|passw)[^=&#\s'\"]*=)[^&#\s'\"]*"
-    r"|(?P<header>\b(?:proxy-authorization|authorization|set-cookie|cookie|x-api-key|api[-_]key|password|passwd|secret)\b['\"]?\s*[:=]\s*)"
+    r"|(?P<header>\b(?:proxy-authorization|authorization|set-cookie|cookie|x-api-key|api[-_]key|password|passwd|secret|"
+    r"client_secret|private_key|(?:access_|refresh_|id_|auth_)?token)\b['\"]?\s*[:=]\s*)"
     r"[^\r\n,;}]+"
     r"|(?P<scheme>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"
     r"|\b(?:sk|pk|rk|ghp|gho|ghs|github_pat|xox[abprs]|glpat|hf)[-_][\w-]{10,}"
@@ -40,30 +53,56 @@ _IN_TEXT = re.compile(
     r"|\beyJ[\w-]{10,}\.[\w-]{5,}\.[\w-]*",
     re.IGNORECASE,
 )
+_MARKS = (
+    *("@", "authorization", "cookie", "api-key", "api_key", "passw", "secret", "private_key", "token", "bearer", "basic"),
+    *("sk-", "sk_", "pk-", "pk_", "rk-", "rk_", "ghp", "gho", "ghs", "github_pat", "xox", "glpat", "hf-", "hf_", "akia", "eyj"),
+)
+"""One of these is in every text that `_IN_TEXT` finds anything in, but for a URL's parameters. Looking for them takes a
+hundredth of the time."""
+_SHORTEST_FORM = 13
+"""Characters of the shortest name or word that is a credential by its form."""
 _SHORTEST_SECRET = 8
 _ITEMS = 20
 _DEPTH = 4
 _BITS = 2000
 
 
-def preview(value: Any, length: int = LENGTH) -> str:
-    """Return a text of at most `length` characters that tells what `value` is."""
-    budget = _Budget(length)
-    return _cut(_hide_known(budget.show(value)), length)
+def preview(value: Any, length: int = LENGTH, *, of: str = "") -> str:
+    """Return a text of at most `length` characters that tells what `value` is.
+
+    `of`: the name of the step or function that has returned it. A text that `get_token` returns is a token.
+    """
+    try:
+        return _finished(_Budget(length).show(value, of if type(value) in _TEXTS else ""), length)
+    except Exception:  # a library's value in an odd state: a text about it is no reason for a step to fail
+        return f"<{type_name(type(value))}>"
 
 
 def preview_call(arguments: Sequence[Any], named: Mapping[str, Any], names: Sequence[str] = (), length: int = LENGTH) -> str:
     """Return the arguments of a call, as they would be written. `names`: of the positional ones, as far as known."""
-    budget = _Budget(length)
-    known = [*names[: len(arguments)], *[""] * (len(arguments) - len(names))]
-    parts = [budget.show(value, name) for value, name in zip(arguments, known, strict=True) if budget.left > 0]
-    parts += [f"{redacted(name)}={budget.show(value, name)}" for name, value in named.items() if budget.left > 0]
-    return _cut(_hide_known(", ".join(parts)), length)
+    if not arguments and not named:
+        return ""
+    try:
+        budget = _Budget(length)
+        known = [*names[: len(arguments)], *[""] * (len(arguments) - len(names))]
+        parts = [budget.show(value, name) for value, name in zip(arguments, known, strict=True) if budget.left > 0]
+        parts += [f"{redacted(name)}={budget.show(value, name)}" for name, value in named.items() if budget.left > 0]
+        return _finished(", ".join(parts), length)
+    except Exception:  # as above
+        return ", ".join(f"<{type_name(type(value))}>" for value in arguments[:_ITEMS])
 
 
 def redacted(text: str) -> str:
-    """Return `text` without what looks like a credential, and without the secrets of this process's environment."""
-    return _hide_known(_IN_TEXT.sub(_hide, text))
+    """Return `text` without what looks like a credential, and without the secrets that this process knows."""
+    return _hide_known(_without_forms(text))
+
+
+def _without_forms(text: str) -> str:
+    if len(text) < _SHORTEST_FORM and text.isidentifier():
+        return text
+    folded = text.casefold()
+    may_hold = any(mark in folded for mark in _MARKS) or ("=" in folded and ("?" in folded or "&" in folded))
+    return _IN_TEXT.sub(_hide, text) if may_hold else text
 
 
 def _hide(found: re.Match[str]) -> str:
@@ -72,18 +111,35 @@ def _hide(found: re.Match[str]) -> str:
 
 
 _known: tuple[float, tuple[str, ...]] = (float("-inf"), ())
+_told: set[str] = set()
+
+
+def hide(secret: str) -> None:
+    """From now on no preview of this process tells `secret`."""
+    if len(secret) >= _SHORTEST_SECRET:
+        _told.add(secret)
 
 
 def _hide_known(text: str) -> str:
-    """Hide what environment variables that are named like a secret hold, wherever it came from."""
+    """Hide what environment variables that are named like a secret hold, wherever it came from, and what `hide` was told."""
     global _known  # noqa: PLW0603  a memory of a second: looking through the environment takes longer than a preview
     if time.monotonic() - _known[0] > 1.0:
-        values = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
-        _known = time.monotonic(), tuple({value for value in values if len(value) >= _SHORTEST_SECRET})
+        found = variables().items()
+        values = {value for name, value in found if len(value) >= _SHORTEST_SECRET and _is_secret(name)}
+        _known = time.monotonic(), tuple(sorted(values, key=len, reverse=True))
     for secret in _known[1]:
         if secret in text:
             text = text.replace(secret, HIDDEN)
+    for secret in tuple(_told):
+        if secret in text:
+            text = text.replace(secret, HIDDEN)
     return text
+
+
+def _finished(text: str, length: int) -> str:
+    text = _cut(_hide_known(text), length)
+    # names of columns and of keywords may hold anything; what can't be printed can't be stored as UTF-8 either
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _cut(text: str, length: int) -> str:
@@ -99,7 +155,7 @@ class _Budget:
     def show(self, value: Any, name: str = "", depth: int = 0) -> str:
         """Return the text of `value`, which is found under `name`."""
         kind = type(value)
-        hides = bool(name) and _SECRET_NAME.search(name) is not None
+        hides = bool(name) and _is_secret(name)
         if kind in _CONTAINERS:
             return self._container(value, kind, name if hides else "", depth)
         if hides and (kind is str or kind in _BYTES or _NUMBER_TOO.search(name)) and value is not None:
@@ -140,7 +196,11 @@ class _Budget:
         key, value = item
         called = key if type(key) is str else ""
         shown = self.show(key, depth=depth + 1)
-        return f"{shown}: {self.show(value, called if _SECRET_NAME.search(called) else name, depth + 1)}"
+        return f"{shown}: {self.show(value, called if _is_secret(called) else name, depth + 1)}"
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name) is not None
 
 
 def type_name(kind: type) -> str:
@@ -154,6 +214,8 @@ def _belongs(kind: type, library: Any) -> bool:
 
 
 def _text(value: str, left: int) -> str:
+    if len(value) < _SHORTEST_SECRET and value.isidentifier():
+        return f"'{value}'"
     # a secret that the cut goes through is found too: more is searched than shown
     most = max(left, 20)
     shown = redacted(value[: most + 200])
@@ -181,6 +243,7 @@ def _function(value: Any) -> str:
 
 
 _BYTES = (bytes, bytearray)
+_TEXTS = frozenset({str, *_BYTES})
 _PATHS = frozenset({pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath})
 _LEAVES: dict[type, Callable[[Any], str]] = {
     type(None): str,
@@ -224,6 +287,9 @@ _CONTAINERS: dict[type, tuple[str, str]] = {
 
 
 def _of_library(value: Any, kind: type, budget: _Budget) -> str:
+    secrets = sys.modules.get("durable_nb._secrets")
+    if secrets is not None and kind is secrets.Secret:
+        return repr(value)
     numpy, pandas = sys.modules.get("numpy"), sys.modules.get("pandas")
     if numpy is not None:
         if kind is getattr(numpy, "ndarray", None):
@@ -284,11 +350,16 @@ def _dtype(dtype: Any) -> str:
 
 
 def names_of(function: Any) -> tuple[str, ...]:
-    """Return the names of a plain function's positional parameters; nothing for any other callable."""
+    """Return the names of the positional parameters of a function or method; nothing for any other callable."""
+    bound = 0
+    while type(function) is functools.partial:
+        bound, function = bound + len(function.args), function.func
+    if type(function) is types.MethodType:
+        bound, function = bound + 1, function.__func__
     if type(function) is not types.FunctionType:
         return ()
     code = function.__code__
-    return code.co_varnames[: code.co_argcount]
+    return code.co_varnames[bound : code.co_argcount]
 
 
 def last_lines(texts: Iterable[str], lines: int, length: int) -> list[str]:

@@ -38,6 +38,7 @@ import msgspec
 from durable_nb._adoption import Origin
 from durable_nb._clock import Instant
 from durable_nb._codec import Signer
+from durable_nb._preview import NONE, Preview
 from durable_nb.errors import CorruptStoreError, StoreError
 
 FORMAT = 1
@@ -116,8 +117,8 @@ class Outcome:
     """The run's time, in seconds."""
     again: bool = False
     """The outcome of an equal request of before a resumption."""
-    preview: str = ""
-    """Arguments and result in a few words."""
+    preview: Preview = NONE
+    """Arguments and result as short texts, without secrets: for people, not for the run."""
     usage: dict[str, dict[str, int]] = field(default_factory=dict)
     """What models' answers have cost, as `_usage` has it."""
     item: int = -1
@@ -176,6 +177,8 @@ class Attempts:
     """When the last attempt began."""
     item: int = -1
     """Of a fan-out: which of its items it is given."""
+    arguments: str = ""
+    """As a short text, without secrets."""
     format: int = FORMAT
 
 

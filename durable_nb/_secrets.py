@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hmac
 import inspect
-import os
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Self
 
+from durable_nb._preview import hide
 from durable_nb._redaction import REDACTED
+from durable_nb._variables import variable
 from durable_nb.errors import NonRetryableError
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.]*"
@@ -71,16 +72,15 @@ def secret(name: str, get: Callable[[], str] | None = None) -> str:
 
 def value_of(name: str) -> str:
     """The secret itself."""
-    # Past os.environ's own methods, which a durable cell watches: what is looked up here is no input.
-    data: Any = vars(os.environ)["_data"]
-    raw = data.get(name.upper() if os.name == "nt" else os.fsencode(name))
-    if raw:
-        return raw if isinstance(raw, str) else os.fsdecode(raw)
+    if found := variable(name):
+        hide(found)
+        return found
     if name not in _got and name in _ways:
         found = _ways[name]()
         if not isinstance(found, str):
             raise NonRetryableError(f"the function given to durable.secret({name!r}, ...) returned no text")
         _got[name] = found
+        hide(found)
     if not _got.get(name):
         raise NonRetryableError(
             f"the secret {name!r} is missing: the environment has no variable {name}, and no function gives it. Set it before "

@@ -303,6 +303,70 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
         use_engine(None)
 
 
+SEEN_ELSEWHERE = """
+import asyncio, os, signal
+import durable_nb as durable
+
+class Cart:
+    def __repr__(self): raise SystemExit("a repr was called")
+    def __reduce__(self): return Cart, ()
+
+def charge(cart, api_key, *, note):
+    cart["items"].append("changed by the body")
+    return {"paid": True, "access_token": "hunter22"}
+def get_token(login): return "hunter22"
+def decline(cart): raise durable.RetryAfter(3600)
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+@durable.workflow(name="seen elsewhere")
+async def order(cart):
+    await durable.run("charge", charge, cart, "hunter22", note=f"for {os.environ['SHOP_PASSWORD']}")
+    await durable.run("get_token", get_token, durable.secret("LOGIN", lambda: "correct horse"))
+    await durable.run("opaque", lambda cart: Cart(), Cart())
+    declined = asyncio.ensure_future(durable.run("decline", decline, {"id": 7}))
+    await durable.run("wait", asyncio.sleep, 0.5, list(range(10_000)))
+    await durable.run("kill", kill)
+
+async def main():
+    durable.open(".durable_nb")
+    await order.start({"id": 7, "items": []}, id="order-7")
+
+asyncio.run(main())
+"""
+
+
+def test_another_process_sees_what_steps_were_given_and_gave(engine, capsys):
+    """Of a run whose own process was killed, by every listing: as it was before the body changed it, without secrets, without
+    a `__repr__` of the user's, and in a few bytes."""  # fmt: skip
+    environment = {**os.environ, "SHOP_PASSWORD": "battery staple"}
+    ended = subprocess.run([sys.executable, "-c", SEEN_ELSEWHERE], env=environment, capture_output=True, check=False)
+    assert ended.returncode == -9, ended.stderr
+    inventory = Inventory(engine)
+    run = inventory.find_run("order-7")
+    told = {step.name: tuple(step.preview) for step in inventory.steps_of(run).steps}
+    assert told["charge"] == (
+        "{'id': 7, 'items': []}, [redacted], note='for [redacted]'",
+        "{'paid': True, 'access_token': [redacted]}",
+    )
+    assert told["get_token"] == ("durable.secret('LOGIN')", "[redacted]")
+    assert told["opaque"] == ("<Cart>", "<Cart>")
+    assert told["decline"] == ("{'id': 7}", "")
+    assert told["wait"][0].startswith("0.5, [0, 1, 2,")
+    assert "10,000 in all" in told["wait"][0]
+    assert len("".join(told["wait"])) < 500
+    for words in ([], ["--json"]):
+        assert main(["show", "order-7", "--store", ".durable_nb", *words]) == 0
+        said = capsys.readouterr().out
+        assert "{'paid': True, 'access_token': [redacted]}" in said
+        assert not re.search("hunter22|correct horse|battery staple", said)
+    shown = dashboard_of(Workflows(engine), Query(open="order-7"))
+    state = state_of(shown.page(), actions_of, version=1, steps=inventory.steps_of(run).steps)
+    assert state["steps"]["rows"][0]["given"] == told["charge"][0]
+    kept = b"".join(file.read_bytes() for file in engine.store.path.rglob("cache.db*"))
+    assert b"correct horse" not in kept
+    assert b"battery staple" not in kept
+
+
 def test_it_shows_a_store_in_memory():
     """As a test of workflows has it."""
 

@@ -18,6 +18,7 @@ import kernels
 import pytest
 
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._preview import Preview
 from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source, static, terminal, widget
 from durable_nb._view.fold import CELLS, flat, fold, strip, timeline, told
 from durable_nb._view.state import LIMIT, Look, size, whole
@@ -169,7 +170,8 @@ class TestStatic:
             name=evil,
             status=Status.FAILED,
         )
-        detail = Detail(evil, evil, (evil, evil), evil)
+        snapshot = replace(snapshot, steps=tuple(replace(step, preview=Preview(evil, evil)) for step in snapshot.steps))
+        detail = Detail((evil, evil), evil)
         html = static.html(snapshot, note=evil, footer=evil, detail=lambda _: detail)
         assert "<script" not in html
         assert html.count("&lt;script&gt;") > 20
@@ -187,7 +189,8 @@ class TestStatic:
         assert "  … 4,980 more restored\n  step 5000  failed" in text
         assert "  … 4,969 more completed\n" in text
         assert len(text.splitlines()) < 100
-        much = Detail("x" * 5000, "y" * 5000, ("z" * 200,) * 60, "t" * 9000)
+        snapshot = replace(snapshot, steps=tuple(replace(s, preview=Preview("x" * 5000, "y" * 5000)) for s in snapshot.steps))
+        much = Detail(("z" * 200,) * 60, "t" * 9000)
         assert len(static.html(snapshot, detail=lambda _: much)) < 6 * MESSAGE
 
     def test_a_run_without_steps_is_one_line(self) -> None:
@@ -224,9 +227,10 @@ class TestStatic:
         assert re.sub("\x1b\\[[0-9;]*m", "", shown).replace("\n", "").isprintable()
 
     def test_what_restoring_saved_stands_below(self) -> None:
-        steps = (done(1, restored=True, ended_at=142.0), done(2, restored=True), done(3))
-        source = Known(run_of(*steps), extras={"step 1": Extra(tokens=1500)})
-        assert "2 steps were restored, which saved 41.5 s and 1,500 tokens" in static.bundle(source)["text/html"]
+        usage = {"gpt-5": {"requests": 1, "input_tokens": 1400, "output_tokens": 100}}
+        steps = (done(1, restored=True, ended_at=142.0, usage=usage), done(2, restored=True), done(3))
+        html = static.bundle(Known(run_of(*steps)))["text/html"]
+        assert "2 steps were restored, which saved 41.5 s and 1,500 tokens" in html
 
 
 class TestState:
@@ -240,10 +244,11 @@ class TestState:
             done(i, name=f"{i}{awful * 5000}", path=f"{i}{awful * 5000}", status=status, error=awful * 9000, attempts=9)
             for i in range(10_000)
         ]
+        steps = [replace(step, preview=Preview(awful * 9000, awful * 9000)) for step in steps]
         look = Look()
         look.at(300, 340)
         look.opened |= {step.path for step in steps[:50]}
-        much = Detail(awful * 9000, awful * 9000, (awful * 900,) * 900, awful * 9000)
+        much = Detail((awful * 900,) * 900, awful * 9000)
         state = state_of(run_of(*steps), look, details={step.path: much for step in steps[:50]})
         assert size(state) <= LIMIT + 2048
         assert len(state["rows"]) > 3
@@ -257,12 +262,12 @@ class TestState:
 
     def test_an_unfolded_row_tells_what_there_is(self) -> None:
         look = Look()
-        failed = done(1, status=Status.FAILED, error="ValueError: 7")
+        failed = done(1, status=Status.FAILED, error="ValueError: 7", preview=Preview("cart=7", "'ok'"))
         snapshot = run_of(done(0), failed)
         ids = [row["id"] for row in state_of(snapshot, look)["rows"]]
         look.toggle(ids[1], True)
         look.toggle(4711, True)
-        detail = Detail("cart=7", "'ok'", ("one", "two"), "\x1b[31mTraceback\x1b[0m: 7")
+        detail = Detail(("one", "two"), "\x1b[31mTraceback\x1b[0m: 7")
         state = state_of(snapshot, look, details={"step 1": detail})
         panel = {
             "at": 1,
@@ -287,12 +292,13 @@ class TestState:
 
     def test_questions_and_progress(self) -> None:
         waits = done(1, status=Status.WAITING, ended_at=None)
-        works = done(2, status=Status.RUNNING, ended_at=None)
-        extras = {"step 1": Extra(prompt="Publish?", deadline=900.0), "step 2": Extra(3, 10, "batch 3", tokens=7, cost="$0.01")}
+        usage = {"gpt-5": {"requests": 1, "input_tokens": 3, "output_tokens": 4}}
+        works = done(2, status=Status.RUNNING, ended_at=None, usage=usage)
+        extras = {"step 1": Extra(prompt="Publish?", deadline=900.0), "step 2": Extra(3, 10, "batch 3")}
         state = state_of(run_of(waits, works), extras=extras)
         assert state["approvals"] == [{"path": "step 1", "prompt": "Publish?", "deadline": 900.0}]
         row = state["rows"][1]
-        assert (row["progress"], row["note"], row["tokens"], row["cost"]) == ([3, 10], "batch 3", 7, "$0.01")
+        assert (row["progress"], row["note"], row["tokens"]) == ([3, 10], "batch 3", 7)
 
 
 class FastLoop(asyncio.SelectorEventLoop):
@@ -729,6 +735,7 @@ DRIVE = '''
 import asyncio, pathlib, time
 from dataclasses import replace
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._preview import Preview
 from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source
 
 class Run(Source):
@@ -742,7 +749,7 @@ class Run(Source):
     def extras(self):
         return self.waits
     def detail(self, path):
-        return Detail("cart=<b>7</b>", "'paid'", ("line one", "line two"), "") if path == "charge" else Detail()
+        return Detail(("line one", "line two")) if path == "charge" else Detail()
     def actions(self, status):
         return Actions(retry="the run has not ended")
     def send(self, action, run_id, step=None, comment=""):
@@ -765,7 +772,7 @@ async def until(path):
 ASKING = """
 run = Run("release")
 now = time.time()
-run.step("charge", status=Status.COMPLETED, started_at=now - 2, ended_at=now)
+run.step("charge", status=Status.COMPLETED, started_at=now - 2, ended_at=now, preview=Preview("cart=<b>7</b>", "'paid'"))
 run.step("cool down", kind="sleep", status=Status.SLEEPING, started_at=now, wake_at=now + 300)
 run.waits = {"publish": Extra(prompt="Publish <b>it</b>?", deadline=now + 7200)}
 run.step("publish", kind="approve", status=Status.WAITING, started_at=now)

@@ -17,8 +17,10 @@ from durable_nb import _usage
 from durable_nb._clock import remaining_s
 from durable_nb._engine.by_history import TIMER
 from durable_nb._engine.inbox import Received, wish
+from durable_nb._engine.performer import ended_step
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
+from durable_nb._preview import Preview
 from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, Restart, RunRecord, Sequence, Timer, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
@@ -164,8 +166,7 @@ class Catalog:
             end = ends.get(asked.id)
             of = asked.name, "", asked.kind
             if isinstance(end, Outcome):
-                status = Status.FAILED if end.failed else Status.COMPLETED
-                step = Step(*of, status, end.attempts, end.started_at, end.ended_at, error=end.error or None)
+                step = ended_step(Step(*of, Status.RUNNING), end, restored=False)
             elif isinstance(end, Event):
                 status = Status.FAILED if end.failed else Status.CANCELLED if end.what == "dropped" else Status.COMPLETED
                 began = asked.timer.since.wall_s if asked.timer else end.wall_s
@@ -183,8 +184,7 @@ class Catalog:
         for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
             o = unpack(self._signer, key, row, Outcome)
             if o.run_id == record.id:
-                status = Status.FAILED if o.failed else Status.COMPLETED
-                step = Step(o.name, o.branch, o.kind, status, o.attempts, o.started_at, o.ended_at, error=o.error or None)
+                step = ended_step(Step(o.name, o.branch, o.kind, Status.RUNNING), o, restored=False)
                 found.append((o.sequences[0], o.item, step))
         return found
 
@@ -208,7 +208,8 @@ class Catalog:
             if a.run_id == record.id:
                 wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
                 status = Status.RUNNING if a.begun else Status.RETRYING
-                step = Step(a.name, a.branch, a.kind, status, a.failed, a.started_at, error=a.error or None, wake_at=wake_at)
+                of, more = (a.name, a.branch, a.kind), (wake_at, Preview(a.arguments))
+                step = Step(*of, status, a.failed, a.started_at, None, False, a.error or None, *more)
                 sequence = (0, int(key.rpartition("/")[2])) if record.kind == "workflow" else a.sequence
                 found.append((sequence, a.item, step))
         return found

@@ -24,7 +24,7 @@ from durable_nb._engine.by_content import ByContent
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
 from durable_nb._engine.in_place import Changed, Inputs, arguments_of, described
 from durable_nb._engine.inbox import Received
-from durable_nb._engine.observing import Host, Observers, Returned
+from durable_nb._engine.observing import Host, Observers
 from durable_nb._engine.performer import Ended, RunPolicy, StepCall, Wording, ended_step
 from durable_nb._engine.run_log import CellRecords, Held, cancelled, say
 from durable_nb._engine.shared import Shared
@@ -307,13 +307,11 @@ class CellRun:
             recorded = self._outcome(key, call) if earlier is None else None
             if recorded is not None:
                 value = await self._recall(key, call, recorded, show=not performed)
-                self.observers.publish(Returned(call.path, call.request, value, recorded.usage))
                 self._facts.add(ended_step(self._facts[call.path], recorded, restored=not performed))
                 return value
             performed = True
             outcome, value = await self._perform(key, call, earlier)
             if outcome is not None:
-                self.observers.publish(Returned(call.path, call.request, value, outcome.usage))
                 self._facts.add(ended_step(self._facts[call.path], outcome, restored=False))
                 return value
 

@@ -10,12 +10,11 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from durable_nb._current import StepRequest
     from durable_nb._fingerprint import Fingerprint
-    from durable_nb._usage import Usage
 
 log = logging.getLogger("durable_nb")
 """Notices of programs without a notebook. Not configured, Python writes them to stderr."""
@@ -36,26 +35,14 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
-    """A step has come to its value: its body has returned it, or it was on record. Told before the facts say so."""
-
-    path: str
-    request: StepRequest
-    value: Any
-    """Not to be kept or changed: it is about to be the user's."""
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
 class Raised:
     """An attempt at a step's body has failed."""
 
     path: str
-    request: StepRequest
     error: BaseException
 
 
-Observation = Changed | Notice | Returned | Raised
+Observation = Changed | Notice | Raised
 Observer = Callable[[Observation], object]
 
 CHANGED = Changed()

@@ -23,6 +23,7 @@ from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Facts, Status, Step
 from durable_nb._fingerprint import Unhashable
+from durable_nb._preview import Preview, names_of, preview, preview_call
 from durable_nb._records import Attempts, Outcome
 from durable_nb._replay import CutOff, Perform, Retry, decide
 from durable_nb._retry import note_failure, retry_delay_s, timed_out
@@ -59,6 +60,7 @@ class StepCall:
     """A step that the code has asked for and that is not on record."""
 
     __slots__ = (
+        "_arguments",
         "_inputs",
         "began",
         "branch",
@@ -74,6 +76,7 @@ class StepCall:
 
     def __init__(self, request: StepRequest, key: str, path: str, branch: str = "", inputs: Inputs | None = None) -> None:
         self.request, self._inputs = request, inputs
+        self._arguments: str | None = None
         self.key = key
         """The idempotency key."""
         self.path, self.branch = path, branch
@@ -100,6 +103,17 @@ class StepCall:
                 found = None
             self._inputs = Inputs(self.request, found)
         return self._inputs
+
+    @property
+    def arguments(self) -> str:
+        """What its body is given, as a short text: made when this is looked at first, before a body can change it."""
+        if self._arguments is None:
+            request = self.request
+            if request.described is not None:  # its arguments hold more than counts: a client, a key
+                self._arguments = preview(request.described)
+            else:
+                self._arguments = preview_call(request.args, request.kwargs, names_of(request.fn))
+        return self._arguments
 
     def returned(self) -> None:
         """The body has ended, and what it came to is handed over to be written."""
@@ -192,7 +206,13 @@ class Performer:
                 if failures is not None:
                     began_at = failures.started_at
                 self._facts.update(
-                    call.path, status=Status.RUNNING, attempts=attempt, started_at=began_at, error=None, wake_at=None
+                    call.path,
+                    status=Status.RUNNING,
+                    attempts=attempt,
+                    started_at=began_at,
+                    error=None,
+                    wake_at=None,
+                    preview=Preview(call.arguments),
                 )
                 body = late if late is not None and not late.is_over else await self._begun(call, note, attempt, began_at)
                 late = None
@@ -207,7 +227,7 @@ class Performer:
                 body = None
                 if call.request.limit is not None:
                     call.request.limit.heed(error)
-                self._observers.publish(Raised(call.path, call.request, error))
+                self._observers.publish(Raised(call.path, error))
                 delay = self._delay(call.request, attempt, error, began_at)
                 if delay is None:
                     if late is not None:
@@ -365,7 +385,8 @@ class Performer:
         self, call: StepCall, failed: int, error: str, began_at: float, delay_s: float, *, begun: bool = False
     ) -> Attempts:
         of, now = (call.request.kind, call.request.name, self._run_id), self._shared.clock.now()
-        call.failures = Attempts(*of, failed, error, began_at, now, delay_s, begun, call.branch, call.began, call.request.item)
+        asked = call.branch, call.began, call.request.item
+        call.failures = Attempts(*of, failed, error, began_at, now, delay_s, begun, *asked, arguments=call.arguments)
         return call.failures
 
     def _timed_out(self, request: StepRequest) -> StepTimeout:
@@ -408,13 +429,15 @@ class Performer:
             shown=ended.shown,
             seen=ended.seen,
             usage=_usage.of_step(ended.used, request.kind, ended.value),
+            preview=Preview(call.arguments, preview(ended.value, of=request.name)),
         )
 
     def failure_of(self, call: StepCall, ended: Ended) -> tuple[Outcome, BaseException]:
         """The record of a step that has failed for good, and the error as a replay will give it."""
         error = ended.error or RuntimeError("it has not failed")
         form, data, shown = _codec.encode_error(error)
-        return replace(self._outcome(call, ended, form, data), failed=True, error=say(error)), shown
+        outcome = self._outcome(call, ended, form, data)
+        return replace(outcome, failed=True, error=say(error), preview=Preview(call.arguments)), shown
 
     def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
@@ -442,4 +465,5 @@ def ended_step(of: Step, outcome: Outcome, *, restored: bool) -> Step:
     """A step that is on record, as views show it."""
     status = Status.FAILED if outcome.failed else Status.COMPLETED
     times = outcome.attempts, outcome.started_at, outcome.ended_at
-    return Step(of.name, of.path, of.kind, status, *times, restored, outcome.error or None)
+    told = outcome.preview, outcome.usage
+    return Step(of.name, of.path, of.kind, status, *times, restored, outcome.error or None, None, *told)

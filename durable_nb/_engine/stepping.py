@@ -25,7 +25,6 @@ from durable_nb._engine.asking import Ask, Lane, current_lane
 from durable_nb._engine.blame import Blame
 from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, Value, without_collector
 from durable_nb._engine.execution import Execution, timer_of
-from durable_nb._engine.observing import Returned
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import ended_step
 from durable_nb._engine.recalling import Recalled
@@ -452,8 +451,6 @@ class Stepper:
         ask = self._open.pop(row.request)
         if ask.is_forgotten:
             self._forgotten.append(ask)
-        if isinstance(row, Outcome) and not row.failed and ask.path and isinstance(ask.what, StepRequest):
-            self._execution.observers.publish(Returned(ask.path, ask.what, value, row.usage))
         self._publish_end(ask, row, restored=restored)
         if ask.handle is not None:
             if not ask.handle.cancelled():

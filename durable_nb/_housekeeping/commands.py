@@ -64,7 +64,8 @@ def _show(commands: Any) -> None:
             inventory = Inventory(engine)
             found = inventory.find_run(arguments.of)
             if arguments.json:
-                _tell({"run": asdict(found), "steps": list(map(asdict, inventory.steps_of(found).steps))})
+                steps = inventory.steps_of(found).steps
+                _tell({"run": asdict(found), "steps": [asdict(step) | {"preview": step.preview._asdict()} for step in steps]})
             else:
                 _say(steps_table(found, inventory))
         return 0

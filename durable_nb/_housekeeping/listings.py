@@ -13,7 +13,7 @@ from durable_nb._view.words import say_seconds, say_size
 def steps_table(run: RunFacts, inventory: Inventory) -> Table:
     """A run and its steps."""
     of = f"cell {run.name}" if run.kind == "cell" else run.name
-    columns = ("step", "kind", "status", "attempts", "began", "took", "wakes", "error")
+    columns = ("step", "kind", "status", "attempts", "began", "took", "wakes", "arguments", "result", "error")
     rows = [
         (
             step.name,
@@ -23,6 +23,7 @@ def steps_table(run: RunFacts, inventory: Inventory) -> Table:
             say_when(step.started_at),
             say_seconds(step.ended_at - step.started_at if step.ended_at and step.started_at else None),
             say_when(step.wake_at) if step.status in (Status.SLEEPING, Status.RETRYING) else "",
+            *step.preview,
             step.error or "",
         )
         for step in inventory.steps_of(run).steps
@@ -31,7 +32,8 @@ def steps_table(run: RunFacts, inventory: Inventory) -> Table:
     if run.wake_at is not None:
         nobody = ", no process is running this" if run.status == Status.INTERRUPTED else ""  # and nothing wakes without one
         notes.append(f"next wake {say_when(run.wake_at)}{nobody}")
-    return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes if rows else ["no steps recorded", *notes])
+    notes = notes if rows else ["no steps recorded", *notes]
+    return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes, ("arguments", "result", "kind", "began"))
 
 
 def store_table(inventory: Inventory) -> Table:

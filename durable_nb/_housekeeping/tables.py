@@ -22,6 +22,8 @@ class Table:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
+    spare: Sequence[str] = ()
+    """Columns that a narrow terminal does without, the first of them first."""
 
     def text(self) -> str:
         """As plain text."""
@@ -32,7 +34,7 @@ class Table:
         terminal.show([self._block()])
 
     def _block(self) -> terminal.Block:
-        return terminal.Block(self.title, self.columns, self.rows, self.notes)
+        return terminal.Block(self.title, self.columns, self.rows, self.notes, spare=self.spare)
 
     def html(self) -> str:
         """For a notebook; all texts are escaped."""

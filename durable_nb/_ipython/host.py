@@ -45,8 +45,6 @@ class NotebookHost:
     def recording(
         self, path: str, request: StepRequest, found: Fingerprint | None
     ) -> Iterator[Callable[[], tuple[bytes, bytes]]]:
-        if not self._quiet:
-            self._details.begins(path, request)
         if request.kind != "run":  # a body of ours: it looks at nothing of the user's but what it was given
             with self._recorder.step(path) as shown:
                 yield lambda: (shown(), b"")

@@ -425,6 +425,11 @@ function stepLine(step) {
   const attempts = step.attempts ? `${step.attempts} attempts` : "";
   const facts = make("span", "dnb-quiet", [attempts, step.status === "restored" ? "" : took].filter(Boolean).join(" · "));
   node.append(badge, make("span", "dnb-cut", step.name), facts);
+  if (step.given || step.gave) {
+    const said = make("div", "dnb-said dnb-quiet", [step.given, step.gave && `→ ${step.gave}`].filter(Boolean).join(" "));
+    said.setAttribute("aria-label", [step.given && `given ${step.given}`, step.gave && `gave ${step.gave}`].filter(Boolean).join(", "));
+    node.append(said);
+  }
   if (step.error) node.append(make("pre", "dnb-code", step.error));
   return node;
 }

@@ -37,7 +37,7 @@ from durable_nb._view.assets import script, style
 from durable_nb._view.listening import listening
 from durable_nb._view.listing import KINDS, Page, Query, RunFacts
 from durable_nb._view.printed import blocks, html, shown_path, text
-from durable_nb._view.words import clipped, plain, word
+from durable_nb._view.words import clipped, error_of, plain, word
 from durable_nb.errors import DurableError
 
 log = logging.getLogger("durable_nb")
@@ -376,7 +376,9 @@ def _steps(run_id: str, steps: Sequence[Step], length: int) -> State:
                 ended=step.ended_at,
                 attempts=step.attempts if step.attempts > 1 else None,
                 wake=step.wake_at,
-                error=clipped(step.error, length) if step.error else None,
+                error=clipped(error_of(step), length) if step.error else None,
+                given=clipped(step.preview.arguments, length) or None,
+                gave=clipped(step.preview.result, length) or None,
             )
             for i, step in ((i, steps[i]) for i in places)
         ],

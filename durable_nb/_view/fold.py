@@ -9,10 +9,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from durable_nb._facts import Status
+from durable_nb._view.costs import usage_of
 from durable_nb._view.words import ACTIVE, BROKEN, counted, error_of, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Step
+    from durable_nb._usage import Usage
 
 CELLS = 48
 """Of a strip, at most."""
@@ -66,6 +68,7 @@ class Group:
     strip: str
     error: str | None
     """Of the first that is broken."""
+    usage: Usage
 
 
 def fold(steps: Sequence[Step]) -> list[Row]:
@@ -104,6 +107,7 @@ def told(row: Row) -> Group:
         wake_at=min((step.wake_at for step in row.steps if step.wake_at and step.status in ACTIVE), default=None),
         strip=strip(words),
         error=next((error_of(step) for step in row.steps if step.status in BROKEN and step.error), None),
+        usage=usage_of(row.steps),
     )
 
 

@@ -24,14 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
+from durable_nb._view.costs import money, tokens, usage_of
 from durable_nb._view.fold import Group, Row, flat, fold, told
 from durable_nb._view.words import ACTIVE, clipped, counted, error_of, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Step
+    from durable_nb._usage import Usage
 
 LIMIT = 24 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
+_FOR_ROWS = LIMIT // 4
+"""Of these, at least, whatever is unfolded."""
 PAGE = 40
 """Rows at each end that are told unasked."""
 NAME = 160
@@ -50,10 +54,8 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """What a step tells when it is unfolded. Texts are previews, made where the step was recorded."""
+    """What a step tells when it is unfolded, beside the previews of its arguments and result."""
 
-    arguments: str = ""
-    result: str = ""
     log: tuple[str, ...] = ()
     """Its last lines, while it runs and after."""
     traceback: str = ""
@@ -67,9 +69,6 @@ class Extra:
     total: float | None = None
     note: str = ""
     """Of `durable.progress(done, total, note)`."""
-    tokens: int | None = None
-    cost: str = ""
-    """As text: '$0.0021'."""
     prompt: str | None = None
     """The step waits for a decision on this question."""
     deadline: float | None = None
@@ -165,7 +164,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         ),
         "counts": counts,
         **progress(snapshot, counts, source.total(), now),
-        "saved": saved(snapshot, extras),
+        "saved": saved(snapshot),
         "length": len(rows),
         "approvals": [
             _known(path=step.path, prompt=clipped(extra.prompt, TEXT), deadline=extra.deadline)
@@ -186,8 +185,8 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
     places = list(dict.fromkeys(_places(len(rows), look.windows)))
     found: list[State] = []
     left = LIMIT - size(state)
-    if left < 0:  # many panels of much text: the later ones tell less
-        _shorten(state["panels"], -left)
+    if left < _FOR_ROWS:  # many panels of much text: the later ones tell less
+        _shorten(state["panels"], _FOR_ROWS - left)
         left = LIMIT - size(state)
     for at in places:
         row = _row(at, rows[at], look, extras)
@@ -233,15 +232,15 @@ def progress(snapshot: Snapshot, counts: dict[str, int], total: int | None, now:
     return facts
 
 
-def saved(snapshot: Snapshot, extras: Mapping[str, Extra]) -> str:
+def saved(snapshot: Snapshot) -> str:
     """Return a line on what restoring saved; '' where nothing was restored."""
     restored = [step for step in snapshot.steps if step.restored and step.status is Status.COMPLETED]
     if not restored:
         return ""
     seconds = sum(s.ended_at - s.started_at for s in restored if s.ended_at and s.started_at and s.kind != "sleep")
-    tokens = sum(extra.tokens or 0 for step in restored if (extra := extras.get(step.path)))
     parts = [say_duration(seconds)] if seconds >= 0.001 else []
-    parts += [f"{tokens:,} tokens"] if tokens else []
+    if usage := usage_of(restored):
+        parts.append(" · ".join([f"{tokens(usage):,} tokens", *filter(None, [money(usage)])]))
     what = "1 step was restored" if len(restored) == 1 else f"{len(restored):,} steps were restored"
     return f"{what}, which saved {' and '.join(parts)}" if parts else what
 
@@ -278,6 +277,7 @@ def _group(group: Group, n: int) -> State:
         "ended": group.ended_at,
         "wake": group.wake_at,
         "error": clipped(group.error, ERROR) if group.error else None,
+        **_spent(group.usage),
     }
 
 
@@ -290,29 +290,37 @@ def _step(step: Step, extra: Extra | None) -> State:
         "attempts": step.attempts if step.attempts > 1 else None,
         "wake": step.wake_at,
         "error": clipped(error_of(step), ERROR) if step.error else None,
+        **_spent(step.usage),
     }
     if extra is not None:
         facts |= {
             "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
             "note": clipped(extra.note, ERROR) or None,
-            "tokens": extra.tokens,
-            "cost": extra.cost or None,
             "wake": step.wake_at if extra.deadline is None else extra.deadline,
         }
     return facts
 
 
+def _spent(usage: Usage) -> State:
+    return {"tokens": tokens(usage), "cost": money(usage) or None} if usage else {}
+
+
 def _panel(at: int, row: int, source: Source, step: Step) -> State:
     detail = source.detail(step.path)
-    error = detail.traceback or error_of(step)
+    error = failure(step, detail)
     return _known(
         at=at,
         id=row,
-        arguments=clipped(detail.arguments, TEXT) or None,
-        result=clipped(detail.result, TEXT) or None,
+        arguments=clipped(step.preview.arguments, TEXT) or None,
+        result=clipped(step.preview.result, TEXT) or None,
         log=[clipped(line, ERROR) for line in detail.log[-LINES:]] or None,
         traceback=_end_of(error, TRACEBACK) or None,
     )
+
+
+def failure(step: Step, detail: Detail) -> str:
+    """Return how a step has failed, as far as it is known; '' of one whose later attempt has succeeded."""
+    return "" if step.status is Status.COMPLETED else detail.traceback or error_of(step)
 
 
 def _end_of(text: str, length: int) -> str:

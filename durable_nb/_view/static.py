@@ -6,21 +6,23 @@ no script, for a saved notebook has neither; where inline styles are dropped as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._view.costs import money, tokens
 from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
-from durable_nb._view.state import Detail, Extra, Source, saved, since
+from durable_nb._view.state import Detail, Source, failure, saved, since
 from durable_nb._view.terminal import Block
 from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, error_of, plain, word
 
-UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
+if TYPE_CHECKING:
+    from durable_nb._usage import Usage
 
-_NONE: Mapping[str, Extra] = {}
+UNFINISHED = "Saved while the run was unfinished: run the cell again and it resumes after its last completed step."
 
 FIRST = 20
 LAST = 30
@@ -46,8 +48,8 @@ def bundle(source: Source, *, line: str = "", now: float | None = None, note: st
     """Return both forms, as a display's data. `line` is what stands above; without it the run says how it ended. `anchor`: the
     class by which a live page finds the html."""  # fmt: skip
     snapshot = source.snapshot()
-    said: dict[str, Any] = {"line": line, "now": now, "note": note, "extras": source.extras()}
-    found = html(snapshot, **said, detail=source.detail, footer=saved(snapshot, source.extras()))
+    said: dict[str, Any] = {"line": line, "now": now, "note": note}
+    found = html(snapshot, **said, detail=source.detail, footer=saved(snapshot))
     return {
         "text/html": f'<div class="{anchor}">\n{found}\n</div>' if anchor else found,
         "text/plain": text(snapshot, **said),
@@ -68,9 +70,7 @@ def headline(snapshot: Snapshot, now: float | None = None) -> str:
     return " · ".join([plain(snapshot.name, _NAME), f"{status.value} {link} {took}", steps])
 
 
-def text(
-    snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "", extras: Mapping[str, Extra] = _NONE
-) -> str:
+def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "") -> str:
     """Return an aligned table. `now` is the end of what hasn't ended; without it the last known time is."""
     now = _last_known(snapshot) if now is None else now
     rows = [["step", "status", "time", "attempts"]]
@@ -79,7 +79,7 @@ def text(
         if isinstance(part, str):
             below[len(rows) - 1] = "\n".join(filter(None, [below.get(len(rows) - 1), f"  … {part}"]))
             continue
-        said = _Said(part, now, extras)
+        said = _Said(part, now)
         rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
         if said.error:
             below[len(rows) - 1] = f"    {plain(said.error, 110)}"
@@ -96,7 +96,7 @@ def block(snapshot: Snapshot, *, line: str = "") -> Block:
         if isinstance(part, str):
             notes.append(f"  … {part}")
             continue
-        said = _Said(part, now, _NONE)
+        said = _Said(part, now)
         rows.append([plain(part.name, _NAME) + said.count, said.status, said.time, said.attempts])
         if said.error:
             notes.append(f"  {plain(part.name, _NAME)}: {plain(said.error, 110)}")
@@ -112,7 +112,6 @@ def html(
     note: str = "",
     detail: Callable[[str], Detail] | None = None,
     footer: str = "",
-    extras: Mapping[str, Extra] = _NONE,
 ) -> str:
     """Return the same as html; whatever a user named or raised is escaped."""
     now = _last_known(snapshot) if now is None else now
@@ -122,7 +121,7 @@ def html(
     lines = [
         f'<details style="{_FONT}">',
         f'<summary style="cursor: pointer">{head}</summary>',
-        *_table(snapshot, now, detail, extras),
+        *_table(snapshot, now, detail),
     ]
     lines += [f'<div style="{_QUIET}"><em>{escape(words)}</em></div>' for words in (footer, note) if words]
     return "\n".join([*lines, "</details>"])
@@ -131,7 +130,7 @@ def html(
 class _Said:
     """What one row says, in either form."""
 
-    def __init__(self, row: Row, now: float, extras: Mapping[str, Extra]) -> None:
+    def __init__(self, row: Row, now: float) -> None:
         group: Group | None = told(row) if row.is_group else None
         step = row.step
         self.strip = group.strip if group else ""
@@ -140,16 +139,19 @@ class _Said:
             self.word = word(step)
             self.status, self.time, self.error = self.word, _time(step, now), error_of(step)
             self.attempts = str(step.attempts) if step.attempts > 1 else ""
-            if (extra := extras.get(step.path)) and extra.tokens:
-                self.count = " · ".join(["", f"{extra.tokens:,} tokens", *filter(None, [extra.cost])])
+            self.count = _spent(step.usage)
             return
         self.word, self.error = group.status, group.error or ""
         middle = f" · median {say_duration(group.median_s)}" if group.median_s is not None else ""
-        self.count = f" × {len(row.steps):,}{middle}"
+        self.count = f" × {len(row.steps):,}{middle}{_spent(group.usage)}"
         whole = len(group.counts) == 1
         self.status = next(iter(group.counts)) if whole else ", ".join(_told(group.counts))
         end = group.ended_at or now
         self.time = say_duration(end - group.started_at) if group.started_at is not None else ""
+
+
+def _spent(usage: Usage) -> str:
+    return " · ".join(["", f"{tokens(usage):,} tokens", *filter(None, [money(usage)])]) if usage else ""
 
 
 def _head(snapshot: Snapshot, line: str, now: float) -> str:
@@ -181,9 +183,9 @@ def _icon(name: str) -> str:
     return f'<span aria-hidden="true"{colour}>{ICONS.get(name, "·")}</span>'
 
 
-def _table(snapshot: Snapshot, now: float, detail: Callable[[str], Detail] | None, extras: Mapping[str, Extra]) -> list[str]:
+def _table(snapshot: Snapshot, now: float, detail: Callable[[str], Detail] | None) -> list[str]:
     parts = _parts(fold(snapshot.steps))
-    said = {id(part): _Said(part, now, extras) for part in parts if isinstance(part, Row)}
+    said = {id(part): _Said(part, now) for part in parts if isinstance(part, Row)}
     with_attempts = any(one.attempts for one in said.values())
     names = ["step", "status", "time", "attempts"] if with_attempts else ["step", "status", "time"]
     asked = iter(range(_DETAILS))
@@ -259,11 +261,11 @@ def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] |
 
 def _unfolds(name: str, step: Step, detail: Detail) -> str:
     """Return a step's name, which unfolds where there is more to tell."""
-    error = detail.traceback or error_of(step)
+    error = failure(step, detail)
     first = plain(error_of(step), 110)
-    texts = [("arguments", detail.arguments), ("result", detail.result), ("log", "\n".join(detail.log))]
+    texts = [("arguments", step.preview.arguments), ("result", step.preview.result), ("log", "\n".join(detail.log))]
     below = [f'<div style="{_QUIET}">{label}</div>{_text_of(words)}' for label, words in texts if words]
-    if error and (detail.traceback or len(error) > 110 or "\n" in error):
+    if error and (error != error_of(step) or len(error) > 110 or "\n" in error):
         below.append(_text_of(error))
     short = _small(first) if first else ""
     return f"<details><summary>{name}{short}</summary>{''.join(below)}</details>" if below else f"{name}{short}"
