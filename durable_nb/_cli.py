@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import durable_nb
@@ -41,6 +42,7 @@ def _parser() -> _Parser:
     from durable_nb._housekeeping.commands import add_to
 
     _demo(commands)
+    _worker(commands)
     add_to(commands)
     return parser
 
@@ -60,5 +62,30 @@ def _demo(commands: Any) -> None:
         from durable_nb._demo.runner import demo
 
         return demo(arguments.kill)
+
+    parser.set_defaults(run=run)
+
+
+def _worker(commands: Any) -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="execute the runs of a module's workflows while no notebook is open",
+        description="Goes on with interrupted runs of the module's workflows, starts what is due by the clock, and takes what "
+        "others resume, until SIGTERM or Ctrl-C. Several workers on one store share the runs; killed, a worker is succeeded "
+        "at once.",
+    )
+    parser.add_argument("module", metavar="MODULE", help="a module's name, or the path of its file")
+    parser.add_argument("--store", type=Path, help="the store's folder; default DURABLE_NB_DIR, else .durable_nb")
+
+    def run(arguments: argparse.Namespace) -> int:
+        import logging
+
+        from durable_nb._files import default_store
+        from durable_nb._service.worker import work
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s durable-nb worker: %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+        work(arguments.module, (arguments.store or default_store()).absolute())
+        return 0
 
     parser.set_defaults(run=run)

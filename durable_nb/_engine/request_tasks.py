@@ -105,8 +105,9 @@ class RequestTasks:
             elif ask.task is not None and ask.is_step:
                 ask.task.cancel()
 
-    async def drain(self, activation: int, is_stopped: Callable[[], bool]) -> None:
-        """Bodies that have begun end, and are recorded; what was asked for in this activation, or waits, never begins."""
+    async def drain(self, activation: int, is_stopped: Callable[[], bool], *, returned: bool) -> None:
+        """Bodies that have begun end, and are recorded; what was asked for in this activation, or waits, never begins.
+        `returned`: the code is done, and it is told what it had asked for in vain."""  # fmt: skip
         unbegun = []
         for ask in list(self._working.values()):
             is_waiting = bool(ask.path) and self._facts[ask.path].status in (Status.RETRYING, Status.SLEEPING)
@@ -116,7 +117,7 @@ class RequestTasks:
                 ask.task.cancel()
                 if ask.is_step:
                     unbegun.append(ask.request.name)
-        if unbegun:
+        if unbegun and returned:
             self._execution.observers.notice(
                 f"{self._label} returned while {', '.join(map(repr, unbegun[:5]))} had not begun: what nobody awaits is not run"
             )

@@ -137,6 +137,11 @@ class Schedules:
             if self.watching is None or self.watching.done() or self.watching.get_loop() is not loop:
                 self.watching = loop.create_task(self._watch_on(), context=Context(), name="durable_nb schedules")
 
+    def retire(self) -> None:
+        """Fire nothing any more."""
+        if self.watching is not None:
+            self.watching.cancel()
+
     async def _watch_on(self) -> None:
         while not self._store.writer.closed:
             pause_s = WATCH_S

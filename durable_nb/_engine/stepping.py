@@ -207,11 +207,11 @@ class Stepper:
         with contextlib.suppress(Interrupted, DurableError):
             self.loop.run_ready(time.perf_counter() + 1.0)
 
-    async def settle(self, *, normal: bool, is_stopped: Callable[[], bool]) -> None:
+    async def settle(self, *, drains: bool, returned: bool, is_stopped: Callable[[], bool]) -> None:
         """The code is over. Let begun bodies end, or stop them, and close what is suspended."""
         if self.broken is None:
-            if normal:
-                await self.tasks.drain(self._history.activation, is_stopped)
+            if drains:
+                await self.tasks.drain(self._history.activation, is_stopped, returned=returned)
             else:
                 await self.tasks.stop()
         self.close()

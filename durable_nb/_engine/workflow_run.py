@@ -67,6 +67,7 @@ class WorkflowRun:
         self._stepper = Stepper(self._execution, lost=self._give_way)
         self._stopped: BaseException | None = None
         """Why this execution ends before its code does; nothing of it is executed any more."""
+        self._retires = False
         self._starts: dict[str, Ask] = {}
         """Children, by id."""
         self._ways: dict[str, Recorded] = {}
@@ -221,13 +222,18 @@ class WorkflowRun:
 
     def stop(self, why: BaseException) -> None:
         """Cancelled, the code unwinds; for any other reason nothing of it is executed any more."""
-        if self._stepper.is_over:
+        if self._stepper.is_over and not self._retires:
             return
         if isinstance(why, RunCancelled):
             self._stepper.cancel(why)
             return
         self._stopped = self._stopped or why
         self._stepper.end(Over(Status.INTERRUPTED, error=self._stopped))
+
+    def retire(self) -> None:
+        """Ask for nothing more, and let bodies that have begun end, until `stop`: another process goes on with the run."""
+        self._retires = True
+        self._stepper.end(Over(Status.INTERRUPTED, error=asyncio.CancelledError()))
 
     def die(self) -> None:
         """End as a kill would."""
@@ -261,8 +267,9 @@ class WorkflowRun:
 
     async def _conclude(self, over: Over) -> Any:
         """Let begun bodies end, unwind the code, and write down how the run ended."""
-        normal = over.status in (Status.COMPLETED, Status.FAILED) and self._stopped is None
-        await self._stepper.settle(normal=normal, is_stopped=lambda: self._stopped is not None)
+        returned = over.status in (Status.COMPLETED, Status.FAILED)
+        drains = (returned or self._retires) and self._stopped is None
+        await self._stepper.settle(drains=drains, returned=returned, is_stopped=lambda: self._stopped is not None)
         status, error, value = over.status, over.error, over.value
         if isinstance(error, LeaseLost | Restarted):
             self._execution.leave(Status.INTERRUPTED)

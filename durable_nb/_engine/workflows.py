@@ -23,6 +23,7 @@ from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
+from durable_nb._engine.execution import UNWIND_S
 from durable_nb._engine.inbox import Restarted, wish
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
@@ -39,6 +40,7 @@ from durable_nb.errors import (
     LeaseLost,
     RunCancelled,
     RunConflictError,
+    StoreError,
     UnserializableError,
 )
 
@@ -60,7 +62,7 @@ class Workflows:
         self.catalog = Catalog(self._shared, self._tasks.__contains__)
         self.schedules = Schedules(self)
         self._shared.workflows = self
-        self._ownership.takes = self._take
+        self._ownership.takes = self.take
         if self._loop is not None:
             self._ownership.watch()
 
@@ -220,14 +222,56 @@ class Workflows:
         asked = self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s))
         self._ownership.claim_for_nobody(ready.record, lease, deletes=ready.deletes, inserts=(*ready.rows, asked))
 
-    def _take(self, run_id: str) -> None:
+    def take(self, run_id: str) -> None:
         """Somebody wants this run executed, which nobody does: if it is this process's to do, do it."""
         found = self._ownership.read_run(run_id)
         if found is None or run_id in self._tasks or self._ownership.is_owned(run_id, found[1]):
             return
-        function = workflow_functions.get(found[0].name)
-        if function is not None and self.home_of(function) == found[0].home:
+        if self._is_ours(found[0]):
             self._go(*found)
+
+    def free(self, passed: set[tuple[str, bytes]]) -> list[str]:
+        """Runs that nobody executes and that are this process's to do. Only looks, and may be called by any thread.
+
+        passed  leases of others, which needn't be looked at again: of runs that have failed, or that are defined elsewhere
+        """
+        found, alive = list[str](), dict[str, bool]()
+        for key, row in self._store.journal.scan(rec.lease_key("")):
+            if (key, row) in passed:
+                continue
+            with contextlib.suppress(StoreError):  # `doctor` tells of one that can't be read
+                lease, run_id = unpack(self._store.signer, key, row, Lease), key.partition("/")[2]
+                if lease.owner not in alive or lease.owner == self._store.process.id:
+                    alive[lease.owner] = self._ownership.is_owned(run_id, lease)
+                if alive[lease.owner] or run_id in self._tasks:
+                    continue
+                record, _ = self._ownership.read_run(run_id) or (None, None)
+                if record is not None and record.status == Status.RUNNING and self._is_ours(record):
+                    found.append(run_id)
+                else:
+                    passed.add((key, row))
+        return found
+
+    async def retire(self, patience_s: float) -> None:
+        """Let go of every run that is executed here, for other processes. Bodies that have begun are recorded if they end in that
+        time, else stopped; nothing begins any more."""  # fmt: skip
+        self._ownership.takes = None
+        self.schedules.retire()
+        executed = [run for run in self._ownership.active.values() if isinstance(run, WorkflowRun)]
+        for run in executed:
+            run.retire()
+        tasks = {task for task in self._tasks.values() if task is not None}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=patience_s)
+            for run in executed:
+                run.stop(asyncio.CancelledError())
+            if late:
+                await asyncio.wait(late, timeout=UNWIND_S)
+
+    def _is_ours(self, record: RunRecord) -> bool:
+        """Is the run's workflow defined here, by the module or notebook that has started it?"""
+        function = workflow_functions.get(record.name)
+        return function is not None and self.home_of(function) == record.home
 
     def _loop_for(self, run_id: str) -> asyncio.AbstractEventLoop:
         """The loop that executes it: the running one; in another thread, the one that executes this store's runs."""
