@@ -253,8 +253,8 @@ class Workflows:
         return found
 
     async def retire(self, patience_s: float) -> None:
-        """Let go of every run that is executed here, for other processes. Bodies that have begun are recorded if they end in that
-        time, else stopped; nothing begins any more."""  # fmt: skip
+        """Let go of every run that is executed here, for other processes. Bodies that have begun are recorded if they end
+        in that time, else stopped; nothing begins any more."""  # fmt: skip
         self._ownership.takes = None
         self.schedules.retire()
         executed = [run for run in self._ownership.active.values() if isinstance(run, WorkflowRun)]
