@@ -1513,7 +1513,7 @@ def test_a_restored_step_changes_its_arguments_as_its_body_did(path, new, ask):
         async with kernel(path) as engine:
             run = await begun(engine)
             await finished(run, conversation(QUESTIONS))
-            assert run.unrepeated == []
+            assert run.restoring.unrepeated == []
         assert ended == [plain(history)]
         assert world.done == QUESTIONS
 
@@ -1547,7 +1547,7 @@ def test_gone_on_with_in_the_same_kernel_a_conversation_asks_nothing_again_and_s
                     await cell(engine, conversation(QUESTIONS[:2], fail))
             run = await begun(engine)
             await finished(run, conversation(QUESTIONS))
-            assert [name for name, _ in run.unrepeated] == ["ask", "ask"]
+            assert [name for name, _ in run.restoring.unrepeated] == ["ask", "ask"]
             assert plain(history) == plain(expected)
             assert world.done == QUESTIONS
             await cell(engine, conversation(QUESTIONS[:1]))  # a new run, with what is there now
@@ -1649,7 +1649,7 @@ def test_of_parallel_steps_that_change_one_object_nobody_knows_whose_change_is_w
         async with kernel(path) as engine:
             run = await begun(engine)
             await finished(run, body)
-            assert run.unrepeated == 2 * [("ask", "history not, which it changes")]
+            assert run.restoring.unrepeated == 2 * [("ask", "history not, which it changes")]
         assert sorted(world.done) == ["a", "b"]
 
     asyncio.run(main())
@@ -1669,7 +1669,7 @@ def test_what_cannot_be_put_back_is_told(path):
             async with kernel(path) as engine:
                 run = await begun(engine)
                 await finished(run, body)
-                assert run.unrepeated == n * [("spoil", "odd not, which it changes")]
+                assert run.restoring.unrepeated == n * [("spoil", "odd not, which it changes")]
         assert world.done == ["spoil"]
 
     asyncio.run(main())

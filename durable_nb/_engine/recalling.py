@@ -13,6 +13,7 @@ from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import History, Row
 from durable_nb._engine.execution import Execution
 from durable_nb._engine.in_place import PYTHON, code_of
+from durable_nb._engine.performer import Wording
 from durable_nb._engine.run_log import say
 from durable_nb._records import Outcome
 from durable_nb.errors import CorruptStoreError, StoreError, UntrustedStoreError
@@ -97,10 +98,14 @@ class Recalled:
             return value
 
     def _unreadable(self, row: Row, error: Exception) -> StoreError:
-        kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
         asked = self._history.recorded(row.request)
-        name = asked.name if asked else ""
-        return kind(
-            f"step {name!r} of {self._label} is recorded, but the record can't be used: {say(error)}. Its body was not run "
-            "again, since it may have been paid for; begin the run anew with its restart()"
-        )
+        return unreadable(asked.name if asked else "", self._execution.wording, error)
+
+
+def unreadable(name: str, wording: Wording, error: Exception) -> StoreError:
+    """What whoever asks for a step gets whose record can't be used."""
+    kind = UntrustedStoreError if isinstance(error, UntrustedStoreError) else CorruptStoreError
+    return kind(
+        f"step {name!r} of {wording.label} is recorded, but the record can't be used: {say(error)}. Its body was not run "
+        f"again, since it may have been paid for; to do so, {wording.unreadable_hint}"
+    )

@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._current import Engine
@@ -14,6 +15,7 @@ from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.in_place import Changed
 from durable_nb._engine.muting import Muting
 from durable_nb._engine.ownership import Ownership
+from durable_nb._engine.run_log import CellRecords
 from durable_nb._engine.workers import Workers
 from durable_nb._savings import Savings
 from durable_nb._store import Store
@@ -33,6 +35,8 @@ class Shared:
         self.ownership = Ownership(store, self.is_at_work)
         self.bodies: dict[str, Attempt] = {}
         """By idempotency key. Threads outlive the execution that began them, and are taken over by the next one."""
+        self.records: defaultdict[str, WeakSet[CellRecords]] = defaultdict(WeakSet)
+        """By run of a cell: what its executions know of its records. A body that outlives its own tells those that follow."""
         self.changed: defaultdict[str, list[Changed]] = defaultdict(list)
         """By scope: steps of unfinished runs of cells that have changed live objects of this kernel, in order."""
         self.muting: Callable[[], Muting] = Muting

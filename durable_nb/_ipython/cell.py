@@ -225,8 +225,8 @@ class CellExecution:
                 forgotten = [step.name for step in run.snapshot().steps if step.status is Status.PENDING]
                 if forgotten:
                     self._not_stored(f"step {forgotten[0]!r} was called and never awaited: write 'await' before it")
-                elif run.unrepeated:
-                    step, names = run.unrepeated[0]
+                elif run.restoring.unrepeated:
+                    step, names = run.restoring.unrepeated[0]
                     self._not_stored(f"step {step!r} was restored, and {names}")
                 else:
                     self._store(run, before, outputs, cost)
@@ -236,7 +236,7 @@ class CellExecution:
                 ended, error = run.ends_as(raised), f"{type(raised).__name__}: {raised}"
                 raise
             finally:
-                self.set_variables = run.set_variables
+                self.set_variables = run.scope.set_variables
                 try:
                     await run.finish(ended, error)
                 except StoreError as failed:
@@ -268,11 +268,11 @@ class CellExecution:
             capture.encode(outputs),
             len(outputs),
             cost_s,
-            tuple(run.set_variables),
+            tuple(run.scope.set_variables),
             steps=bool(run.snapshot().steps),
             problems=tuple(self.recorder.problems),
             run=run.id,
-            usage=run.used,
+            usage=run.recording.used,
         )
         saved = self.cache.save(before, after)
         self.report.changed = saved.changed

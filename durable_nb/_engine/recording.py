@@ -1,0 +1,171 @@
+"""What a cell's run writes down: what its steps have come to, and what its code got in passing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from durable_nb import _records as rec
+from durable_nb import _usage
+from durable_nb._codec import digest_of
+from durable_nb._engine.by_content import ByContent
+from durable_nb._engine.execution import Execution
+from durable_nb._engine.in_place import Changed, Inputs, described
+from durable_nb._engine.performer import Ended, StepCall
+from durable_nb._engine.run_log import CellRecords, say
+from durable_nb._facts import Status
+from durable_nb._journal import Verdict
+from durable_nb._records import Again, Attempts, Outcome, Passing, StepKey
+from durable_nb._usage import Usage
+from durable_nb.errors import CorruptStoreError, UnserializableError
+
+
+class Recording:
+    """Of one execution of a cell: its records, as they are on disk and as it adds to them."""
+
+    identity: ByContent
+    """Once the records are loaded."""
+
+    def __init__(self, execution: Execution, give_way: Callable[[], BaseException]) -> None:
+        """`give_way` ends an execution whose run is another process's; what it returns is raised."""
+        self._execution, self._give_way = execution, give_way
+        self._shared, self._log = execution.shared, execution.log
+        self.records = CellRecords(execution.log)
+        self.used: Usage = {}
+        """What models' answers cost that the steps were given, in this execution or an earlier one."""
+        self._unrecorded: list[tuple[str, bytes]] = []
+        """Rows of what the code got in passing, which ride with the next commit."""
+
+    async def load(self, *, resumed: bool) -> None:
+        """Read what was recorded."""
+        record, performer = self._execution.record, self._execution.performer
+        self._shared.records[record.id].add(self.records)  # first: a body that ends meanwhile adds to them
+        await self.records.load()
+        self.identity = ByContent(
+            self.records,
+            record.scope,
+            record.generation,
+            record.id,
+            holds=lambda outcome: performer.host.holds(outcome.seen),
+            now_s=self._execution.now_s,
+            changed_before=self._shared.changed[record.scope] if resumed else (),
+        )
+
+    async def forget(self, name: str) -> None:
+        """From now on, the steps of that name have identities and idempotency keys of their own."""
+        record, log, again = self._execution.record, self._log, self.records.again
+        again[name] = again.get(name, 0) + 1
+        key = rec.again_prefix(record.scope, record.generation) + digest_of(name)
+        marked = log.pack(rec.run_key(record.id), replace(record, rerun_step=name))
+        await self.commit(puts=(log.pack(key, Again(name, again[name])), marked))
+
+    async def commit(self, *, puts: Iterable[tuple[str, bytes]] = (), deletes: tuple[str, ...] = ()) -> None:
+        """Write these rows, and what was got in passing."""
+        if await self._log.commit(puts=(*self._riding(), *puts), deletes=deletes) is not Verdict.APPLIED:
+            raise self._give_way()
+
+    # -- in passing ----------------------------------------------------------------------------------------------------
+
+    def got(self, key: str, passing: Passing) -> None:
+        """The code got that: it is on disk before anything begins that may depend on it."""
+        self._unrecorded.append(self._log.pack(key, passing))
+
+    async def flush(self) -> None:
+        """What was got in passing is on disk: killed now and executed again, the code gets the same."""
+        if self._unrecorded:
+            await self.commit()
+
+    def hand_over(self) -> None:
+        """What was got in passing is handed over, before the commit that follows: of both, that is not there alone."""
+        if self._unrecorded:
+            self._log.commit(puts=self._riding())
+
+    def _riding(self) -> tuple[tuple[str, bytes], ...]:
+        rows, self._unrecorded = tuple(self._unrecorded), []
+        return rows
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    async def look(self, key: StepKey) -> None:
+        """Another execution of the cell may have recorded it."""
+        row = await self._log.read_row(key.outcome)
+        if row is not None:
+            self.records.outcomes[key.outcome] = row
+
+    async def note(self, key: StepKey, failures: Attempts) -> None:
+        """Attempts of the step have failed, and it goes on."""
+        row = self._log.pack(key.attempts, failures)
+        await self.commit(puts=(row,))
+        self._learn_attempts(key, row[1])
+
+    async def failed(self, key: StepKey, call: StepCall, ended: Ended) -> BaseException:
+        """What a step raises that has failed. It is not kept: the next execution tries anew."""
+        error = ended.error
+        try:
+            if error is None or isinstance(error, asyncio.CancelledError):
+                return asyncio.CancelledError()
+            now_s = self._execution.now_s()
+            self._execution.facts.update(call.path, status=Status.FAILED, error=say(error), ended_at=now_s)
+            if call.request.is_continued:
+                self.identity.give_back(key)
+            if key.attempts in self.records.attempts:
+                await self.commit(deletes=(key.attempts,))
+                self._learn_attempts(key, None)
+            return error
+        finally:
+            call.leave()
+
+    async def ended(self, key: StepKey, call: StepCall, ended: Ended) -> Outcome | None:
+        """Write down what a step's body has returned; None where another execution was faster, whose outcome stands."""
+        try:
+            return await self._written(key, call, ended)
+        except UnserializableError as unserializable:
+            raise await self.failed(key, call, replace(ended, error=unserializable)) from None
+        finally:
+            call.leave()
+
+    async def _written(self, key: StepKey, call: StepCall, ended: Ended) -> Outcome | None:
+        after = ended.inputs.after()
+        outcome = await self._execution.performer.outcome_of(call, ended, after)
+        # What can't be stored has raised by now: nothing is settled that will not be on disk.
+        settled = self.identity.settle(key, ended.inputs, after)
+        outcome = replace(outcome, changes=tuple(sorted({*outcome.changes, *map(described, settled.own)})))
+        more: tuple[tuple[str, bytes], ...] = ()
+        if settled.excluded is not None:
+            names = ", ".join(sorted(map(described, settled.own)))
+            advice = f"step {call.request.name!r} changes {names}: restoring the step won't, and {names} is not compared"
+            self._execution.observers.advise(advice)
+            record, of = self._execution.record, (settled.excluded.kind, settled.excluded.name)
+            excluded_key = rec.excluded_prefix(record.scope, record.generation) + digest_of(*of)
+            more = (self._log.pack(excluded_key, settled.excluded),)
+        row = self._log.pack(settled.key.outcome, outcome)
+        stale = (key.attempts,) if key.attempts in self.records.attempts else ()
+        riding = self._riding()
+        verdict = await self._log.commit(inserts=(row,), puts=(*riding, *more), deletes=stale)
+        if verdict is Verdict.GUARD_FAILED:
+            raise self._give_way()
+        if verdict is Verdict.EXISTS:  # a run of the same cell with other inputs was faster: its outcome stands
+            self._unrecorded = [*riding, *self._unrecorded]  # nothing of that commit was written
+            await self.look(settled.key)
+            if settled.key.outcome not in self.records.outcomes:
+                raise CorruptStoreError(f"the record {settled.key.outcome!r} disappeared while it was read")
+            return None
+        _usage.add(self.used, outcome.usage)
+        self._learn_attempts(key, None)
+        for records in self._shared.records[self._execution.record.id]:
+            records.outcomes[settled.key.outcome] = row[1]
+        self.note_changes(ended.inputs, settled.key, after)
+        return outcome
+
+    def note_changes(self, inputs: Inputs, key: StepKey, after: dict[str, str]) -> None:
+        """A step has changed what it was given: executed again in this kernel, it is known by how it left that."""
+        if given := inputs.given(after):
+            self._shared.changed[self._execution.record.scope].append(Changed(inputs, key, given, after))
+
+    def _learn_attempts(self, key: StepKey, row: bytes | None) -> None:
+        for records in self._shared.records[self._execution.record.id]:
+            if row is None:
+                records.attempts.pop(key.attempts, None)
+            else:
+                records.attempts[key.attempts] = row
