@@ -157,11 +157,12 @@ def test_a_sleeping_run_that_nobody_executes_says_so_and_when_it_was_to_wake():
 
 
 def test_an_action_that_can_not_act_says_why_and_a_completed_run_has_none():
-    defined = {"failed": "retry", "cancelled": "retry", "interrupted": "retry cancel", "running": "cancel", "completed": ""}
+    again = "retry restart"
+    defined = {"failed": again, "cancelled": again, "interrupted": f"{again} cancel", "running": "cancel", "completed": ""}
     for status, names in defined.items():
         assert " ".join(action.name for action in actions_of(run_of(1, status=status))) == names
-    (retry,) = actions_of(run_of(1, name="gone", status="failed"))
-    assert retry.refusal == "its workflow 'gone' is not defined in this kernel"
+    for action in actions_of(run_of(1, name="gone", status="failed")):
+        assert action.refusal == "its workflow 'gone' is not defined in this kernel"
     assert actions_of(run_of(1, kind="cell", status="failed")) == []
     assert [action.name for action in actions_of(run_of(1, kind="cell", status="interrupted"))] == ["cancel"]
 
@@ -570,13 +571,20 @@ def filtered_and_paged(lab: Lab) -> None:
 
 def cancelled_and_retried(lab: Lab) -> None:
     lab.on_page(lambda page: page.locator(BOARD).get_by_role("button", name="Cancel run order-1").dblclick(timeout=15_000))
-    line_of(lab, "order-1", "cancelled", "Resume")
+    line_of(lab, "order-1", "cancelled", "Retry", "Restart")
     lab.wait_text("order-1 is being cancelled; its completed steps are kept", BOARD)
     press(lab, "Steps of run report-1")
     line_of(lab, "report-1", "failed mend", "not mended: <img src=x")
     (lab.root / "mended").touch()
     press(lab, "Retry run report-1")
     line_of(lab, "report-1", "completed")
+    press(lab, "Restart run order-1")
+    line_of(lab, "order-1", "cancelled", "Discard what is recorded?")
+    press(lab, "Discard what is recorded?")
+    lab.wait_text("order-1 begins anew; what was recorded of it is discarded", BOARD)
+    line_of(lab, "order-1", "sleeping", "Cancel")
+    press(lab, "Cancel run order-1")
+    line_of(lab, "order-1", "cancelled")
 
 
 def by_keyboard(lab: Lab) -> None:

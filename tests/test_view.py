@@ -1040,3 +1040,43 @@ async def order(n):
         assert output["data"].keys() == {"text/html", "text/plain"}
         assert "&#x27;truck&#x27;" in output["data"]["text/html"], "what its steps were given"
         assert errors(lab) == []
+
+    def test_a_run_that_nobody_executes_is_retried_restarted_or_cancelled(self, lab: Lab) -> None:
+        """By the view of it, displayed by a kernel that knows it from the store alone: what its steps were given, too."""
+        flow = """
+import os
+@durable.workflow
+async def left(n):
+    await durable.run("charge", fold, n)
+    await durable.run("wait", until, f"left-{n}")
+if not os.path.exists("left-seen"):
+    pathlib.Path("left-seen").touch()
+    runs = [left.start(n, id=f"left-{n}") for n in range(2)]
+    while not all(run.steps and run.steps[0].status == "completed" for run in runs):
+        await asyncio.sleep(0.02)
+    os.kill(os.getpid(), 9)
+"""
+        name = lab.write_notebook([HELPERS, flow, "durable.get_run('left-0')", "durable.get_run('left-1')"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_reborn()
+        lab.run_all()
+        lab.wait_idle()
+        for cell, n in ((2, 0), (3, 1)):
+            output = f".jp-Cell:nth-child({cell + 1}) .jp-OutputArea"
+            lab.wait_text("left · interrupted after", output)
+            lab.click(f"{output} summary")
+            lab.click(f"{output} td summary")
+            lab.wait_text(f"arguments\n{n}\nresult\n{n}", f"{output} table")
+            names = "(output) => [...document.querySelectorAll(output + ' button')].map((node) => node.innerText)"
+            lab.wait(f"(output) => String(({names})(output)) === 'Retry,Restart,Cancel'", 20, output)
+        press(lab, "Cancel", 2)
+        lab.wait_text("left · cancelled after", ".jp-Cell:nth-child(3) .jp-OutputArea")
+        press(lab, "Restart", 3)
+        press(lab, "Discard what is recorded?", 3)
+        view = ".jp-Cell:nth-child(4) .dnb-run"
+        lab.wait_text("running", f"{view} .dnb-list [data-status=running]")
+        assert "1 restored" not in lab.text(f"{view} .dnb-head")
+        (lab.root / "left-1").touch()
+        lab.wait_text("left · completed in", ".jp-Cell:nth-child(4) .jp-OutputArea")
+        assert errors(lab) == []

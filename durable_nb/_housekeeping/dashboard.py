@@ -8,6 +8,8 @@ from durable_nb._current import engine, refuse_in_workflow, workflow_functions
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
+from durable_nb._view.actions import RESUMABLE
+from durable_nb._view.actions import actions_of as asked_of
 from durable_nb._view.dashboard import Action, Dashboard
 from durable_nb._view.place import is_live
 from durable_nb.errors import DurableError, NotSupportedError, StoreError
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from durable_nb._facts import Step
     from durable_nb._view.listing import Page, Query, RunFacts
 
-_ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 _BY = "by the dashboard"
 
 
@@ -67,6 +68,9 @@ class _Store:
         if action == "cancel":
             self._workflows.cancel(run.id, _BY)
             return f"{run.id} is being cancelled; its completed steps are kept"
+        if action == "restart":
+            self._workflows.restart(run.id)
+            return f"{run.id} begins anew; what was recorded of it is discarded"
         self._workflows.resume(run.id, take_over=False)
         return f"{run.id} goes on from its last completed step"
 
@@ -75,11 +79,13 @@ class _Store:
 
 
 def actions_of(run: RunFacts) -> list[Action]:
-    """What may be asked of a run as it stands. A cell's goes on when its cell is executed, which no button does."""
+    """What may be asked of a run as it stands. A cell's goes on when its cell is executed, which no button here does."""
+    status = Status(run.status)
+    reasons = asked_of(status, run.kind)
     found = []
-    if run.kind == "workflow" and run.status in (Status.FAILED, Status.CANCELLED, Status.INTERRUPTED):
+    if run.kind == "workflow" and status in RESUMABLE:
         missing = "" if run.name in workflow_functions else f"its workflow {run.name!r} is not defined in this kernel"
-        found.append(Action("retry", "Retry" if run.status == Status.FAILED else "Resume", missing))
-    if run.status not in _ENDED:
+        found += [Action("retry", "Retry", missing), Action("restart", "Restart", missing)]
+    if not reasons.cancel:
         found.append(Action("cancel", "Cancel"))
     return found

@@ -45,8 +45,8 @@ class Details:
 class DetailedSource(Source):
     """A run that is executed here, and what its steps print and raise."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], details: Details) -> None:
-        super().__init__(snapshot)
+    def __init__(self, snapshot: Callable[[], Snapshot], details: Details, kind: str = "workflow") -> None:
+        super().__init__(snapshot, kind)
         self._details = details
 
     def detail(self, path: str) -> Detail:

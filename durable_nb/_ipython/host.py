@@ -88,7 +88,7 @@ class NotebookHost:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
             self.view = RunView(
-                DetailedSource(self._run.snapshot, self._details),
+                DetailedSource(self._run.snapshot, self._details, "cell"),
                 live=self._live,
                 place=self._status.place,
                 send=send,

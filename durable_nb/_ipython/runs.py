@@ -29,6 +29,8 @@ def send(action: str, run_id: str, step: str | None = None, comment: str = "") -
         engine().cancel(run_id, comment or "cancelled in the notebook")
     elif action == "retry":
         engine().resume(run_id, take_over=False)
+    elif action == "restart":
+        engine().restart(run_id)
     else:
         raise NotSupportedError(f"{action}: no step of the run {run_id!r} waits for a decision")
 
@@ -53,7 +55,7 @@ class _Followed:
         self._follow()
 
     def _follow(self) -> None:
-        view = RunView(self._source, live=self._live, place=self._place, send=self._send)
+        self._view = view = RunView(self._source, live=self._live, place=self._place, send=self._send)
         view.open()
         if not self._live or self._source.snapshot().status in ENDED:
             view.close()
@@ -85,7 +87,7 @@ class _Followed:
 
     def _send(self, action: str, run_id: str, step: str | None = None, comment: str = "") -> None:
         send(action, run_id, step, comment)
-        if action == "retry":
+        if not self._view.is_open:
             self._follow()
 
 

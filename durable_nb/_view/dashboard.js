@@ -369,13 +369,14 @@ function runLine(key, act, unfold, pressed) {
   const drawActions = (silent) => {
     for (const action of row.actions) {
       if (!buttons.has(action.name)) {
-        const made = button(action.label, () => act(key, action.name));
+        const made = button(action.label, () => act(key, action.name), "", action.name === "restart" ? RESTART : "");
         buttons.set(action.name, made);
       }
       const made = buttons.get(action.name);
       const why = silent ? "the kernel does not answer" : pressed.has(key) ? "sent" : action.refusal ?? "";
       made.set(why, action.label);
-      if (!why) made.node.setAttribute("aria-label", `${action.label} run ${key}`);
+      const asks = made.node.classList.contains("dnb-asks-first");
+      if (!why && !asks) made.node.setAttribute("aria-label", `${action.label} run ${key}`);
     }
     arrange(shown.last, row.actions.map((action) => buttons.get(action.name).node));
   };

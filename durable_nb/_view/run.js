@@ -22,7 +22,7 @@ function initialize({ model }) {
       // each state bears the time it came, so that a place that is found later shows the present
       model.set("state", { ...state, heard: Date.now() / 1000 });
     }
-    const what = state?.rows ? live : state?.ended ? offerRetry : undefined;
+    const what = state?.rows ? live : state?.ended ? offer : undefined;
     for (const [place, found] of mounted) if (!place.isConnected || found.what !== what) leave(place);
     for (const place of what ? places : []) {
       if (!mounted.has(place)) mounted.set(place, { what, unmount: what(model, place) });
@@ -70,16 +70,21 @@ function live(model, place) {
   };
 }
 
-/* A run that has failed is html that stays; as long as its kernel lives, the page has this button beside it. */
-function offerRetry(model, place) {
-  const { ended, again } = model.get("state");
-  const side = make("div", "durable-nb dnb-again");
-  const retry = button("Retry", () => {
-    retry.set("asked for", "Retrying…");
-    if (again === "run") model.send({ ask: "retry", run: ended });
-    else if (!runCell(place)) retry.set("run the cell again to resume it");
-  });
-  side.append(retry.node);
+/* A run that has failed, or that nobody executes, is html that stays; as long as its kernel lives, the page has these buttons
+   beside it. */
+function offer(model, place) {
+  const { ended, again, offered } = model.get("state");
+  const side = make("div", "durable-nb dnb-again dnb-buttons");
+  const made = {};
+  const press = (action, words) => () => {
+    for (const name of offered) made[name].set("asked for", name === action ? words : undefined);
+    if (action !== "retry" || again === "run") model.send({ ask: action, run: ended });
+    else if (!runCell(place)) made.retry.set("run the cell again to resume it");
+  };
+  made.retry = button("Retry", press("retry", "Retrying…"));
+  made.restart = button("Restart", press("restart", "Restarting…"), "", RESTART);
+  made.cancel = button("Cancel", press("cancel", "Cancelling…"));
+  side.append(...offered.map((name) => made[name].node));
   place.prepend(side);
   return () => side.remove();
 }

@@ -41,15 +41,26 @@ function sign(node, status, words = status) {
   node.replaceChildren(icon, make("span", "dnb-cut", words));
 }
 
+const RESTART = "Discard what is recorded?";
+const ASKED_MS = 4000;
+
 /* A button that is safe to press twice: `press` is called once, until `set` tells anew what it may do.
-   A reason disables it, and is its title and, for screen readers, part of its name. */
-function button(label, press, className = "") {
+   A reason disables it, and is its title and, for screen readers, part of its name. One that `asks` first is pressed
+   again to say yes. */
+function button(label, press, className = "", asks = "") {
   const node = make("button", `dnb-button ${className}`, label);
   node.type = "button";
   let reason = "";
+  let asked; // a timer, while it waits for the yes
+  const unask = () => {
+    clearTimeout(asked);
+    asked = undefined;
+    node.classList.remove("dnb-asks-first");
+  };
   const set = (why, text = label) => {
     reason = why;
-    put(node, text);
+    if (why) unask();
+    if (asked === undefined) put(node, text);
     node.title = why;
     node.setAttribute("aria-disabled", String(Boolean(why)));
     if (why) node.setAttribute("aria-label", `${text}: ${why}`);
@@ -57,7 +68,19 @@ function button(label, press, className = "") {
   };
   node.addEventListener("click", (event) => {
     event.stopPropagation();
-    if (!reason) press();
+    if (reason) return;
+    if (asks && asked === undefined) {
+      put(node, asks);
+      node.removeAttribute("aria-label");
+      node.classList.add("dnb-asks-first");
+      asked = setTimeout(() => {
+        unask();
+        put(node, label);
+      }, ASKED_MS);
+      return;
+    }
+    unask();
+    press();
   });
   set("");
   return { node, set };

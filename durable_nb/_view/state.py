@@ -8,7 +8,7 @@
                            {"at": 1, "id": 2, "name": "fold", "n": 29, "status": "running", "strip": "ccccccrr…"}],
      "panels": [{"at": 0, "id": 1, "arguments": "...", "result": "...", "log": [], "traceback": "..."}],
      "approvals": [{"path": "publish", "prompt": "...", "deadline": 1700000000.0}],
-     "actions": {"cancel": "", "retry": "the run has not ended"}}
+     "actions": {"cancel": "", "retry": "the run has not ended", "restart": ..., "approve": ...}}
 
 `length` rows are to be seen; `rows` are those that fit and that somebody looks at. An action's text is the reason why it can't
 be asked for. Times are unix seconds; what is unknown is left out.
@@ -19,11 +19,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
+from durable_nb._view.actions import Actions, actions_of
 from durable_nb._view.costs import money, tokens, usage_of
 from durable_nb._view.fold import Group, Row, flat, fold, told
 from durable_nb._view.words import ACTIVE, clipped, counted, error_of, word
@@ -74,20 +75,12 @@ class Extra:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Actions:
-    """Why each can't be asked for now; '' where it can."""
-
-    cancel: str = ""
-    retry: str = ""
-    approve: str = ""
-
-
 class Source:
     """A run as its view sees it. Give it more by overriding."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Callable[[], Snapshot], kind: str = "workflow") -> None:
+        """`kind`: a `workflow`'s run, or a `cell`'s."""
+        self._snapshot, self._kind = snapshot, kind
 
     def snapshot(self) -> Snapshot:
         """Return the run as it stands."""
@@ -107,14 +100,7 @@ class Source:
 
     def actions(self, status: Status) -> Actions:
         """Return which buttons act for a run of that status."""
-        ended = f"the run is {status.value}"
-        if status not in ENDED:
-            return Actions(retry="the run has not ended", approve=NO_APPROVALS)
-        again = "" if status in {Status.FAILED, Status.INTERRUPTED, Status.CANCELLED} else ended
-        return Actions(ended, again, ended)
-
-
-NO_APPROVALS = "nobody waits for a decision"
+        return actions_of(status, self._kind)
 
 
 @dataclass(slots=True)
@@ -173,7 +159,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         ][:5]
         if extras
         else [],
-        "actions": _actions(source.actions(snapshot.status)),
+        "actions": asdict(source.actions(snapshot.status)),
         "panels": [
             _panel(at, look.id_of(row.key), source, row.step)
             for at, row in enumerate(rows)
@@ -339,10 +325,6 @@ def _shorten(panels: list[State], by: int) -> None:
             panel.pop(name, None)
         panel["cut"] = True
         by -= before - size(panel)
-
-
-def _actions(actions: Actions) -> State:
-    return {"cancel": actions.cancel, "retry": actions.retry, "approve": actions.approve}
 
 
 def _known(**facts: Any) -> State:

@@ -11,8 +11,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from durable_nb._facts import Status
 from durable_nb._view import static, terminal
 from durable_nb._view.assets import script, style
 from durable_nb._view.listening import listening
@@ -31,7 +33,7 @@ _SOON_S = 0.15
 _AT_LEAST_S = 5.0
 """A widget that was made lives so long."""
 
-ACTIONS = frozenset({"cancel", "retry", "approve", "reject"})
+ACTIONS = frozenset({"cancel", "retry", "restart", "approve", "reject"})
 _COMMENT = 2000
 
 log = logging.getLogger("durable_nb")
@@ -209,19 +211,28 @@ class RunView:
 
     def _act(self, action: str, step: str | None, comment: str) -> None:
         kind = "decide" if action in {"approve", "reject"} else action
-        reasons = self._source.actions(self._source.snapshot().status)
-        reason = {"cancel": reasons.cancel, "retry": reasons.retry}.get(action, reasons.approve)
+        reasons = asdict(self._source.actions(self._source.snapshot().status))
+        reason = reasons.get(action, reasons["approve"])
         if self._send is None or reason or (kind, step or "") in self._asked:
             log.info("view of run %r: %r was not sent: %s", self._run_id, action, reason or "it was sent before")
             return
-        if kind != "retry":  # a run may fail again
+        if kind not in ("retry", "restart"):  # a run may fail again
             self._asked.add((kind, step or ""))
         try:
             self._send(action, self._run_id, step, comment)
         except Exception:
             self._asked.discard((kind, step or ""))
             log.exception("view of run %r: %r could not be sent", self._run_id, action)
+        else:
+            if action == "cancel" and self._closed and self._again == "cell":
+                self._cancelled()
         self.changed()
+
+    def _cancelled(self) -> None:
+        """Nobody executes the cell's run, and from now on it is a cancelled one: no execution is there to say so."""
+        ended = replace(self._source.snapshot(), status=Status.CANCELLED)
+        self._source, self._line = Source(lambda: ended, "cell"), str
+        self._context.run(self._leave)
 
     def _refuse(self, content: object) -> None:
         log.warning("view of run %r: a message that it doesn't know was refused: %.200r", self._run_id, content)
@@ -233,13 +244,15 @@ class RunView:
         for timer in (self._timer, self._beat, self._show):
             if timer is not None:
                 timer.cancel()
-        may_retry = self._live and not self._source.actions(self._source.snapshot().status).retry
+        reasons = asdict(self._source.actions(self._source.snapshot().status))
+        offered = [name for name in ("retry", "restart", "cancel") if not reasons[name]]
+        may_retry = self._live and "retry" in offered
         forms = static.bundle(self._source, line=self._line(), anchor=self._anchor if may_retry else "")
         if is_terminal():
             forms["text/plain"] = terminal.coloured([static.block(self._source.snapshot(), line=self._line())])
         self._place.show(forms, view=self._run_id)
         if may_retry:
-            ended = {"ended": self._run_id, "again": self._again}
+            ended = {"ended": self._run_id, "again": self._again, "offered": offered}
             if self._panel is None:
                 self._panel = panel_class()(self._anchor, ended)
                 self._panel.on_msg(self._heard)
