@@ -43,6 +43,7 @@ def _parser() -> _Parser:
 
     _demo(commands)
     _worker(commands)
+    _serve(commands)
     add_to(commands)
     return parser
 
@@ -78,14 +79,44 @@ def _worker(commands: Any) -> None:
     parser.add_argument("--store", type=Path, help="the store's folder; default DURABLE_NB_DIR, else .durable_nb")
 
     def run(arguments: argparse.Namespace) -> int:
-        import logging
-
         from durable_nb._files import default_store
         from durable_nb._service.worker import work
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s durable-nb worker: %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+        _log("worker")
         work(arguments.module, (arguments.store or default_store()).absolute())
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start, control and follow the runs of a module's workflows over HTTP",
+        description="A worker that can be asked over HTTP. Listens on this machine only, unless --host says otherwise and "
+        "DURABLE_NB_TOKEN holds what clients must show.",
+    )
+    parser.add_argument("module", metavar="MODULE", help="a module's name, or the path of its file")
+    parser.add_argument("--store", type=Path, help="the store's folder; default DURABLE_NB_DIR, else .durable_nb")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; default 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8910, help="default 8910; 0 for any that is free")
+
+    def run(arguments: argparse.Namespace) -> int:
+        from durable_nb._files import default_store
+
+        try:
+            from durable_nb._service.serve import serve
+        except ImportError as error:
+            raise DurableError(f"{error.name} is not installed: pip install 'durable-nb[serve]'") from None
+        _log("serve")
+        serve(arguments.module, (arguments.store or default_store()).absolute(), arguments.host, arguments.port)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _log(command: str) -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s durable-nb {command}: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request

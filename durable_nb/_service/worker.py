@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import random
@@ -59,17 +60,20 @@ async def _work(workflows: Workflows, patience_s: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     log.info("works for %s on %s", ", ".join(sorted(workflow_functions)), workflows.engine.store.path)
+    await take_runs(workflows, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):  # told again, it ends at once
+        loop.remove_signal_handler(number)
+    log.info("stops; others go on with its runs")
+    await workflows.retire(patience_s)
+
+
+async def take_runs(workflows: Workflows, stop: asyncio.Event) -> None:
+    """Execute the runs that nobody executes and what is due by the clock, until told to stop."""
     workflows.schedules.watch()
     passed: set[tuple[str, bytes]] = set()
     while not stop.is_set():
         free = await workflows.engine.store.writer.call(lambda: workflows.free(passed))
         for run_id in random.sample(free, min(AT_ONCE, len(free))):
             workflows.take(run_id)
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), WATCH_S)
-        except TimeoutError:
-            continue
-    for number in (signal.SIGTERM, signal.SIGINT):  # told again, it ends at once
-        loop.remove_signal_handler(number)
-    log.info("stops; others go on with its runs")
-    await workflows.retire(patience_s)

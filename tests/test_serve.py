@@ -1,0 +1,267 @@
+"""`durable-nb serve`: real servers on real sockets, asked with httpx."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from workers import until
+
+FLOWS = """
+import asyncio
+from pathlib import Path
+import durable_nb as durable
+
+HERE = Path(__file__).parent
+
+def note(what):
+    with (HERE / "done").open("a") as file:
+        file.write(what + "\\n")
+    return what
+
+async def waits_for(gate):
+    while not (HERE / gate).exists():
+        await asyncio.sleep(0.01)
+    return gate
+
+def breaks():
+    raise ValueError("out of stock")
+
+@durable.workflow
+async def order(item, *, amount=1):
+    note("begins")
+    await durable.run("charge", note, f"charge {item} {amount}")
+    await durable.run("gate", waits_for, "gate")
+    await durable.run("send", note, f"send {item}")
+    return item
+
+@durable.workflow
+async def quick(n):
+    return await durable.run("once", note, f"quick {n}")
+
+@durable.workflow
+async def fails():
+    await durable.run("breaks", breaks)
+"""
+PROGRAM = Path(sys.executable).with_name("durable-nb")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DURABLE_NB_KEY_FILE", str(tmp_path / "signing.key"))
+    monkeypatch.setenv("DURABLE_NB_DIR", str(tmp_path / "store"))
+    monkeypatch.delenv("DURABLE_NB_TOKEN", raising=False)
+    (tmp_path / "flows.py").write_text(FLOWS)
+    return tmp_path
+
+
+@contextmanager
+def serving(folder, *options, token=""):
+    log = (folder / "log").open("a")
+    process = subprocess.Popen(
+        [PROGRAM, "serve", "flows", "--port", "0", *options],
+        cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True,
+        env={**os.environ, **({"DURABLE_NB_TOKEN": token} if token else {})},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("page http://"), (folder / "log").read_text()
+        with httpx.Client(base_url=line.split()[1], timeout=30) as client:
+            client.process = process
+            yield client
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        log.close()
+
+
+def start(client, workflow="order", **asked):
+    answer = client.post(f"/workflows/{workflow}/runs", json=asked)
+    assert answer.status_code == 202, answer.text
+    return answer.json()["id"]
+
+
+def status(client, run_id):
+    return client.get(f"/runs/{run_id}").json()["status"]
+
+
+def ended(client, run_id):
+    until(lambda: status(client, run_id) in ("completed", "failed", "cancelled"), f"{run_id} to end")
+    return client.get(f"/runs/{run_id}").json()
+
+
+def done(folder):
+    return (folder / "done").read_text().splitlines() if (folder / "done").exists() else []
+
+
+def test_a_run_is_started_once_controlled_and_told_of(folder):
+    with serving(folder) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        asked = {"args": ["tea"], "kwargs": {"amount": 2}, "id": "order-1", "labels": ["shop"]}
+        assert start(client, **asked) == start(client, **asked) == "order-1"
+        assert client.post("/workflows/order/runs", json={**asked, "args": ["coffee"]}).status_code == 409
+        until(lambda: "charge tea 2" in done(folder), "the charge")
+        listed = client.get("/runs", params={"label": "shop", "workflow": "order"}).json()["runs"]
+        assert [(run["id"], run["workflow"], run["labels"]) for run in listed] == [("order-1", "order", ["shop"])]
+        assert client.post("/runs/order-1/cancel", json={"reason": "sold out"}).status_code == 202
+        told = ended(client, "order-1")
+        assert (told["status"], "sold out" in told["error"]) == ("cancelled", True)
+        assert client.post("/runs/order-1/resume").status_code == 202
+        (folder / "gate").touch()
+        told = ended(client, "order-1")
+        assert told["status"] == "completed"
+        assert [(step["name"], step["status"], step["attempts"]) for step in told["steps"]] == [
+            ("charge", "completed", 1), ("gate", "completed", 1), ("send", "completed", 1),
+        ]  # fmt: skip
+        assert done(folder).count("charge tea 2") == 1
+        assert client.post("/runs/order-1/restart").status_code == 202
+        until(lambda: done(folder).count("send tea") == 2, "the order anew")
+        failed = start(client, "fails")
+        assert "out of stock" in ended(client, failed)["steps"][0]["error"]
+        assert client.get("/runs", params={"status": "failed"}).json()["runs"][0]["id"] == failed
+
+
+def test_an_id_with_a_slash_is_one_segment(folder):
+    with serving(folder) as client:
+        assert start(client, "quick", args=[1], id="a/b c/events") == "a/b c/events"
+        assert ended(client, "a%2Fb%20c%2Fevents")["id"] == "a/b c/events"
+        assert client.get("/runs/a/b").status_code == 404
+
+
+def events(client, run_id, after=""):
+    found = []
+    headers = {"Last-Event-ID": after} if after else {}
+    with client.stream("GET", f"/runs/{run_id}/events", headers=headers) as answer:
+        if answer.status_code == 204:
+            return None
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        fields = {}
+        for line in answer.iter_lines():
+            if line and not line.startswith(":"):
+                name, _, value = line.partition(": ")
+                fields[name] = value
+            elif fields:
+                found.append((int(fields["id"]), fields.get("event", "message"), json.loads(fields["data"])))
+                fields = {}
+    return found
+
+
+def test_every_listener_of_every_server_gets_the_same_rows_and_goes_on_after_the_last_it_has(folder):
+    (folder / "gate").touch()
+    with serving(folder) as client, serving(folder) as other:
+        start(client, args=["tea"], id="r")
+        heard = events(client, "r")
+        assert heard == events(other, "r")
+        assert heard[-1][1:] == ("end", {"status": "completed"})
+        rows = heard[:-1]
+        assert [seq for seq, _, _ in rows] == list(range(1, len(rows) + 1))
+        assert [row["step"] for _, _, row in rows if row["what"] == "completed"] == ["charge", "gate", "send"]
+        assert events(other, "r", after="2") == heard[2:]
+        assert events(other, "r", after=str(rows[-1][0])) is None  # a browser asks no more
+
+
+def test_a_killed_server_loses_nothing_and_the_other_goes_on(folder):
+    with serving(folder) as first, serving(folder) as second:
+        start(first, args=["tea"], id="r")
+        until(lambda: "charge tea 1" in done(folder), "the charge")
+        until(lambda: [s["status"] for s in second.get("/runs/r").json()["steps"]][:1] == ["completed"], "its record")
+        first.process.kill()
+        (folder / "gate").touch()
+        assert ended(second, "r")["status"] == "completed"
+    assert done(folder).count("charge tea 1") == done(folder).count("send tea") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "says"),
+    [
+        ("/workflows/nothing/runs", "{}", 404, "there are fails, order, quick"),
+        ("/workflows/quick/runs", '{"args": [1], "colour": 3}', 422, "unknown key 'colour'"),
+        ("/workflows/quick/runs", '{"args": 1}', 422, "'args' can't be 1"),
+        ("/workflows/quick/runs", '{"args": [1, 2]}', 422, "too many positional"),
+        ("/workflows/quick/runs", '{"args": [1], "id": ""}', 422, "not empty"),
+        ("/workflows/quick/runs", '{"args": [1], "id": true}', 422, "'id' can't be true"),
+        ("/workflows/quick/runs", '{"args": [NaN]}', 400, "no JSON"),
+        ("/workflows/quick/runs", "{", 400, "no JSON"),
+        ("/workflows/quick/runs", "[" * 10_000, 400, "no JSON"),
+        ("/workflows/quick/runs", "[]", 422, "JSON object"),
+        ("/workflows/quick/runs", " " * (1 << 20) + "{}", 413, "are the most"),
+        ("/runs/nothing/cancel", "", 404, "no run 'nothing'"),
+        ("/runs", "", 405, "GET"),
+        ("/../etc/passwd", "", 404, "nothing at"),
+        ("/runs/%2e%2e/cancel", "", 404, "no run '..'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_makes_no_sense_is_refused_with_one_line(server, path, body, code, says):
+    answer = server.post(path, content=body)
+    assert answer.status_code == code, answer.text
+    assert says in answer.json()["error"]
+    assert "\n" not in answer.json()["error"]
+    assert server.get("/runs").json() == {"runs": []}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "flows.py").write_text(FLOWS)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DURABLE_NB_KEY_FILE", str(folder / "signing.key"))
+        patched.setenv("DURABLE_NB_DIR", str(folder / "store"))
+        with serving(folder) as client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "elsewhere.example:80"}, 403),
+        ({"Content-Length": "nonsense"}, 400),
+    ],
+    ids=str,
+)
+def test_browsers_of_other_origins_and_other_names_are_refused(server, headers, code):
+    address = httpx.URL(str(server.base_url))
+    lines = {"Host": f"{address.host}:{address.port}", "Content-Length": "2", "Connection": "close"} | headers
+    with socket.create_connection((address.host, address.port)) as raw:
+        sent = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        raw.sendall(f"POST /workflows/quick/runs HTTP/1.1\r\n{sent}\r\n{{}}".encode())
+        assert int(raw.recv(1 << 16).split()[1]) == code
+    own = server.post("/workflows/quick/runs", headers={"Origin": str(server.base_url).rstrip("/")}, content="{}")
+    assert own.status_code == 422  # its argument is missing: it came in
+
+
+def test_with_a_token_nothing_but_the_health_is_told_without_it(folder):
+    with serving(folder, token="s3cret") as client:
+        assert client.get("/healthz").status_code == 200
+        for wrong in (
+            {},
+            {"Authorization": "Bearer s3cre"},
+            {"Authorization": "Basic s3cret"},
+            {"Authorization": "Bearer é".encode()},
+        ):
+            answer = client.get("/runs", headers=wrong)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert client.get("/runs", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+
+
+def test_an_address_that_others_reach_wants_a_token_and_a_port_in_use_is_told(folder):
+    def told(*options):
+        done = subprocess.run(
+            [PROGRAM, "serve", "flows", *options], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        return done.stderr
+
+    assert "set DURABLE_NB_TOKEN" in told("--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in told("--port", str(taken.getsockname()[1]))
