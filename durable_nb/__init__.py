@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
     from durable_nb._ledger import ledger as ledger
+    from durable_nb._limits import limit as limit
     from durable_nb._schedule import Schedule as Schedule
     from durable_nb._schedule import schedule as schedule
     from durable_nb._secrets import secret as secret
@@ -72,6 +73,7 @@ _HOMES = {
     "chat": "durable_nb._chat",
     "identify": "durable_nb._fingerprint",
     "ledger": "durable_nb._ledger",
+    "limit": "durable_nb._limits",
     "map": "durable_nb._fanout",
     "open": "durable_nb._engine.workflows",
     "remake": "durable_nb._cellcache.resources",

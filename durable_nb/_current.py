@@ -7,7 +7,9 @@ whatever puts a `Run` there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,14 +22,18 @@ from durable_nb._facts import ScheduleFacts, Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb._secrets import call_revealed, holds_secret
 from durable_nb._usage import Usage
-from durable_nb.errors import NestedStepError, NotInRunError, NotSupportedError
+from durable_nb.errors import NestedStepError, NotInRunError, NotSupportedError, StoreError
 
 
-class Limit(Protocol):
+class Pace(Protocol):
     """Says when an attempt may begin: of many at once, so many at a time."""
 
     async def enter(self, clock: Clock) -> None:
         """Return when it may. A retry's pause is over then, and the attempt's time-out has not begun."""
+        ...
+
+    def check(self) -> None:
+        """CancelledError where nothing begins any more."""
         ...
 
     def heed(self, error: BaseException) -> None:
@@ -41,6 +47,42 @@ class Limit(Protocol):
     def leave(self, *, returned: bool) -> None:
         """An attempt is over, and what it came to is on disk. `returned`: its limit was told before that it had returned."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit of the store, shared by all its processes: so many at once, and so often. What `durable.limit` returns."""
+
+    name: str
+    concurrency: int | None
+    """So many at once; None: as many as come."""
+    rate: str | None
+    """So often, evenly spaced, as the user has written it."""
+    declared_at: float
+    """When, in unix seconds: of two with other figures under one name the last one wins."""
+
+    @property
+    def figures(self) -> str:
+        """As messages say them: "8 at once, 60/min"."""
+        at_once = f"{self.concurrency} at once" if self.concurrency is not None else None
+        return ", ".join(filter(None, (at_once, self.rate)))
+
+    def __reduce__(self) -> Any:
+        """Restored, it is declared anew, as the line that a hit skips would have done."""
+        return declared, (self.name, self.concurrency, self.rate)
+
+
+limits: dict[str, Limit] = {}
+"""By name, what this process has declared last."""
+
+
+def declared(name: str, concurrency: int | None, rate: str | None) -> Limit:
+    """The limit of that name with these figures, for the store that is in use, or will be."""
+    limit = limits[name] = Limit(name, concurrency, rate, time.time())
+    if _engines:
+        with contextlib.suppress(StoreError):  # whoever uses it is told
+            _engines[0]().declare(limit)
+    return limit
 
 
 @dataclass(slots=True)  # not frozen: one is made for each recalled step, and freezing takes longer than making it
@@ -64,7 +106,9 @@ class StepRequest:
     """An attempt that was cut off is not made again."""
     ttl_s: float | None = None
     """In a cell, an outcome that is older than this doesn't count."""
-    limit: Limit | None = None
+    pace: Pace | None = None
+    limits: tuple[Limit, ...] = ()
+    """Each attempt takes a share of these."""
     threads: int = 0
     """So many worker threads may be at work for it and its like; 0: as many as usual."""
     item: int = -1
@@ -119,6 +163,10 @@ class StartRequest:
     labels: tuple[str, ...]
     on_conflict: str
     """Where there is a run of that id: "attach", "fail", "restart", or "keep": attach whatever the arguments are."""
+    limit: Limit | None = None
+    """The run holds a share of it from its first line to its end."""
+    limit_key: str = ""
+    """Each key has shares of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +326,10 @@ class Engine(Protocol):
         """What begins its runs by the clock."""
         ...
 
+    def declare(self, limit: Limit) -> None:
+        """These figures hold for the limit of that name from now on."""
+        ...
+
     def interrupted(self) -> list[tuple[str, str]]:
         """The runs of workflows that are not finished and that nobody executes, newest first: (id, workflow)."""
         ...
@@ -333,6 +385,17 @@ class Engine(Protocol):
 
 workflow_functions: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {}
 """By name, the async functions that are workflows: how a run finds its code again."""
+
+workflow_limits: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[Limit, str]]] = {}
+"""By workflow: the limit that its runs are under, and the key of one that is started with these arguments."""
+
+
+def limit_of(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Limit | None, str]:
+    """What a run of that workflow is under; raises what is wrong with the key function."""
+    __tracebackhide__ = True
+    found = workflow_limits.get(workflow)
+    return found(args, kwargs) if found is not None else (None, "")
+
 
 _engines: list[Callable[[], Engine]] = []
 

@@ -49,6 +49,8 @@ class Step:
     """What it was given and what it gave, as short texts without secrets."""
     usage: Usage = field(default_factory=dict, repr=False, hash=False)
     """What models' answers have cost it."""
+    waits_for: str | None = None
+    """Pending: the limit of which it has no share, as views say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Snapshot:
     labels: tuple[str, ...] = ()
     error: str | None = None
     """Failed or cancelled: `TypeName: message`."""
+    waits_for: str | None = None
+    """Pending: the limit of which it has no share, as views say it."""
 
 
 @dataclass(frozen=True, slots=True)

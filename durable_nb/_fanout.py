@@ -14,7 +14,8 @@ from contextvars import copy_context
 from typing import Any
 
 from durable_nb._clock import Clock, parse_rate
-from durable_nb._current import CalledOff, Items, Run, StandsFor, run_for
+from durable_nb._current import CalledOff, Items, Limit, Run, StandsFor, run_for
+from durable_nb._limits import checked_limit
 from durable_nb._misuse import explained, missing_name
 from durable_nb._retry import asked_delay_s
 from durable_nb._verbs import READ_ONCE, as_step, check_name
@@ -40,6 +41,7 @@ def map(  # noqa: A001  the word users say
     concurrency: int = 8,
     rate: str | None = None,
     on_error: str = "raise",
+    limit: Limit | None = None,
 ) -> Coroutine[Any, Any, list[Any]]:
     """Run `fn(item)` as a step `name[0]`, `name[1]`, ... for each of the items; their results in order.
 
@@ -53,6 +55,7 @@ def map(  # noqa: A001  the word users say
                  (Retry-After, or RetryAfter raised by `fn`) gets it from all items
     on_error     "raise": after the first item that fails for good none begins, those at work are finished and recorded, and its
                  exception is raised. "collect": all are tried, and the exception stands in the item's place
+    limit        what `durable.limit` returns: each attempt holds a share of it, beside `concurrency` and `rate`
     """
     __tracebackhide__ = True
     if callable(name) and not isinstance(name, str):
@@ -63,6 +66,8 @@ def map(  # noqa: A001  the word users say
     rows = _rows(name, items)
     _check_concurrency(name, concurrency)
     interval_s = 0.0 if rate is None else _interval_s(name, rate)
+    if limit is not None:
+        checked_limit(f"durable.map({name!r}, ...)", limit)
     if on_error not in ("raise", "collect"):
         raise ValueError(f"durable.map({name!r}, ..., on_error={on_error!r}): write 'raise' or 'collect'; nothing was run")
     run = run_for("map")
@@ -79,13 +84,13 @@ def map(  # noqa: A001  the word users say
     def ask(place: int) -> Coroutine[Any, Any, Any]:
         given = (*before, rows[place])
         more = {
-            "limit": throttle,
+            "pace": throttle,
             "threads": concurrency,
             "item": place,
             "items": many,
             "awaited_at_once": not run.is_replayed,
         }
-        return step.ask("map", name, given, options, **more)
+        return step.ask("map", name, given, options, (limit,) if limit is not None else (), **more)
 
     if run.is_replayed:
         asked = [ask(place) for place in range(len(rows))]
@@ -153,7 +158,7 @@ class Throttle:
     """Lets so many bodies be at work at once, begins them evenly spaced, and holds all of them back where a server asks for it.
 
     Who comes first is let in first. While a result is being written the next item may begin, for one in four of the places: a
-    slow disk must not leave the server idle, nor a kill have many items asked again. A limit, as `_current.Limit` has it.
+    slow disk must not leave the server idle, nor a kill have many items asked again. As `_current.Pace` has it.
     """
 
     def __init__(self, concurrency: int, interval_s: float) -> None:
@@ -171,7 +176,7 @@ class Throttle:
         try:
             while (left_s := self._next_s - clock.now().boot_s) > 0:
                 await clock.sleep(min(left_s, _LOOK_S))
-                self._check_open()
+                self.check()
         except BaseException:
             self.leave(returned=False)
             raise
@@ -200,12 +205,12 @@ class Throttle:
             waiter.cancel()
         self._waiting.clear()
 
-    def _check_open(self) -> None:
+    def check(self) -> None:
         if self._closed:
             raise asyncio.CancelledError
 
     async def _take_place(self) -> None:
-        self._check_open()
+        self.check()
         if self._has_room():
             self._at_work += 1
             return

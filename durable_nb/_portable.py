@@ -34,7 +34,7 @@ class Returned:
 def portable(request: StepRequest) -> bytes:
     """The request without what belongs to its engine: retries, limits, and how views call it. Raises whatever an argument's
     own pickling raises."""  # fmt: skip
-    return _pickling.portable(replace(request, policy=USUAL, limit=None, items=None))
+    return _pickling.portable(replace(request, policy=USUAL, pace=None, limits=(), items=None))
 
 
 async def execute(packed: bytes, idempotency_key: str) -> Returned:

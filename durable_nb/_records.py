@@ -11,6 +11,9 @@
 | `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
 | `value/RUN/KIND/N` | a time, a UUID or a random number that a cell has got |
 | `inbox/RUN/SEQ` | what somebody wants of the run, a message: it goes in the commit that records its delivery |
+| `limit/NAME` | the figures of a limit, as they were declared last |
+| `shares/NAME/KEY` | who holds shares of a limit, and when it let the last one begin |
+| `waiting/NAME/KEY/PROCESS/PLACE` | that process waits for a share, and since when |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `arguments/RUN` | what a workflow's run was started with |
 | `result/RUN` | what it returned, or the exception it raised |
@@ -277,6 +280,11 @@ class RunRecord:
     """Failed: the requests whose exceptions ended it."""
     due_at: float | None = None
     """When it is to begin, where not at once."""
+    limit: str = ""
+    """Of a workflow: it holds a share of that limit while it is executed."""
+    limit_key: str = ""
+    place: int = 0
+    """When it was started, among those that wait for the limit."""
     progress: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
@@ -323,6 +331,27 @@ class Generation:
 
     number: int
     last_run: str = ""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of a limit."""
+
+    concurrency: int | None
+    rate: str | None
+    declared_at: float
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of a limit, for one key."""
+
+    held: tuple[tuple[str, str], ...] = ()
+    """By whom: the process, and the run ('' for a step). A dead process's don't count."""
+    last: Instant | None = None
+    """When the last one began, where there is a rate."""
     format: int = FORMAT
 
 
@@ -396,6 +425,7 @@ Record = (
     | Cancel
     | Event
     | Excluded
+    | Figures
     | Generation
     | Lease
     | Outcome
@@ -406,6 +436,7 @@ Record = (
     | RunRecord
     | Saved
     | Schedule
+    | Shares
     | Timer
 )
 _R = TypeVar("_R", bound=Record)
@@ -570,6 +601,32 @@ def run_of_saved(key: str) -> str:
 def schedule_key(name: str) -> str:
     """Key of a schedule; of nothing, their prefix."""
     return f"schedule/{quote(name, safe='')}"
+
+
+def limit_key(name: str) -> str:
+    """Key of a limit's figures."""
+    return f"limit/{scope_of(name)}"
+
+
+def shares_key(name: str, key: str) -> str:
+    """Key of a limit's shares."""
+    return f"shares/{scope_of(name)}/{scope_of(key)}"
+
+
+def waiting_prefix(name: str, key: str, process_id: str = "") -> str:
+    """Keys of those that wait for a limit: of one process, or of all."""
+    return f"waiting/{scope_of(name)}/{scope_of(key)}/{process_id}{'/' * bool(process_id)}"
+
+
+def waiting_key(name: str, key: str, process_id: str, place: int) -> str:
+    """Key of what shows others since when a process waits."""
+    return f"{waiting_prefix(name, key, process_id)}{place:020}"
+
+
+def place_of_waiting(key: str) -> tuple[str, int]:
+    """The process that waits, and its place."""
+    process_id, place = key.rsplit("/", 2)[1:]
+    return process_id, int(place)
 
 
 def open_prefix(scope: str) -> str:

@@ -17,7 +17,8 @@ from uuid import UUID
 from uuid import uuid4 as new_uuid4
 
 from durable_nb._clock import Instant, parse_duration, parse_when
-from durable_nb._current import RecordRequest, StepRequest, WaitRequest, current_body, current_run, run_for
+from durable_nb._current import Limit, RecordRequest, StepRequest, WaitRequest, current_body, current_run, run_for
+from durable_nb._limits import checked_limit
 from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
 from durable_nb._retry import USUAL, Backoff, RetryOn, RetryPolicy
@@ -154,6 +155,7 @@ class Step(Generic[_P, _T]):
     timeout: timedelta | None = None
     at_most_once: bool = False
     ttl: timedelta | None = None
+    limit: Limit | None = None
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, Any]:
         if current_run.get() is None:
@@ -173,8 +175,11 @@ class Step(Generic[_P, _T]):
         value = self.fn(*args, **kwargs)
         return await value if inspect.isawaitable(value) else value
 
-    def ask(self, verb: str, name: str, args: Any, kwargs: Any, **more: Any) -> Coroutine[Any, Any, Any]:
-        """Ask the current run for it as the step `name`. `more`: what else the verb has to say of the request."""
+    def ask(
+        self, verb: str, name: str, args: Any, kwargs: Any, limits: tuple[Limit, ...] = (), **more: Any
+    ) -> Coroutine[Any, Any, Any]:
+        """Ask the current run for it as the step `name`. `limits`: beside its own. `more`: what else the verb has to say of the
+        request."""  # fmt: skip
         __tracebackhide__ = True
         name = check_name(verb, name)
         current = run_for(verb)
@@ -199,9 +204,15 @@ class Step(Generic[_P, _T]):
                 timeout_s=None if self.timeout is None else self.timeout.total_seconds(),
                 at_most_once=self.at_most_once,
                 ttl_s=None if self.ttl is None else self.ttl.total_seconds(),
+                limits=self._limits(limits),
                 **more,
             )
         )
+
+    def _limits(self, more: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        """Of each name one: nobody waits for a share while he holds one of the same limit."""
+        own = (self.limit,) if self.limit is not None else ()
+        return tuple({limit.name: limit for limit in (*own, *more)}.values()) if more else own
 
 
 def as_step(fn: Any) -> tuple[Step[..., Any], tuple[Any, ...], dict[str, Any]]:
@@ -224,6 +235,7 @@ def step(
     at_most_once: bool = ...,
     ttl: float | str | timedelta | None = ...,
     thread: bool = ...,
+    limit: Limit | None = ...,
 ) -> Step[_P, _T]: ...
 @overload
 def step(
@@ -236,6 +248,7 @@ def step(
     at_most_once: bool = ...,
     ttl: float | str | timedelta | None = ...,
     thread: bool = ...,
+    limit: Limit | None = ...,
 ) -> Callable[[Callable[_P, _T]], Step[_P, _T]]: ...
 @explained
 def step(
@@ -250,6 +263,7 @@ def step(
     at_most_once: bool = False,
     ttl: float | str | timedelta | None = None,
     thread: bool = True,
+    limit: Limit | None = None,
 ) -> Any:
     """Say how a function is run as a step: a decorator, or inline as `durable.run("charge", durable.step(charge, retries=0))`.
 
@@ -266,6 +280,7 @@ def step(
     at_most_once  an attempt that was cut off (killed, interrupted) is not made again: StepInterrupted until you say so
     ttl       in a cell, an outcome older than this (seconds, timedelta, "7d") is not recalled: the step runs anew, under an
               idempotency key of its own. In a workflow's run what is recorded stands
+    limit     what `durable.limit` returns: each attempt holds a share of it, a pause before the next one doesn't
     thread    False calls a plain function on the kernel's thread, for connections that are bound to it; the notebook is
               blocked meanwhile
     """
@@ -279,7 +294,9 @@ def step(
     if not callable(retry_on) and not all(kind is None or isinstance(kind, type) for kind in kinds):
         raise TypeError(f"durable.step(retry_on={retry_on!r}): give exception types, or a function (exception) -> bool")
     policy = RetryPolicy(retries, backoff, retry_on)
-    limit = None if timeout is None else parse_duration(timeout)
+    most = None if timeout is None else parse_duration(timeout)
+    if limit is not None:
+        checked_limit("durable.step", limit)
     lifetime = None if ttl is None else parse_duration(ttl)
 
     def wrap(function: Any) -> Step[Any, Any]:
@@ -289,7 +306,7 @@ def step(
             function = functools.partial(function.func.fn, *function.args, **function.keywords)
         if not callable(function):
             raise TypeError(f"durable.step({function!r}): give a function")
-        made = Step(function, name, policy, thread, limit, at_most_once, lifetime)
+        made = Step(function, name, policy, thread, most, at_most_once, lifetime, limit)
         functools.update_wrapper(made, function, updated=())
         return made
 

@@ -11,14 +11,18 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from durable_nb._clock import parse_duration, say_duration
 from durable_nb._current import (
     Engine,
+    Limit,
     StartRequest,
     current_body,
     current_run,
     engine,
+    limit_of,
     refuse_in_workflow,
     workflow_functions,
+    workflow_limits,
 )
 from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._limits import checked_limit, key_of
 from durable_nb._misuse import did_you_mean, explained
 from durable_nb._records import plain
 from durable_nb._verbs import check_name
@@ -35,8 +39,14 @@ class Workflow(Generic[_P, _T]):
     """An async function that can be started as a run. Called in a workflow or a cell, it is part of that run; elsewhere
     NotInRunError says how to start it. `.fn` is the function itself."""  # fmt: skip
 
-    def __init__(self, fn: Callable[_P, Coroutine[Any, Any, _T]], name: str) -> None:
-        self.fn, self.name = fn, name
+    def __init__(
+        self,
+        fn: Callable[_P, Coroutine[Any, Any, _T]],
+        name: str,
+        limit: Limit | None = None,
+        key: Callable[..., Any] | None = None,
+    ) -> None:
+        self.fn, self.name, self.limit, self.key = fn, name, limit, key
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _T]:
@@ -81,7 +91,7 @@ class Workflow(Generic[_P, _T]):
         for label in texts:
             if not isinstance(label, str):
                 raise TypeError(f"start(..., labels={labels!r}): {label!r} is not text; nothing was started")
-        request = StartRequest(self.name, args, kwargs, id, texts, on_conflict)
+        request = StartRequest(self.name, args, kwargs, id, texts, on_conflict, *limit_of(self.name, args, kwargs))
         parent = current_run.get()
         if parent is not None and current_body.get() is None:
             return Run(parent.start(request), parent.runs)
@@ -91,14 +101,30 @@ class Workflow(Generic[_P, _T]):
 @overload
 def workflow(fn: Callable[_P, Coroutine[Any, Any, _T]], /) -> Workflow[_P, _T]: ...
 @overload
-def workflow(*, name: str | None = None) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Workflow[_P, _T]]: ...
+def workflow(
+    *, name: str | None = None, limit: Limit | None = None, key: Callable[..., Any] | None = None
+) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Workflow[_P, _T]]: ...
 @explained
-def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
+def workflow(
+    fn: Any = None, /, *, name: str | None = None, limit: Limit | None = None, key: Callable[..., Any] | None = None
+) -> Any:
     """Make an async function a workflow, named after the function or `name`.
 
     A run finds its code by that name after a restart. Defining a function again replaces it, as running its cell again does;
     ValueError where another function has the name.
+
+    limit  what `durable.limit` returns: a run holds a share of it from its first line to its end, sleeping and waiting
+           included; the others are `pending`, in the order in which they were started
+    key    a function of the workflow's arguments, `key=lambda email, cart: email`: each key has the limit for itself. It is
+           called by `start`; where it raises, nothing is started
     """
+    __tracebackhide__ = True
+    if limit is not None:
+        checked_limit("durable.workflow", limit)
+    if key is not None and limit is None:
+        raise TypeError("durable.workflow(key=...): a key is of a limit; give limit=durable.limit('a name', concurrency=1) too")
+    if key is not None and not callable(key):
+        raise TypeError(f"durable.workflow(key={key!r}): give a function of its arguments, such as key=lambda email: email")
 
     def wrap(function: Any) -> Workflow[..., Any]:
         if not inspect.iscoroutinefunction(function):
@@ -112,9 +138,23 @@ def workflow(fn: Any = None, /, *, name: str | None = None) -> Any:
                 "runs could not be told apart after a restart: give one another name, @durable.workflow(name=...)"
             )
         workflow_functions[called] = function
-        return Workflow(function, called)
+        workflow_limits.pop(called, None)
+        if limit is not None:
+            workflow_limits[called] = functools.partial(_limited, called, function, limit, key)
+        return Workflow(function, called, limit, key)
 
     return wrap if fn is None else wrap(fn)
+
+
+def _limited(
+    name: str, fn: Any, limit: Limit, key: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Limit, str]:
+    __tracebackhide__ = True
+    if key is None:
+        return limit, ""
+    bound = inspect.signature(fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return limit, key_of(f"{name}.start(...)", key, bound.args, bound.kwargs)
 
 
 def _checked_id(run_id: object) -> str:

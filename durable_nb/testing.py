@@ -187,6 +187,10 @@ class CrashingJournal:
         self._check()
         return self.inner.sizes(prefix)
 
+    def first(self, prefix: str, after: str = "") -> str | None:
+        self._check()
+        return self.inner.first(prefix, after)
+
     def problems(self) -> list[str]:
         self._check()
         return self.inner.problems()
@@ -349,7 +353,8 @@ def redefine(workflow: Any, *, name: str | None = None) -> Any:
     function = workflow.fn if isinstance(workflow, Workflow) else workflow
     called = name or (workflow.name if isinstance(workflow, Workflow) else function.__name__)
     _current.workflow_functions.pop(called, None)
-    return define_workflow(name=called)(function)
+    limit, key = (workflow.limit, workflow.key) if isinstance(workflow, Workflow) else (None, None)
+    return define_workflow(name=called, limit=limit, key=key)(function)
 
 
 def outcomes(store: MemoryStore | Path, run_id: str | None = None) -> list[Outcome]:

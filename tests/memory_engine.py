@@ -90,8 +90,8 @@ class MemoryRun:
 
     async def _perform(self, request, tell):
         for attempt in itertools.count(1):
-            if request.limit is not None:
-                await request.limit.enter(self.clock)
+            if request.pace is not None:
+                await request.pace.enter(self.clock)
             try:
                 tell(Status.RUNNING, attempts=attempt)
                 returned = await self._attempt(request)
@@ -100,8 +100,8 @@ class MemoryRun:
                 tell(Status.CANCELLED)
                 raise
             except Exception as error:
-                if request.limit is not None:
-                    request.limit.heed(error)
+                if request.pace is not None:
+                    request.pace.heed(error)
                 delay_s = retry_delay_s(request.policy, attempt, error, 0.0)
                 if delay_s is None:
                     note_failure(error, request.name, self.label, attempt, "call the run's resume()")
@@ -112,8 +112,8 @@ class MemoryRun:
                 tell(Status.COMPLETED)
                 return value
             finally:
-                if request.limit is not None:
-                    request.limit.leave(returned=False)
+                if request.pace is not None:
+                    request.pace.leave(returned=False)
             await self.clock.sleep(delay_s)
         return None
 

@@ -64,6 +64,10 @@ class Attempt:
         """Call that on the loop when the body has ended."""
         self.task.add_done_callback(lambda _: tell())
 
+    def when_begun(self, tell: Callable[[], object]) -> None:
+        """Call that on the loop when the body has begun."""
+        self._began.add_done_callback(lambda _: tell())
+
     async def ends_within(self, timeout_s: float | None) -> bool:
         """Wait for the end, for so long after the body began: not while it waited for one of the threads. Did it come?
 
@@ -104,7 +108,7 @@ class Attempt:
     async def _called(self) -> Any:
         value: Any
         if self.in_thread:
-            began = self._begin if self.request.timeout_s is not None else None
+            began = self._begin if self.request.timeout_s is not None or self.request.limits else None
             context = copy_context()  # one that is entered only there
             value = await self._workers.submit(self.request.body, context, began, most=self.request.threads)
             self.in_thread = False

@@ -112,9 +112,9 @@ class Catalog:
 
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
         status = self.status(record, lease)
-        return Snapshot(
-            record.id, record.name, status, record.started_at, record.ended_at, steps, record.labels, record.error or None
-        )
+        waits_for = f"limit {record.limit!r}" if record.limit and status is Status.PENDING else None
+        of = record.id, record.name, status, record.started_at, record.ended_at
+        return Snapshot(*of, steps, record.labels, record.error or None, waits_for)
 
     def status(self, record: RunRecord, lease: Lease | None) -> Status:
         """How a run stands, given its record and its lease."""
@@ -127,6 +127,8 @@ class Catalog:
             return Status(record.status)
         if not self.is_owned(record.id, lease):
             return Status.INTERRUPTED
+        if record.limit and lease is not None and self._shared.limits.is_waiting(record, lease.owner):
+            return Status.PENDING
         return standing(step.status for _, _, step in self._waits(record))
 
     def is_owned(self, run_id: str, lease: Lease | None) -> bool:

@@ -49,10 +49,10 @@ class Execution:
     def now_s(self) -> float:
         return self.shared.clock.now().wall_s
 
-    def snapshot(self, status: Status) -> Snapshot:
+    def snapshot(self, status: Status, waits_for: str | None = None) -> Snapshot:
         """The run and its steps, as they stand now."""
         of = self.record.id, self.record.name, status, self.began_at, self.ended_at
-        return Snapshot(*of, self.facts.steps(), self.record.labels, self.error)
+        return Snapshot(*of, self.facts.steps(), self.record.labels, self.error, waits_for)
 
     def begin(self, run: Any) -> None:
         """`run` is what executes it here from now on."""

@@ -76,6 +76,8 @@ class Ownership:
         """Runs that other processes execute, and that somebody here waits for."""
         self.takes: Callable[[str], None] | None = None
         """Where this process executes workflows: told of a run that nobody executes, and that somebody wants executed."""
+        self.waiting_row: Callable[[RunRecord], tuple[str, bytes]]
+        """What shows that a run waits for its limit."""
         self.watching: asyncio.Task[None] | None = None
         """The look that is being taken."""
         self._watched_on: asyncio.AbstractEventLoop | None = None
@@ -148,6 +150,8 @@ class Ownership:
             self.pack(rec.run_key(record.id), record),
             (open_key, self.store.signer.sign(open_key, b"")),
         ]
+        if record.limit and record.due_at is None:  # from now on none that is started later overtakes it
+            puts.append(self.waiting_row(record))
         guard = lease_key, before
         if first is not None:
             key, wanted, then = first

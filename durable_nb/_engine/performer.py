@@ -15,9 +15,10 @@ from durable_nb import _codec, _usage
 from durable_nb import _records as rec
 from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
-from durable_nb._current import Body, StepRequest, current_body
+from durable_nb._current import Body, Limit, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.in_place import Inputs, Sharing, described, packed_changes, provenance_of
+from durable_nb._engine.limits import Share
 from durable_nb._engine.observing import Host, NoHost, Observers, Raised
 from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
@@ -28,7 +29,7 @@ from durable_nb._records import Attempts, Outcome
 from durable_nb._replay import CutOff, Perform, Retry, decide
 from durable_nb._retry import note_failure, retry_delay_s, timed_out
 from durable_nb._usage import Usage
-from durable_nb.errors import LeaseLost, StepInterrupted, StepTimeout, UnserializableError
+from durable_nb.errors import LeaseLost, NotSupportedError, StepInterrupted, StepTimeout, UnserializableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class StepCall:
         "key",
         "path",
         "request",
+        "shares",
     )
 
     def __init__(self, request: StepRequest, key: str, path: str, branch: str = "", inputs: Inputs | None = None) -> None:
@@ -92,6 +94,8 @@ class StepCall:
         """Its limit knows that what it came to is being written."""
         self.is_at_work = False
         """Its body has begun, and what that came to is not on disk."""
+        self.shares: list[Share] = []
+        """Of the limits that it is under, while an attempt is made."""
 
     @property
     def inputs(self) -> Inputs:
@@ -117,15 +121,23 @@ class StepCall:
 
     def returned(self) -> None:
         """The body has ended, and what it came to is handed over to be written."""
-        if self.is_admitted and self.request.limit is not None:
+        self.give_back()
+        if self.is_admitted and self.request.pace is not None:
             self.has_returned = True
-            self.request.limit.returned()
+            self.request.pace.returned()
+
+    def give_back(self) -> None:
+        """No body is at work for it any more: others that are under the same limits may begin."""
+        shares, self.shares = self.shares, []
+        for share in shares:
+            share.leave()
 
     def leave(self) -> None:
-        """What an attempt has come to is on disk: of those that share the limit, the next may begin."""
-        if self.is_admitted and self.request.limit is not None:
+        """What an attempt has come to is on disk: the next that keeps the same pace may begin."""
+        self.give_back()
+        if self.is_admitted and self.request.pace is not None:
             self.is_admitted = False
-            self.request.limit.leave(returned=self.has_returned)
+            self.request.pace.leave(returned=self.has_returned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +208,14 @@ class Performer:
                         pass
                     case _:
                         attempt = (failures.failed if failures else 0) + 1
-                if call.request.limit is not None and late is None:
-                    await call.request.limit.enter(self._shared.clock)
+                if call.request.pace is not None and late is None:
+                    await call.request.pace.enter(self._shared.clock)
                     call.is_admitted, call.has_returned = True, False
+                    began_at = self._now_s()
+                if call.request.limits and late is None:
+                    await self._enter_limits(call, wait)
+                    if call.request.pace is not None:
+                        call.request.pace.check()
                     began_at = self._now_s()
                 if not is_held:
                     self._sharing.hold(call.inputs)
@@ -212,6 +229,7 @@ class Performer:
                     started_at=began_at,
                     error=None,
                     wake_at=None,
+                    waits_for=None,
                     preview=Preview(call.arguments),
                 )
                 body = late if late is not None and not late.is_over else await self._begun(call, note, attempt, began_at)
@@ -225,8 +243,8 @@ class Performer:
                     error = self._timed_out(call.request)
                     late = body if body.in_thread else None
                 body = None
-                if call.request.limit is not None:
-                    call.request.limit.heed(error)
+                if call.request.pace is not None:
+                    call.request.pace.heed(error)
                 self._observers.publish(Raised(call.path, error))
                 delay = self._delay(call.request, attempt, error, began_at)
                 if delay is None:
@@ -252,6 +270,22 @@ class Performer:
         finally:
             if is_held:
                 self._sharing.release(call.inputs)
+
+    async def _enter_limits(self, call: StepCall, wait: Callable[[float, str], None]) -> None:
+        """Wait for a share of each limit that the step is under."""
+        record = self._log.record
+
+        def waits(limit: Limit) -> None:
+            self._facts.update(call.path, status=Status.PENDING, wake_at=None, waits_for=f"limit {limit.name!r}")
+
+        for limit in call.request.limits:
+            if limit.name == record.limit and not record.limit_key and limit.concurrency is not None:
+                raise NotSupportedError(
+                    f"step {call.request.name!r} of {self._wording.label} is under the limit {limit.name!r}, of which its run "
+                    "holds a share until its end: where no other is left it would wait for itself. Give one of the two a limit "
+                    "of its own; the step was not run"
+                )
+        call.shares = await self._shared.limits.enter(call.request.limits, waits, wait)
 
     def _taken_over(self, call: StepCall, earlier: Attempt | None) -> Attempt | None:
         """An attempt of an earlier execution's belongs to this one from now on."""
@@ -282,6 +316,8 @@ class Performer:
         context.run(current_body.set, Body(call.request.name, call.key))
         recording = self.host.recording(call.path, call.request, call.inputs.found)
         body = Attempt(self._run_id, call.inputs, self._shared.workers, context, recording)
+        for share in call.shares:
+            body.when_begun(share.begun)
         self._at_work(call, body)
         return body
 
@@ -313,6 +349,9 @@ class Performer:
     ) -> None:
         """That was the last time-out, and its thread goes on."""
         late.is_overdue = True
+        shares, call.shares = call.shares, []
+        for share in shares:
+            late.when_over(share.leave)
         if self._policy.keeps_late_results:
             late.owner = lambda body: self._keep(keep, self._ended(body, attempt, began_at))
         else:

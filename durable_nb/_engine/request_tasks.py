@@ -110,7 +110,8 @@ class RequestTasks:
         `returned`: the code is done, and it is told what it had asked for in vain."""  # fmt: skip
         unbegun = []
         for ask in list(self._working.values()):
-            is_waiting = bool(ask.path) and self._facts[ask.path].status in (Status.RETRYING, Status.SLEEPING)
+            step = self._facts[ask.path] if ask.path else None
+            is_waiting = step is not None and (step.status in (Status.RETRYING, Status.SLEEPING) or step.waits_for is not None)
             is_new = ask.activation == activation
             has_body = ask.is_step and self.key(ask.request) in self._performer.bodies
             if not has_body and ask.task is not None and (is_new or is_waiting or not ask.is_step):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from durable_nb import _codec, _cron
 from durable_nb import _records as rec
 from durable_nb._clock import RECHECK_S
-from durable_nb._current import ScheduleRequest, StartRequest, workflow_functions
+from durable_nb._current import ScheduleRequest, StartRequest, limit_of, workflow_functions
 from durable_nb._engine.engine import Engine
 from durable_nb._engine.observing import log
 from durable_nb._engine.ownership import WATCH_S
@@ -193,7 +193,8 @@ class Schedules:
 
     def _start(self, schedule: Schedule, run_id: str) -> str:
         args, kwargs = _codec.decode(schedule.form, schedule.value)
-        return self._workflows.start(StartRequest(schedule.workflow, args, kwargs, run_id, schedule.labels, "keep"))
+        of = schedule.workflow, args, kwargs
+        return self._workflows.start(StartRequest(*of, run_id, schedule.labels, "keep", *limit_of(*of)))
 
 
 def _encoded(request: ScheduleRequest) -> tuple[str, bytes]:

@@ -13,6 +13,7 @@ from durable_nb._clock import Clock, SystemClock
 from durable_nb._current import Engine
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.in_place import Changed
+from durable_nb._engine.limits import Limits
 from durable_nb._engine.muting import Muting
 from durable_nb._engine.ownership import Ownership
 from durable_nb._engine.run_log import CellRecords
@@ -32,7 +33,9 @@ class Shared:
         self.jitter = jitter
         self.workers = Workers()
         self.savings = Savings(store)
+        self.limits = Limits(store, self.clock)
         self.ownership = Ownership(store, self.is_at_work)
+        self.ownership.waiting_row = self.limits.waiting_row
         self.bodies: dict[str, Attempt] = {}
         """By idempotency key. Threads outlive the execution that began them, and are taken over by the next one."""
         self.records: defaultdict[str, WeakSet[CellRecords]] = defaultdict(WeakSet)

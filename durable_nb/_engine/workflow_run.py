@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from durable_nb import _codec
@@ -30,6 +30,7 @@ from durable_nb._engine.by_history import PATCHED, Request
 from durable_nb._engine.execution import Execution
 from durable_nb._engine.in_place import arguments_of
 from durable_nb._engine.inbox import Received, Restarted
+from durable_nb._engine.limits import Share
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.performer import RunPolicy, Wording, encoded
 from durable_nb._engine.run_log import Held, cancelled, say
@@ -70,6 +71,9 @@ class WorkflowRun:
         self._retires = False
         self._starts: dict[str, Ask] = {}
         """Children, by id."""
+        self._entering: asyncio.Future[Share] | None = None
+        """Its share of its limit, while it waits for that."""
+        self._waits_for: str | None = None
         self._ways: dict[str, Recorded] = {}
         """By change: whether the run takes the new way."""
 
@@ -93,13 +97,15 @@ class WorkflowRun:
 
     def snapshot(self) -> Snapshot:
         """How the run and its steps stand now."""
-        return self._execution.snapshot(self.standing())
+        return self._execution.snapshot(self.standing(), self._waits_for)
 
     def standing(self) -> Status:
         """How the run stands now. May be asked by any thread, and takes as long however many steps there are."""
         status = self._execution.status
         if status is not Status.RUNNING or self._execution.performer.bodies:
             return status
+        if self._entering is not None:
+            return Status.PENDING
         found = self._execution.facts.standing()
         return Status.SLEEPING if found is Status.RUNNING and self._stepper.is_asleep() else found
 
@@ -200,8 +206,39 @@ class WorkflowRun:
 
     async def drive(self, function: Any) -> Any:
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
-        stepper = self._stepper
         self._execution.begin(self)
+        async with self._in_limit() as share:
+            return await self._drive(function, share)
+
+    @contextlib.asynccontextmanager
+    async def _in_limit(self) -> AsyncIterator[Share | None]:
+        """Hold a share of the run's limit, sleeping and waiting included. One that is stopped or cancelled waits for none."""
+        record, share = self._execution.record, None
+        if record.limit:
+            self._shared.ownership.changing.discard(self.id)
+            entering = asyncio.ensure_future(self._shared.limits.enter_run(record, self._say_that_it_waits))
+            self._entering, whatever = entering, set[asyncio.Future[Any]]((entering, self._stepper.ended))
+            try:
+                await asyncio.wait(whatever, return_when=asyncio.FIRST_COMPLETED)
+                if entering.done() and not entering.cancelled():
+                    share = entering.result()
+            finally:
+                self._entering = self._waits_for = None
+                if share is None:
+                    entering.add_done_callback(_given_back)
+                    entering.cancel()
+        try:
+            yield share
+        finally:
+            if share is not None:
+                share.leave()
+
+    def _say_that_it_waits(self) -> None:
+        self._waits_for = f"limit {self._execution.record.limit!r}"
+        self.observers.changed()
+
+    async def _drive(self, function: Any, share: Share | None) -> Any:
+        stepper = self._stepper
         await stepper.begin(self, function, self._arguments)
         self._shared.ownership.changing.discard(self.id)
         self.hear(self._held.row, self._shared.ownership.inbox.of(self.id))  # sent before there was anybody to hear it
@@ -209,6 +246,8 @@ class WorkflowRun:
             stepper.end(Over(Status.INTERRUPTED, error=self._stopped))
         else:
             stepper.go()
+            if share is not None:
+                self._host_loop.call_soon(share.begun)
         try:
             try:
                 over = await asyncio.shield(stepper.ended)
@@ -225,7 +264,7 @@ class WorkflowRun:
         if self._stepper.is_over and not self._retires:
             return
         if isinstance(why, RunCancelled):
-            self._stepper.cancel(why)
+            self._cancel(why)
             return
         self._stopped = self._stopped or why
         self._stepper.end(Over(Status.INTERRUPTED, error=self._stopped))
@@ -234,6 +273,11 @@ class WorkflowRun:
         """Ask for nothing more, and let bodies that have begun end, until `stop`: another process goes on with the run."""
         self._retires = True
         self._stepper.end(Over(Status.INTERRUPTED, error=asyncio.CancelledError()))
+
+    def _cancel(self, why: RunCancelled, delivering: tuple[str, ...] = ()) -> None:
+        self._stepper.cancel(why, delivering)
+        if self._entering is not None:
+            self._entering.cancel()
 
     def die(self) -> None:
         """End as a kill would."""
@@ -251,7 +295,7 @@ class WorkflowRun:
         for received in self._execution.news(lease, inbox, self._give_way):
             match received.message:
                 case Cancel(reason):
-                    self._stepper.cancel(cancelled(self.id, reason), (received.key,))
+                    self._cancel(cancelled(self.id, reason), (received.key,))
                 case Restart():
                     self._shared.ownership.changing.add(self.id)  # the lease stays ours
                     self.stop(Restarted())
@@ -320,6 +364,12 @@ class WorkflowRun:
         data = await log.blob(arguments.blob) if arguments.blob else arguments.value
         args, kwargs = _codec.decode(arguments.form, data)
         return args, kwargs
+
+
+def _given_back(entering: asyncio.Future[Share]) -> None:
+    """What came in the very moment in which nobody waited for it any more."""
+    if not entering.cancelled() and entering.exception() is None:
+        entering.result().leave()
 
 
 async def _raises(error: BaseException) -> Any:

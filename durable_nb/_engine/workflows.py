@@ -18,13 +18,14 @@ from typing import Any
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._clock import elapsed_s
-from durable_nb._current import StartRequest, current_body, current_run, use_engine, workflow_functions
+from durable_nb._current import Limit, StartRequest, current_body, current_run, use_engine, workflow_functions
 from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
 from durable_nb._engine.execution import UNWIND_S
 from durable_nb._engine.inbox import Restarted, wish
+from durable_nb._engine.limits import next_place
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.schedules import Schedules
@@ -96,6 +97,8 @@ class Workflows:
         home = self.home_of(workflow_functions.get(request.workflow))
         of = new, "workflow", request.workflow, scope, 0, inputs, now.wall_s
         record = RunRecord(*of, labels=request.labels, home=home, parent=parent, since=now)
+        if request.limit is not None:
+            record = self._limited(record, request.limit, request.limit_key)
         if len(arguments.value) >= BLOB_BYTES:
             arguments = replace(arguments, value=b"", blob=self._store.journal.put_blob(arguments.value))
         try:
@@ -107,6 +110,10 @@ class Workflows:
             ownership.disown(new)
             raise
         return True
+
+    def _limited(self, record: RunRecord, limit: Limit, key: str) -> RunRecord:
+        self._shared.limits.know(limit)
+        return replace(record, limit=limit.name, limit_key=key, place=next_place(self._shared.clock))
 
     def _attach(self, record: RunRecord, lease: Lease | None, workflow: str, inputs: str, on_conflict: str) -> None:
         """There is a run of that id: is it the same, and what is to be done with it?"""
@@ -325,6 +332,7 @@ class Workflows:
         since, since_s, generation = record.since, record.since_s, record.generation
         if anew:
             since, since_s, generation = now, 0.0, generation + 1
+            record = replace(record, place=next_place(self._shared.clock) if record.limit else 0)
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
             since_s, rows, cleared, children = self._resumption(record)
@@ -450,6 +458,9 @@ class Workflows:
 
     def used(self) -> list[Used]:
         return self.catalog.used()
+
+    def declare(self, limit: Limit) -> None:
+        self._shared.limits.declare(limit)
 
     def interrupted(self) -> list[tuple[str, str]]:
         waiting = [

@@ -271,6 +271,7 @@ CONFIGURED: dict[str, Callable[[Any], Any]] = {
     "httpx2.AsyncClient": _http,
     "requests.sessions.Session": _session,
     "durable_nb._secrets.Secret": lambda _: (),  # which one, and what it is, changes nothing
+    "durable_nb._current.Limit": lambda _: (),  # when something is done is no part of what it comes to
     "sqlalchemy.orm.session.Session": _orm_session,
     "IPython.core.interactiveshell.InteractiveShell": lambda _: "the notebook's own",
     "_io.FileIO": _file,

@@ -70,6 +70,10 @@ class Journal(Protocol):
         """Keys that begin with `prefix`, in order, and the bytes of each row."""
         ...
 
+    def first(self, prefix: str, after: str = "") -> str | None:
+        """The first key that begins with `prefix` and comes after that one."""
+        ...
+
     def problems(self) -> list[str]:
         """What is wrong with the journal as a whole, a line each; empty where it is sound."""
         ...

@@ -34,6 +34,7 @@ _PUT = (  # INSERT OR REPLACE deletes without a trigger, and then diskcache's co
 _GET = "SELECT value FROM Cache WHERE key = ? AND raw = 1"
 _SCAN = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
 _SIZES = "SELECT key, length(value) FROM Cache WHERE key >= ? AND key < ? AND raw = 1 ORDER BY key"
+_FIRST = "SELECT key FROM Cache WHERE key >= ? AND key < ? AND key > ? AND raw = 1 ORDER BY key LIMIT 1"
 _AT_ONCE = 500
 _GET_MANY = {  # few statements, so that sqlite3 keeps them prepared
     n: f"SELECT key, value FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * n)})" for n in (4, 40, _AT_ONCE)
@@ -91,6 +92,11 @@ class DiskJournal:
     def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
         with _as_store_errors(self._folder, "read"), self._database.reading() as sql:
             return [(key, size or 0) for key, size in sql.execute(_SIZES, (prefix, _beyond(prefix))).fetchall()]
+
+    def first(self, prefix: str, after: str = "") -> str | None:
+        with _as_store_errors(self._folder, "read"), self._database.reading() as sql:
+            row = sql.execute(_FIRST, (prefix, _beyond(prefix), after)).fetchone()
+        return row[0] if row else None
 
     def problems(self) -> list[str]:
         """SQLite's own check; and are there as many rows as its triggers have counted?"""

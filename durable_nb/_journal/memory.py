@@ -57,6 +57,10 @@ class MemoryJournal:
     def sizes(self, prefix: str = "") -> list[tuple[str, int]]:
         return [(key, len(value)) for key, value in self.scan(prefix)]
 
+    def first(self, prefix: str, after: str = "") -> str | None:
+        with self._lock:
+            return min((key for key in self.rows if key.startswith(prefix) and key > after), default=None)
+
     def problems(self) -> list[str]:
         return []
 

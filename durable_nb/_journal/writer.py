@@ -68,9 +68,13 @@ class Writer:
 
     def commit_and_wait(self, commit: Commit) -> Verdict:
         """For synchronous code: returns after the fsync, which takes about a millisecond."""
-        job = _Job(commit, None, Future())
-        self._put(job)
-        return job.future.result()  # type: ignore[no-any-return]
+        return self.hand_over(commit).result()
+
+    def hand_over(self, commit: Commit) -> Future[Verdict]:
+        """For a thread that hands several over, and waits for each."""
+        future: Future[Verdict] = Future()
+        self._put(_Job(commit, None, future))
+        return future
 
     def call(self, job: Callable[[], _T]) -> asyncio.Future[_T]:
         """Run `job` on the writer's thread, after the commits handed over before."""
