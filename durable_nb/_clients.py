@@ -200,7 +200,7 @@ class _Transport:
                 described=_exchange.described(request, self._vary),
                 policy=_ONCE,
                 thread=thread,
-                is_continued=True,
+                goes_on_after=_exchange.is_attempt,
             )
         )
 

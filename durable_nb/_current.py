@@ -115,8 +115,9 @@ class StepRequest:
     """Of a fan-out: which of its items it is given. Not part of what identifies it."""
     items: Items | None = None
     """Of these, which were published before."""
-    is_continued: bool = False
-    """When it has failed, the next request that is equal to it goes on with it: it takes no place of its own among equals."""
+    goes_on_after: Callable[[BaseException], bool] | None = None
+    """The caller tries again by itself: an equal request after a failure takes no place of its own among equals. In a
+    workflow it goes on with this one where that failure, given to the function, is one of an attempt."""
     awaited_at_once: bool = False
     """Nothing can happen between the request and the wait for it: what identifies the step needn't be looked at again."""
 

@@ -265,6 +265,14 @@ class StatusError(Exception):
         return type(self), (self.recorded,)
 
 
+def is_attempt(error: BaseException) -> bool:
+    """Is it what an SDK tries again after: a network error, 408, 409, 429, 5xx?"""
+    if isinstance(error, StatusError):
+        status = error.recorded["status"]
+        return status in (408, 409, 429) or status >= 500
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)  # httpx's, or httpx2's
+
+
 class Reader:
     """Hears of a response while it is recorded, on the loop or in the thread that records it."""
 
@@ -302,7 +310,7 @@ async def exchange(sent: Sent, credentials: Credentials, line: Line, reader: Rea
                     async with asyncio.timeout(None) as limit:
                         clock = asyncio.get_running_loop().time
                         reader.limit(lambda seconds: limit.reschedule(clock() + seconds))
-                        async for data in response.aiter_raw():
+                        async for data in response.stream:  # a user's own transport may give one that was read: aiter_raw refuses
                             recorder.add(data)
                             reader.chunk(data)
                 except (TimeoutError, recorder.library.TransportError):
@@ -328,7 +336,7 @@ def exchange_blocking(
             recorder = Recorder(response, credentials)
             if response.status_code < 400:
                 reader.begin(response, recorder)
-            for data in response.iter_raw():
+            for data in response.stream:
                 recorder.add(data)
                 reader.chunk(data)
                 if recorder.is_at_end or not reader.is_patient:

@@ -120,6 +120,8 @@ class Outcome:
     """The run's time, in seconds."""
     again: bool = False
     """The outcome of an equal request of before a resumption."""
+    is_attempt: bool = False
+    """Failed: the same request, made next by the same task, goes on with this one."""
     preview: Preview = NONE
     """Arguments and result as short texts, without secrets: for people, not for the run."""
     usage: dict[str, dict[str, int]] = field(default_factory=dict)

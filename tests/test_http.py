@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -668,7 +669,7 @@ def test_the_calls_of_a_run_share_their_connections(server):
         for n in range(5):
             await durable.call(f"one {n}", f"{server.openai_url}/models")
         one = len(server.connections)
-        answers = await asyncio.gather(*(durable.call(f"{n}", f"{server.openai_url}/models", timeout=60) for n in range(150)))
+        answers = await asyncio.gather(*(durable.call(f"{n}", f"{server.openai_url}/models", timeout=60) for n in range(8)))
         return one, [answer.status_code for answer in answers] == [200] * 150
 
     async def main():
@@ -720,7 +721,7 @@ def test_what_a_body_raises_says_no_secret(tmp_path, monkeypatch, caplog):
 
 
 def test_an_sdk_that_tries_again_in_a_workflow_wherever_it_dies(server, tmp_path):
-    """Its pauses are durable, and an attempt whose failure is recorded is not made again."""
+    """Its pauses are durable, and an attempt whose failure is recorded is not made again. They are attempts of one request."""
 
     async def ask(url):
         async with durable.AsyncClient() as http:
@@ -737,6 +738,7 @@ def test_an_sdk_that_tries_again_in_a_workflow_wherever_it_dies(server, tmp_path
             async with runtime(tmp_path / "store", clock=clock):
                 run = define(ask).start(server.openai_url, id=f"{nth}")
                 assert await run == "You said: the blue house"
+                assert [(step.kind, step.status, step.attempts) for step in run.steps] == [("request", "completed", 4)]
             assert 4 <= server.count - before <= 5
             server.faults.clear()
             if not process.crashed:
@@ -748,20 +750,176 @@ def test_an_sdk_that_tries_again_in_a_workflow_wherever_it_dies(server, tmp_path
 
 
 def test_a_service_that_refused_every_attempt_is_asked_again_on_resume(server):
+    """With as many attempts as at first; what others have done since the first one failed stands."""
+    done = []
+
+    def note(n):
+        done.append(n)
+
     async def ask(url):
+        async def chain():
+            for n in range(3):
+                await durable.run(f"beside {n}", note, n)
+
         async with durable.AsyncClient() as http:
             gpt = openai.AsyncOpenAI(base_url=url, api_key=KEY, http_client=http, max_retries=2)
-            return (await gpt.chat.completions.create(model="small", messages=SAY)).choices[0].message.content
+            answer, _ = await asyncio.gather(gpt.chat.completions.create(model="small", messages=SAY), chain())
+            return answer.choices[0].message.content
 
     async def main():
         async with runtime(clock=FakeClock()):
-            server.next(Fault(503), Fault(503), Fault(503))
+            server.next(*[Fault(503)] * 3)
             run = define(ask).start(server.openai_url, id="1")
             with pytest.raises((openai.InternalServerError, durable.StepFailed)):
                 await run
             assert server.count == 3
+            server.next(*[Fault(503)] * 2)
             run.resume()
             assert await run == "You said: the blue house"
+            assert server.count == 6
+            assert run.steps[0].attempts == 3
+        assert done == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def bound(function, *given):
+    """A workflow that calls it with these live objects, in every process of a test."""
+
+    async def ask():
+        return await function(*given)
+
+    return redefine(ask)
+
+
+def numbered(faulty):
+    """A transport that numbers its answers: with a status of 503 where `faulty(number)`."""
+    count = 0
+
+    def answer(request):
+        nonlocal count
+        count += 1
+        return httpx.Response(503 if faulty(count) else 200, json=[count, json.loads(request.content)])
+
+    transport = httpx.MockTransport(answer)
+    transport.count = lambda: count
+    return transport
+
+
+async def until_it_answers(http, url, seen, most=99, **body):
+    """As one writes it by hand: until the status is below 500."""
+    for left in reversed(range(most)):
+        answer = await http.post(url, **body)
+        seen.append((answer.status_code, *answer.json()))
+        if answer.status_code < 500 or not left:
+            break
+        await asyncio.sleep(random.random())
+    return answer.raise_for_status().json()[0]
+
+
+def test_anything_else_asked_makes_the_last_attempt_the_outcome():
+    """The same request after that is another one, wherever the run dies; the code sees each failure again as it was."""
+
+    async def ask(seen, transport):
+        async with durable.AsyncClient(http=httpx, transport=transport) as http:
+            for _ in range(2):
+                answer = await http.post("http://x/y", json=1)
+                seen.append((answer.status_code, *answer.json()))
+                await asyncio.sleep(1)
+            await durable.run("note", str, 1)
+            return await until_it_answers(http, "http://x/y", seen, json=1)
+
+    async def main():
+        for nth in range(1, 30):
+            store, transport, lives = MemoryStore(), numbered(lambda n: n < 6), ([], [])
+            async with runtime(store, clock=FakeClock(), crash="after:write", nth=nth) as process:
+                await bound(ask, lives[0], transport).start(id="1")
+            async with runtime(store, clock=FakeClock()):
+                run = bound(ask, lives[1], transport).start(id="1")
+                last = await run
+                found = [(step.name, step.status, step.attempts) for step in run.steps]
+            seen = lives[1] or lives[0]  # it had ended
+            request, number = "POST http://x/y", len(seen)
+            assert found == [(request, "failed", 2), ("note", "completed", 1), (request, "completed", number - 2)], nth
+            assert seen[: len(lives[0])] == lives[0]
+            assert [status for status, *_ in seen] == [503] * (number - 1) + [200]
+            if not process.crashed:
+                assert last == 6
+                return
+        raise AssertionError("it dies at every write")
+
+    asyncio.run(main())
+
+
+def test_a_request_that_was_edited_between_two_attempts_goes_on():
+    """The next attempt sends what is asked now. Code that would make fewer attempts than are recorded is told so."""
+
+    async def ask(seen, transport, body, once=False):
+        async with durable.AsyncClient(http=httpx, transport=transport) as http:
+            if once:
+                return (await http.post("http://x/y", json=body)).status_code
+            return await until_it_answers(http, "http://x/y", seen, json=body)
+
+    async def main():
+        store, seen, transport = MemoryStore(), [], numbered(lambda n: n < 3)
+        async with runtime(store, clock=FakeClock(), crash="before:step", nth=3):
+            await bound(ask, seen, transport, "first").start(id="1")
+        assert seen == [(503, 1, "first"), (503, 2, "first")]
+        seen.clear()
+        async with runtime(store, clock=FakeClock()):
+            with pytest.raises(durable.NonDeterminismError, match="a pause.* is missing; nothing was executed"):
+                await bound(ask, seen, transport, "edited", True).start(id="1")
+            run = bound(ask, seen, transport, "edited").start(id="1")
+            run.resume()
+            assert await run == 4
+            assert [step.attempts for step in run.steps] == [3]
+        assert seen == [(503, 1, "first"), (503, 2, "first"), (200, 4, "edited")]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("most", [2, 99])
+@pytest.mark.parametrize("seed", range(8))
+def test_tasks_that_try_again_see_in_each_life_what_they_saw_before(seed, most):
+    """Equal requests among them, a step here and there, deaths at any write; giving up after two attempts ends the run, which
+    is resumed. An answer that was recorded is never asked for again."""  # fmt: skip
+    rng = random.Random(seed)
+    plans = [[(rng.choice("ab"), rng.random() < 0.3) for _ in range(3)] for _ in range(3)]
+    fails = [rng.random() < 0.4 for _ in range(500)]
+
+    async def lane(http, plan, seen):
+        for what, noted in plan:
+            await until_it_answers(http, "http://x/y", seen, most, json=what)
+            if noted:
+                await durable.run("note", str, what)
+
+    async def main():
+        store, clock, lives, transport, deaths = MemoryStore(), FakeClock(), [], numbered(fails.__getitem__), 0
+        while True:
+            seen, ended = [[] for _ in plans], False
+
+            async def ask(seen=seen):
+                async with durable.AsyncClient(http=httpx, transport=transport) as http:
+                    await asyncio.gather(*(lane(http, *one) for one in zip(plans, seen, strict=True)))
+
+            async with runtime(store, clock=clock, crash="after:write", nth=rng.randrange(1, 20)) as process:
+                run = redefine(ask).start(id="1")
+                with contextlib.suppress(httpx.HTTPStatusError, durable.StepFailed):
+                    run.resume()
+                    await run
+                    ended = True
+            deaths += process.crashed
+            lives += [seen] if any(seen) else []  # else it died early, or had ended
+            if ended and not process.crashed:
+                break
+        for before in lives if most == 99 else ():
+            assert [last[: len(was)] for was, last in zip(before, lives[-1], strict=True)] == before
+        answers = [answer[1] for one in lives[-1] for answer in one]
+        assert len(set(answers)) == len(answers), "no answer is given twice"
+        for plan, one in zip(plans, lives[-1], strict=True):
+            assert [what for what, _ in plan] == [what for status, _, what in one if status == 200]
+        paid = fails[1 : transport.count() + 1].count(False)
+        assert paid <= 9 + 3 * deaths, "only what was under way when it died is asked for again"
 
     asyncio.run(main())
 

@@ -37,6 +37,7 @@ class Ask:
         "begun",
         "context",
         "coro",
+        "failed",
         "future",
         "handle",
         "is_at_work",
@@ -65,6 +66,8 @@ class Ask:
         self.is_wanted = self.begun = self.is_at_work = False
         self.activation = -1
         """The one that it was made in."""
+        self.failed = 0
+        """So many attempts have failed that the code has seen: it is the same request made again, with that one's number."""
 
     @property
     def is_given_up(self) -> bool:
@@ -83,3 +86,37 @@ class Ask:
     def is_forgotten(self) -> bool:
         """Was the verb called, and its coroutine neither awaited nor made a task?"""
         return self.coro is not None and not self.is_wanted and inspect.getcoroutinestate(self.coro) == inspect.CORO_CREATED
+
+
+class OpenAttempts:
+    """Requests whose last attempt has failed, and that the code may go on with, by the task that was given the failure.
+
+    SDKs try again by themselves: the same request, made next by that task, is one more attempt. Another request makes the
+    failure the outcome; a timer doesn't, since an SDK pauses.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, ...], tuple[Ask, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def add(self, ask: Ask, failed: int) -> None:
+        """The code is given the failure of attempt number `failed`."""
+        self._of[ask.lane] = ask, failed
+
+    def settle(self, ask: Ask) -> Ask | None:
+        """This is what the task makes next: it goes on with the one before, or that is returned, whose failure stands."""
+        before, failed = self._of.pop(ask.lane, (None, 0))
+        if before is None:
+            return None
+        old, new = before.request, ask.request
+        if (old.kind, old.name, old.digest) != (new.kind, new.name, new.digest):
+            return before
+        new.id, new.n, new.recorded_digest = old.id, old.n, old.recorded_digest
+        ask.path, ask.failed = before.path, failed
+        return None
+
+    def left(self) -> list[Ask]:
+        """Those that nothing has followed."""
+        return [ask for ask, _ in self._of.values()]

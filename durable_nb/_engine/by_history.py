@@ -349,6 +349,24 @@ def deliveries_of(rows: Iterable[Row]) -> tuple[Delivery, ...]:
     return _course_of(rows).deliveries
 
 
+def open_attempts(rows: Iterable[Row]) -> set[int]:
+    """The requests whose last attempt has failed, and that the task that was told so may go on with."""
+    lanes: dict[int, tuple[int, ...]] = {}
+    found: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        for asked in row.asked:
+            lanes[asked.id] = asked.lane
+            if asked.kind != TIMER and asked.value is None:
+                found.pop(asked.lane, None)
+        if isinstance(row, Outcome):
+            lane = lanes.get(row.request, ())
+            if row.is_attempt:
+                found[lane] = row.request
+            elif found.get(lane) == row.request:
+                del found[lane]
+    return set(found.values())
+
+
 def _course_of(rows: Iterable[Row]) -> _Course:
     """The rows in order, with every resumption applied where it happened."""
     asked: dict[int, Asked] = {}
@@ -386,6 +404,8 @@ def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
     before = {n: asked for n, asked in course.asked.items() if asked.activation <= cut}
     deliveries = [replace(delivery, closed=min(delivery.closed, cut)) for delivery in course.deliveries[:cut]]
     kept = list(course.kept)
+    # Of these, whatever came later is for the attempt that the code makes next.
+    attempted = {delivery.id for delivery in deliveries}
     went_on = {asked.activation - 1 for asked in course.asked.values() if asked.kind != TIMER}
     for n, delivery in enumerate(course.deliveries[cut:], cut):
         if delivery.row.failed and n not in went_on and not delivery.row.error.startswith(StepInterrupted.__name__):
@@ -394,8 +414,9 @@ def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
             continue
         if course.asked[delivery.id].kind == TIMER:
             continue  # the run's time goes on from the cut: the timer falls due again
-        if delivery.id in before:
+        if delivery.id in before and delivery.id not in attempted:
             deliveries.append(replace(delivery, closed=cut))
+            attempted.add(delivery.id)
         elif delivery.id not in caused:
             kept.append((course.asked[delivery.id], delivery.row))
     others = [asked for n, asked in course.asked.items() if n not in before]
@@ -426,4 +447,6 @@ def _caused(course: _Course, cut: int, ended_by: Sequence[int]) -> list[Asked]:
 
 
 def _described(asked: Asked) -> str:
+    if asked.kind == TIMER:
+        return "a pause (asyncio.sleep, or a time-out)"
     return f"{asked.kind} {asked.name!r}" if asked.name else f"{asked.kind}()"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
-from durable_nb._engine.by_history import TIMER
+from durable_nb._engine.by_history import TIMER, open_attempts
 from durable_nb._engine.inbox import Received, wish
 from durable_nb._engine.performer import ended_step
 from durable_nb._engine.run_log import cancelled, read_log
@@ -163,12 +163,15 @@ class Catalog:
         rows = [row for _, _, row in read_log(self._journal, self._signer, record.scope, record.generation)]
         waits = {number[1]: step for number, _, step in self._waits(record)}
         ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
+        retrying = open_attempts(rows) if record.status == Status.RUNNING else set[int]()
         steps = []
         for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result") and one.value is None):
             end = ends.get(asked.id)
             of = asked.name, "", asked.kind
             if isinstance(end, Outcome):
                 step = ended_step(Step(*of, Status.RUNNING), end, restored=False)
+                if end.is_attempt and asked.id not in retrying:
+                    step = replace(step, status=Status.FAILED)
             elif isinstance(end, Event):
                 status = Status.FAILED if end.failed else Status.CANCELLED if end.what == "dropped" else Status.COMPLETED
                 began = asked.timer.since.wall_s if asked.timer else end.wall_s

@@ -476,7 +476,10 @@ class Performer:
         error = ended.error or RuntimeError("it has not failed")
         form, data, shown = _codec.encode_error(error)
         outcome = self._outcome(call, ended, form, data)
-        return replace(outcome, failed=True, error=say(error), preview=Preview(call.arguments)), shown
+        goes_on_after = call.request.goes_on_after
+        is_attempt = goes_on_after is not None and goes_on_after(error)
+        told = {"error": say(error), "preview": Preview(call.arguments)}
+        return replace(outcome, failed=True, is_attempt=is_attempt, **told), shown
 
     def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
@@ -502,7 +505,7 @@ def encoded(value: Any, what: str) -> tuple[str, bytes]:
 
 def ended_step(of: Step, outcome: Outcome, *, restored: bool) -> Step:
     """A step that is on record, as views show it."""
-    status = Status.FAILED if outcome.failed else Status.COMPLETED
+    status = Status.RETRYING if outcome.is_attempt else Status.FAILED if outcome.failed else Status.COMPLETED
     times = outcome.attempts, outcome.started_at, outcome.ended_at
     told = outcome.preview, outcome.usage
     return Step(of.name, of.path, of.kind, status, *times, restored, outcome.error or None, None, *told)

@@ -107,7 +107,7 @@ class Recording:
                 return asyncio.CancelledError()
             now_s = self._execution.now_s()
             self._execution.facts.update(call.path, status=Status.FAILED, error=say(error), ended_at=now_s)
-            if call.request.is_continued:
+            if call.request.goes_on_after is not None:
                 self.identity.give_back(key)
             if key.attempts in self.records.attempts:
                 await self.commit(deletes=(key.attempts,))

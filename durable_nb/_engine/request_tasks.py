@@ -161,6 +161,10 @@ class RequestTasks:
         number, key = ask.request.id, self.key(ask.request)
         call = StepCall(ask.what, key, ask.path)
         call.context, call.failures = ask.context, self.attempts.get(number)
+        if ask.failed:  # the code tries again by itself
+            step, of = self._facts[ask.path], (ask.what.kind, ask.what.name, self._execution.record.id)
+            since = self._shared.clock.now()
+            call.failures = Attempts(*of, ask.failed, step.error or "", step.started_at or since.wall_s, since, 0.0)
         if self._outbox.unrecorded:
             self._outbox.record_soon()
 

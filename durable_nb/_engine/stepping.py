@@ -21,7 +21,7 @@ from typing import Any
 
 from durable_nb import _codec
 from durable_nb._current import Run, StepRequest, WaitRequest, current_run
-from durable_nb._engine.asking import Ask, Lane, current_lane
+from durable_nb._engine.asking import Ask, Lane, OpenAttempts, current_lane
 from durable_nb._engine.blame import Blame
 from durable_nb._engine.by_history import TIMER, History, Mismatch, Request, Row, Value, without_collector
 from durable_nb._engine.execution import Execution, timer_of
@@ -101,6 +101,7 @@ class Stepper:
         """Awaited now, their bodies not begun."""
         self._open: dict[int, Ask] = {}
         """Not delivered."""
+        self._attempts = OpenAttempts()
         self._forgotten: list[Ask] = []
         """Verbs that were called, have ended, and were never awaited."""
         self._idle: asyncio.TimerHandle | None = None
@@ -143,7 +144,9 @@ class Stepper:
         """The code asks for something; `kind` is the step's that views show, '' for none."""
         lane = current_lane.get()
         ask = Ask(request, self.loop.create_future(), lane.path if lane else (), what)
-        if kind:
+        if (settled := self._attempts.settle(ask)) is not None:
+            self._facts.update(settled.path, status=Status.FAILED)
+        if kind and not ask.failed:
             item = (what.items, what.item) if isinstance(what, StepRequest) else ()
             ask.path = self._facts.take("", request.name, *item)
             self._facts.add(Step(request.name, ask.path, kind, Status.PENDING))
@@ -331,7 +334,7 @@ class Stepper:
         """The activation is over: its requests are matched; live, they begin."""
         history = self._history
         asked = [ask for ask in self._fresh if not ask.is_given_up]
-        new = history.close([ask.request for ask in asked])
+        new = history.close([ask.request for ask in asked if not ask.failed])
         self._fresh = []
         self._closed = history.activation
         fresh = {id(request) for request in new}
@@ -452,6 +455,8 @@ class Stepper:
         if ask.is_forgotten:
             self._forgotten.append(ask)
         self._publish_end(ask, row, restored=restored)
+        if isinstance(row, Outcome) and row.is_attempt:
+            self._attempts.add(ask, row.attempts)
         if ask.handle is not None:
             if not ask.handle.cancelled():
                 self.loop.fire(ask.handle)
@@ -574,6 +579,8 @@ class Stepper:
         if self.is_over:
             return
         self.is_over = True
+        for ask in self._attempts.left():
+            self._facts.update(ask.path, status=Status.FAILED)
         self.outbox.is_closed = True
         self.run_time.stop()
         if not self.ended.done():
