@@ -310,7 +310,7 @@ async def exchange(sent: Sent, credentials: Credentials, line: Line, reader: Rea
                     async with asyncio.timeout(None) as limit:
                         clock = asyncio.get_running_loop().time
                         reader.limit(lambda seconds: limit.reschedule(clock() + seconds))
-                        async for data in response.stream:  # a user's own transport may give one that was read: aiter_raw refuses
+                        async for data in response.stream:  # not aiter_raw: a user's transport may give one that was read
                             recorder.add(data)
                             reader.chunk(data)
                 except (TimeoutError, recorder.library.TransportError):

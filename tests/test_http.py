@@ -7,7 +7,6 @@ import contextlib
 import gzip
 import importlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -669,7 +668,7 @@ def test_the_calls_of_a_run_share_their_connections(server):
         for n in range(5):
             await durable.call(f"one {n}", f"{server.openai_url}/models")
         one = len(server.connections)
-        answers = await asyncio.gather(*(durable.call(f"{n}", f"{server.openai_url}/models", timeout=60) for n in range(8)))
+        answers = await asyncio.gather(*(durable.call(f"{n}", f"{server.openai_url}/models", timeout=60) for n in range(150)))
         return one, [answer.status_code for answer in answers] == [200] * 150
 
     async def main():
@@ -773,6 +772,7 @@ def test_a_service_that_refused_every_attempt_is_asked_again_on_resume(server):
             with pytest.raises((openai.InternalServerError, durable.StepFailed)):
                 await run
             assert server.count == 3
+            assert [(step.status, step.attempts) for step in run.steps[:1]] == [("failed", 3)]
             server.next(*[Fault(503)] * 2)
             run.resume()
             assert await run == "You said: the blue house"
@@ -867,7 +867,8 @@ def test_a_request_that_was_edited_between_two_attempts_goes_on():
         assert seen == [(503, 1, "first"), (503, 2, "first")]
         seen.clear()
         async with runtime(store, clock=FakeClock()):
-            with pytest.raises(durable.NonDeterminismError, match="a pause.* is missing; nothing was executed"):
+            assert [(step.status, step.attempts) for step in durable.get_run("1").steps] == [("retrying", 2)]
+            with pytest.raises(durable.NonDeterminismError, match=r"a pause.* is missing; nothing was executed"):
                 await bound(ask, seen, transport, "edited", True).start(id="1")
             run = bound(ask, seen, transport, "edited").start(id="1")
             run.resume()

@@ -475,11 +475,10 @@ class Performer:
         """The record of a step that has failed for good, and the error as a replay will give it."""
         error = ended.error or RuntimeError("it has not failed")
         form, data, shown = _codec.encode_error(error)
-        outcome = self._outcome(call, ended, form, data)
-        goes_on_after = call.request.goes_on_after
+        goes_on_after, told = call.request.goes_on_after, Preview(call.arguments)
         is_attempt = goes_on_after is not None and goes_on_after(error)
-        told = {"error": say(error), "preview": Preview(call.arguments)}
-        return replace(outcome, failed=True, is_attempt=is_attempt, **told), shown
+        outcome = replace(self._outcome(call, ended, form, data), is_attempt=is_attempt, preview=told)
+        return replace(outcome, failed=True, error=say(error)), shown
 
     def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
