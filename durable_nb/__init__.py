@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from durable_nb._chat import ChatResult as ChatResult
     from durable_nb._chat import chat as chat
     from durable_nb._engine.workflows import open_store as open  # noqa: A004, F401
+    from durable_nb._events import Decision as Decision
+    from durable_nb._events import Delivery as Delivery
+    from durable_nb._events import Event as Event
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
     from durable_nb._ledger import ledger as ledger
     from durable_nb._limits import limit as limit
+    from durable_nb._outside import approve as approve
+    from durable_nb._outside import notify as notify
+    from durable_nb._outside import wait_for_event as wait_for_event
+    from durable_nb._outside import waiters as waiters
     from durable_nb._schedule import Schedule as Schedule
     from durable_nb._schedule import schedule as schedule
     from durable_nb._secrets import secret as secret
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
     from durable_nb.errors import RunSuspended as RunSuspended
     from durable_nb.errors import StepFailed as StepFailed
     from durable_nb.errors import StepInterrupted as StepInterrupted
+    from durable_nb.errors import StepNotFoundError as StepNotFoundError
     from durable_nb.errors import StepTimeout as StepTimeout
     from durable_nb.errors import StoreError as StoreError
     from durable_nb.errors import UnserializableError as UnserializableError
@@ -67,6 +75,8 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
     **dict.fromkeys(("Schedule", "schedule"), "durable_nb._schedule"),
+    **dict.fromkeys(("Decision", "Delivery", "Event"), "durable_nb._events"),
+    **dict.fromkeys(("approve", "notify", "wait_for_event", "waiters"), "durable_nb._outside"),
     "secret": "durable_nb._secrets",
     "dashboard": "durable_nb._housekeeping.dashboard",
     "ChatResult": "durable_nb._chat",
@@ -97,6 +107,7 @@ _HOMES = {
             "RunNotFoundError",
             "StepFailed",
             "StepInterrupted",
+            "StepNotFoundError",
             "StepTimeout",
             "RunSuspended",
             "StoreError",

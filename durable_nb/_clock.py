@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 RECHECK_S = 30.0
 """A suspended laptop stops the loop's clock: no wait trusts it for longer than this."""
@@ -46,6 +46,11 @@ class Clock(Protocol):
         """The same for a time-out, beside bodies that may be at work; True where the time is over, whatever `now` says."""
         ...
 
+    async def listen(self, seconds: float, arrival: asyncio.Future[Any], is_busy: Callable[[], bool]) -> None:
+        """The same, or less, where something may come from outside: returns at once when `arrival` is done. `is_busy`: is a
+        body at work that may bring it?"""  # fmt: skip
+        ...
+
 
 class SystemClock:
     """The machine's clocks."""
@@ -65,6 +70,9 @@ class SystemClock:
     async def wait(self, seconds: float, is_busy: Callable[[], bool]) -> bool:  # noqa: ARG002  all time is real
         await asyncio.sleep(seconds)
         return False
+
+    async def listen(self, seconds: float, arrival: asyncio.Future[Any], is_busy: Callable[[], bool]) -> None:  # noqa: ARG002
+        await asyncio.wait({arrival}, timeout=min(seconds, RECHECK_S))
 
 
 def elapsed_s(since: Instant, now: Instant) -> float:

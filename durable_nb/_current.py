@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from durable_nb import _usage
 from durable_nb._clock import Clock, Instant
+from durable_nb._events import Delivery, Waiter
 from durable_nb._facts import ScheduleFacts, Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb._secrets import call_revealed, holds_secret
@@ -135,6 +136,21 @@ class WaitRequest:
     name: str
     wake: timedelta | datetime
     kind: str = "sleep"
+    """`sleep`; or what ends the wait earlier: an `event`, or a `decision`."""
+    of: str = ""
+    """The event's id, or the question that is to be decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendRequest:
+    """An event, to be sent to one run or, with no `run_id`, to all that wait for it or will."""
+
+    event_id: str
+    data: Any
+    form: str
+    packed: bytes
+    """`data`, encoded as `form` says, as it was at the call."""
+    run_id: str | None = None
 
 
 Recorded = float | str | bool
@@ -239,7 +255,12 @@ class Run(Protocol):
         ...
 
     def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
-        """Return when the time has come. The deadline is on disk before the wait begins."""
+        """Return when the time has come: None of a sleep, else the `Event` or `Decision`. The deadline is on disk before the
+        wait begins; what ended it is before this returns, and is the same in every execution."""  # fmt: skip
+        ...
+
+    def send(self, request: SendRequest) -> Delivery:
+        """Send an event, once in all executions."""
         ...
 
     def start(self, request: StartRequest) -> str:
@@ -357,6 +378,19 @@ class Engine(Protocol):
 
     def cancel(self, run_id: str, reason: str) -> None:
         """Stop a run at its next await."""
+        ...
+
+    def send(self, request: SendRequest) -> Delivery:
+        """Send an event. RunNotFoundError for an unknown run, DurableError for one that has ended."""
+        ...
+
+    def waiters(self, event_id: str) -> list[Waiter]:
+        """The waits for that event that have not ended, whether or not a process executes their runs; the first asked first."""
+        ...
+
+    def decide(self, run_id: str, step: str, *, approved: bool, comment: str, by: str) -> None:
+        """Answer an approval that waits. `step`: its path, or its name where one of that name waits. StepNotFoundError where
+        there is none or where there are several, DurableError where it is decided already."""  # fmt: skip
         ...
 
     def snapshot(self, run_id: str) -> Snapshot:

@@ -33,7 +33,7 @@ class Step:
     path: str
     """Where in the run: unique among its steps, stable over replays."""
     kind: str
-    """`run`, `call` or `sleep`."""
+    """`run`, `call`, `sleep`, `event` or `decision`."""
     status: Status
     attempts: int = 0
     """Attempts begun, over all kernels."""
@@ -44,13 +44,15 @@ class Step:
     error: str | None = None
     """`TypeName: message` of the last failed attempt."""
     wake_at: float | None = None
-    """When a sleep or a retry goes on."""
+    """When a sleep or a retry goes on, or when a wait for an event or a decision is over at the latest."""
     preview: Preview = field(default=NONE, repr=False)
     """What it was given and what it gave, as short texts without secrets."""
     usage: Usage = field(default_factory=dict, repr=False, hash=False)
     """What models' answers have cost it."""
     waits_for: str | None = None
     """Pending: the limit of which it has no share, as views say it."""
+    prompt: str = field(default="", repr=False)
+    """Of a decision: the question."""
 
 
 @dataclass(frozen=True, slots=True)

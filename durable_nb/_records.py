@@ -5,12 +5,15 @@
 | `step/SCOPE/GENERATION/IDENTITY/N` | the outcome of the Nth step among equals: written once, never changed |
 | `try/SCOPE/GENERATION/IDENTITY/N` | failed attempts of a step that is not finished, and when the next one is due |
 | `step/SCOPE/GENERATION/SEQ` | the same of a workflow's run, as the SEQth row of its log |
-| `timer/SCOPE/GENERATION/SEQ` | a row of a workflow run's log with which a sleep began |
+| `timer/SCOPE/GENERATION/SEQ` | a row of a workflow run's log with which a wait began |
 | `log/SCOPE/GENERATION/SEQ` | any other row of a run's log: requests made, timers fired, children ended, a cancellation |
 | `try/SCOPE/GENERATION/REQUEST` | failed attempts of a workflow's step, by the number of its request |
-| `timer/RUN/NAME/N` | when a sleep of a cell began and how long it is |
+| `timer/RUN/KIND/NAME/N` | when a wait of a cell (a sleep, or one for an event or a decision) began, how long it is at most |
+| `arrived/RUN/KIND/NAME/N` | the event or decision that such a wait has got, or that it timed out |
+| `decided/RUN/WAIT` | that an approval is decided, or timed out: whoever writes this row first has decided |
 | `value/RUN/KIND/N` | a time, a UUID or a random number that a cell has got |
 | `inbox/RUN/SEQ` | what somebody wants of the run, a message: it goes in the commit that records its delivery |
+| `event/EVENT/SEQ` | an event for whichever run waits for it, or will; it goes when no unfinished run is older |
 | `limit/NAME` | the figures of a limit, as they were declared last |
 | `shares/NAME/KEY` | who holds shares of a limit, and when it let the last one begin |
 | `waiting/NAME/KEY/PROCESS/PLACE` | that process waits for a share, and since when |
@@ -137,9 +140,10 @@ class Outcome:
 class Event:
     """A row of a run's log that is no step's outcome.
 
-    what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end; `cancel`: the
-              run's cancellation; `dropped`: a body that was stopped; `moved`: a sleep's deadline, by another boot's clock;
-              `resumed`: the run goes on before its delivery `cut`
+    what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end, or an event that
+              was sent; `arrived`: an event or a decision came, or the wait for it timed out; `cancel`: the run's cancellation;
+              `dropped`: a body that was stopped; `moved`: a wait's deadline, by another boot's clock; `resumed`: the run goes
+              on before its delivery `cut`
     """
 
     what: str
@@ -157,6 +161,9 @@ class Event:
     timer: Timer | None = None
     cut: int = -1
     ended_by: tuple[int, ...] = ()
+    source: str = ""
+    """Of what arrived: the row that brought it. None: the wait timed out, or the process's policy has decided."""
+    timed_out: bool = False
     format: int = FORMAT
 
 
@@ -189,7 +196,7 @@ class Attempts:
 
 @dataclass(frozen=True, slots=True)
 class Timer:
-    """A sleep: until `duration_s` after `since`, or until the unix time `until_s`."""
+    """A wait: until `duration_s` after `since`, or until the unix time `until_s`."""
 
     name: str
     since: Instant
@@ -198,6 +205,41 @@ class Timer:
     branch: str = ""
     sequence: Sequence = (0, 0)
     """When it was first asked for, beside the run's other events."""
+    kind: str = "sleep"
+    """`sleep`; or what ends it earlier: an `event`, or a `decision`."""
+    of: str = ""
+    """The event's id, or the question that is to be decided."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """Of a cell's decision: what the cell read when it was asked for, by component."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a wait of a cell has come to."""
+
+    kind: str
+    name: str
+    form: str
+    """Of `value`, as in `Outcome`: an event's data, or [approved, by, comment]; '' of an event that timed out."""
+    value: bytes
+    blob: str = ""
+    source: str = ""
+    """The row that brought it."""
+    timed_out: bool = False
+    at_s: float = 0.0
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """How an approval is decided. Nobody else can."""
+
+    approved: bool
+    by: str
+    at_s: float
+    comment: str = ""
+    timed_out: bool = False
     format: int = FORMAT
 
 
@@ -217,7 +259,7 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     lane: tuple[int, ...] = ()
     """Where the task that made it stands in the tree of the run's tasks."""
     timer: Timer | None = None
-    """Of a sleep: when it is over."""
+    """Of a wait: when it is over."""
     item: int = -1
     """Of a fan-out: which of its items it is given."""
     value: float | str | bool | None = None
@@ -314,7 +356,28 @@ class Restart(msgspec.Struct, frozen=True, tag="restart"):
     format: int = FORMAT
 
 
-Message = Cancel | Resume | Restart
+class Notification(msgspec.Struct, frozen=True, tag="event"):
+    """An event was sent: to one run, in its inbox, or to all that wait for it or will."""
+
+    event_id: str
+    form: str
+    """Of `value`, its data; as in `Outcome`."""
+    value: bytes
+    blob: str
+    sent_at: float
+    format: int = FORMAT
+
+
+class Answer(msgspec.Struct, frozen=True, tag="decision"):
+    """An approval was decided: its `decided` row tells how."""
+
+    wait: str
+    """Which: the rest of that row's key."""
+    sent_at: float
+    format: int = FORMAT
+
+
+Message = Cancel | Resume | Restart | Notification | Answer
 """What somebody wants of a run. `_engine/inbox.py` tells who consumes each."""
 
 
@@ -422,14 +485,18 @@ class Schedule:
 
 Record = (
     Again
+    | Answer
     | Arguments
+    | Arrived
     | Attempts
     | Cancel
+    | Decided
     | Event
     | Excluded
     | Figures
     | Generation
     | Lease
+    | Notification
     | Outcome
     | Passing
     | Result
@@ -546,13 +613,43 @@ def timer_prefix(run_id: str) -> str:
 
 
 def run_of_timer(key: str) -> str:
-    """The run that a timer belongs to."""
+    """The run that a timer, or what a wait has come to, belongs to."""
     return unquote(key.split("/", 2)[1])
 
 
-def timer_key(run_id: str, name: str, n: int) -> str:
-    """Key of the Nth sleep of that name in a run."""
-    return f"{timer_prefix(run_id)}{quote(name, safe='')}/{n:06}"
+def wait_of(kind: str, name: str, n: int) -> str:
+    """The Nth wait of that kind and name in a cell's run, as keys call it."""
+    return f"{kind}/{quote(name, safe='')}/{n:06}"
+
+
+def wait_of_request(generation: int, request: int) -> str:
+    """The same of a workflow's run: the wait that a request of that number is."""
+    return f"{generation:06}/{request:08}"
+
+
+def timer_key(run_id: str, wait: str) -> str:
+    """Key of how long that wait of a cell's run is."""
+    return f"{timer_prefix(run_id)}{wait}"
+
+
+def arrived_prefix(run_id: str) -> str:
+    """Keys of what the waits of a cell's run have come to."""
+    return f"arrived/{quote(run_id, safe='')}/"
+
+
+def arrived_key(run_id: str, wait: str) -> str:
+    """Key of what that wait has come to."""
+    return f"{arrived_prefix(run_id)}{wait}"
+
+
+def decided_key(run_id: str, wait: str) -> str:
+    """Key of the row that says that an approval is decided; of no wait, those of a run."""
+    return f"decided/{quote(run_id, safe='')}/{wait}"
+
+
+def event_prefix(event_id: str) -> str:
+    """Keys of the events of that id that were sent to no run in particular; of nothing, of all."""
+    return f"event/{quote(event_id, safe='')}/" if event_id else "event/"
 
 
 def value_prefix(run_id: str) -> str:
@@ -583,6 +680,11 @@ def inbox_prefix(run_id: str) -> str:
 def inbox_key(run_id: str, seq: int) -> str:
     """Key of the SEQth message."""
     return f"{inbox_prefix(run_id)}{seq:06}"
+
+
+def seq_of(key: str) -> int:
+    """The number of a row of an inbox, or of an event."""
+    return int(key.rpartition("/")[2].partition(".")[0])
 
 
 def run_of_inbox(key: str) -> str:

@@ -21,9 +21,11 @@ from durable_nb._current import (
     workflow_functions,
     workflow_limits,
 )
+from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._limits import checked_limit, key_of
 from durable_nb._misuse import did_you_mean, explained
+from durable_nb._outside import decide, request_of, send
 from durable_nb._records import plain
 from durable_nb._verbs import check_name
 from durable_nb.errors import NotInRunError
@@ -258,6 +260,21 @@ class Run:
         if not isinstance(reason, str):
             raise TypeError(f"cancel({reason!r}): the reason is a text; nothing was cancelled")
         self._engine.cancel(self.id, reason)
+
+    def notify(self, event_id: str, data: object = None) -> Delivery:
+        """Send an event to this run: `durable.notify(event_id, data, run_id=run.id)`."""
+        __tracebackhide__ = True
+        return send(request_of(event_id, data, self.id), lambda: self._engine)
+
+    def approve(self, name: str, approved: bool = True, comment: str = "") -> None:
+        """Answer an approval that the run waits for, wherever it is executed, or will be.
+
+        name  the approval's, or its path where several of that name wait
+
+        StepNotFoundError where none of that name was asked for or several wait, DurableError where it is decided already or has
+        timed out: the first decision stands.
+        """
+        decide(self.id, name, approved=approved, comment=comment, at=lambda: self._engine)
 
     def __repr__(self) -> str:
         found = self._snapshot()

@@ -11,6 +11,7 @@
     ├── RunCancelled          the run was cancelled
     ├── RunConflictError      a run id that is used already, for something else
     ├── RunNotFoundError      no run of that id
+    ├── StepNotFoundError     a run has no such step, or several (also a LookupError)
     ├── NonDeterminismError   the workflow asks for other steps than it did when they were recorded
     ├── NotSupportedError     what a workflow's own code can't do: threads, sockets, another loop's futures
     ├── UnserializableError   a result that can't be written to the journal
@@ -98,6 +99,10 @@ class RunConflictError(DurableError):
 
 class RunNotFoundError(DurableError, LookupError):
     """The store has no run of that id."""
+
+
+class StepNotFoundError(DurableError, LookupError):
+    """The run has no step of that name, or several of which none is meant more than the others."""
 
 
 class NonDeterminismError(DurableError):

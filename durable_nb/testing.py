@@ -47,11 +47,16 @@ at an `at_most_once` step begins; `timer` the beginning of a sleep; `value` a la
 """
 
 
+LISTEN_S = 0.2
+"""So long, in real seconds, nothing must happen before a `FakeClock` skips the rest of a wait for an event or a decision."""
+
+
 class FakeClock:
     """Time that passes only while somebody sleeps, or when it is told to.
 
     Sleeping takes no time at all: the clock goes to the moment when the sleep ends. Of several sleeps the earliest ends first.
-    Pauses before retries are sleeps too; a step's `timeout` isn't, it goes by real time, as the step's body does.
+    Pauses before retries are sleeps too; a step's `timeout` isn't, it goes by real time, as the step's body does. Where a run
+    waits for an event or a decision, whoever plays the outside has `LISTEN_S` of real time to send it before time is skipped.
     """
 
     def __init__(self, start_s: float = 1_700_000_000.0) -> None:
@@ -98,6 +103,23 @@ class FakeClock:
         else:
             await self.sleep(max(due_s - self._passed_s, 0.0))
         return True
+
+    async def listen(self, seconds: float, arrival: asyncio.Future[Any], is_busy: Callable[[], bool]) -> None:
+        """Skip `seconds`, unless something comes from outside: while a body is at work, or somebody sleeps for a shorter time,
+        and for LISTEN_S of real time after that, this waits for it."""  # fmt: skip
+        loop = asyncio.get_running_loop()
+        due_s, number, quiet_since = self._passed_s + seconds, next(self._count), loop.time()
+        self._polling[number] = due_s, lambda: False  # who sleeps for longer waits for this
+        try:
+            while not arrival.done() and self._passed_s < due_s:
+                earlier = min(min(self._sleepers, default=(due_s, 0))[0], *(due for due, _ in self._polling.values()))
+                if is_busy() or earlier < due_s:
+                    quiet_since = loop.time()
+                elif loop.time() - quiet_since >= LISTEN_S:
+                    self._pass(due_s - self._passed_s)
+                await asyncio.sleep(0.002)
+        finally:
+            del self._polling[number]
 
     def advance(self, duration: float | str | timedelta) -> None:
         """Let time pass, as between a crash and the restart: seconds, a timedelta, or "90s" "2h" "7d"."""

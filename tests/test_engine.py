@@ -192,7 +192,7 @@ async def kernel(path, clock=None):
 async def begun(engine, *, name="cell", inputs="k", rerun=False, max_wait_s=None):
     run = await engine.begin(Asked(name, inputs, rerun=rerun))
     assert run is not None, "a live process executes this cell"
-    run.quiet, run.max_wait_s = Quiet(), max_wait_s
+    run.quiet, run.waiting.max_wait_s = Quiet(), max_wait_s
     run.observers.subscribe(run.quiet)
     return run
 

@@ -6,7 +6,7 @@ Without a loop: it is given what is recorded and what is asked, and says under w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from durable_nb import _fingerprint
@@ -46,21 +46,29 @@ class ByContent:
         holds: Callable[[Outcome], bool],
         now_s: Callable[[], float],
         changed_before: Iterable[Changed],
+        reads: Mapping[str, str],
     ) -> None:
         """`holds`: is the world that a step saw still what it was? `changed_before`: steps of this run that have changed live
-        objects of this process."""  # fmt: skip
+        objects of this process. `reads`: what the cell reads now, by component."""  # fmt: skip
         self._records, self._scope, self._generation, self._run_id = records, scope, generation, run_id
         self._holds, self._now_s = holds, now_s
         self._changed = list(changed_before)
         self._taken: set[Changed] = set()
         self._checked: set[str] = set()
         self._counts: dict[str, int] = {}
+        self.lapsed: dict[str, list[str]] = {}
+        """By name: approvals that were asked for when the cell read something else."""
         recorded: dict[str, set[int]] = {}
         for key in (*records.outcomes, *records.attempts):
             identity, number = key.rsplit("/", 2)[1:]
             recorded.setdefault(identity, set()).add(int(number))
         self._occurrences = Occurrences(recorded)
-        self._sleeps = _OfTasks((key, timer.name, timer.branch) for key in records.timers if (timer := records.timer(key)))
+        timers = [(wait, timer) for wait in records.timers if (timer := records.timer(wait))]
+        self._waits = _OfTasks((wait, timer.kind + "/" + timer.name, timer.branch) for wait, timer in timers)
+        for wait, timer in timers:
+            if timer.kind == "decision" and any(reads.get(label, was) != was for label, was in timer.reads.items()):
+                self._waits.leave_out(timer.kind + "/" + timer.name, int(wait.rpartition("/")[2]))
+                self.lapsed.setdefault(timer.name, []).append(wait)
         self._values = _OfTasks((key, got.kind, got.branch) for key in records.values if (got := records.value(key)))
 
     def step(self, request: StepRequest, branch: str) -> tuple[StepKey, Fingerprint]:
@@ -82,9 +90,13 @@ class ByContent:
         branches = {n: self._branch_of(self._key(identity, n)) for n in candidates} if len(candidates) > 1 else None
         return self._key(identity, self._occurrences.take(identity, branches, branch)), found
 
-    def sleep(self, name: str, branch: str, has_made: Callable[[str], bool]) -> str:
-        """The record of a sleep."""
-        return rec.timer_key(self._run_id, name, self._sleeps.take(name, branch, has_made))
+    def wait(self, kind: str, name: str, branch: str, has_made: Callable[[str], bool]) -> str:
+        """Which wait of that kind (`sleep`, `event`, `decision`) it is, as keys call it."""
+        return rec.wait_of(kind, name, self._waits.take(f"{kind}/{name}", branch, has_made))
+
+    def give_back_wait(self, kind: str, name: str, branch: str, wait: str) -> None:
+        """Nobody took what it has come to: the next one of that name does."""
+        self._waits.give_back(f"{kind}/{name}", int(wait.rpartition("/")[2]), branch)
 
     def value(self, kind: str, branch: str, has_made: Callable[[str], bool]) -> str:
         """The record of a value that the code gets in passing."""
@@ -200,3 +212,11 @@ class _OfTasks:
             self._next[name] = n + 1
         free.pop(n, None)
         return n
+
+    def leave_out(self, name: str, n: int) -> None:
+        """This record doesn't count any more."""
+        self._free[name].pop(n)
+
+    def give_back(self, name: str, n: int, branch: str) -> None:
+        """Whoever took this record has done nothing with it."""
+        self._free[name][n] = branch

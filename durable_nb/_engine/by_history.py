@@ -344,6 +344,11 @@ def set_aside(rows: Iterable[Row], ended_by: Sequence[int], *, cancelled: bool) 
     return place, [asked for asked in _caused(course, place, ended_by) if asked.id in ended and asked.kind != TIMER]
 
 
+def requests_of(rows: Iterable[Row]) -> set[int]:
+    """The numbers of the requests that count: those that a resumption has set aside don't."""
+    return set(_course_of(rows).asked)
+
+
 def deliveries_of(rows: Iterable[Row]) -> tuple[Delivery, ...]:
     """What a replay of these rows delivers, in order."""
     return _course_of(rows).deliveries

@@ -8,26 +8,53 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
-from durable_nb._engine.by_history import TIMER, open_attempts
+from durable_nb._engine.by_history import TIMER, open_attempts, requests_of
 from durable_nb._engine.inbox import Received, wish
 from durable_nb._engine.performer import ended_step
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
 from durable_nb._preview import Preview
-from durable_nb._records import Attempts, Cancel, Event, Generation, Lease, Outcome, Restart, RunRecord, Sequence, Timer, unpack
+from durable_nb._records import (
+    Attempts,
+    Cancel,
+    Decided,
+    Event,
+    Generation,
+    Lease,
+    Outcome,
+    Restart,
+    RunRecord,
+    Sequence,
+    Timer,
+    unpack,
+)
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
 from durable_nb.errors import RunNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._engine.shared import Shared
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A wait for an event or a decision that a run has asked for."""
+
+    id: str
+    path: str
+    timer: Timer
+    until_s: float
+    """When it is over at the latest: unix seconds."""
+    decided: Decided | None
+    is_open: bool
+    """Nothing has come for it, and its time is not over."""
 
 
 class Catalog:
@@ -110,6 +137,48 @@ class Catalog:
         run = self._ownership.active.get(record.id)
         return run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
 
+    def unfinished(self) -> Iterator[RunRecord]:
+        """The runs that have not ended, whether or not a process executes them; those that can be read."""
+        for key, _ in self._journal.sizes("open/"):
+            with contextlib.suppress(StoreError):
+                found = self.seen(key.split("/", 2)[2])
+                if found is not None and found[0].status == Status.RUNNING:
+                    yield found[0]
+
+    def waits(self, record: RunRecord, kind: str, of: str = "") -> list[Waiting]:
+        """What the run has asked for of that kind (`event`, `decision`) and of that event, given one; in their order."""
+        timers = [one for one in self._timers(record) if one[1].kind == kind and of in ("", one[1].of)]
+        if timers and record.kind == "workflow":
+            log = read_log(self._journal, self._signer, record.scope, record.generation)
+            standing = requests_of(row for _, _, row in log)
+            timers = [one for one in timers if one[0][1] in standing]
+        if not timers:
+            return []
+        came, now = self._came(record), self._shared.clock.now()
+        prefix = rec.decided_key(record.id, "")
+        rows = self._journal.scan(prefix) if kind == "decision" else ()
+        decided = {key[len(prefix) :]: unpack(self._signer, key, row, Decided) for key, row in rows}
+        paths = {sequence: step.path for sequence, step in self._with_paths(record)}
+        run = self._ownership.active.get(record.id)
+        paths_here = {wait.id: wait.path for wait in run.waits} if run is not None else {}
+        found = []
+        for sequence, timer, wait_id in sorted(timers, key=itemgetter(0)):
+            left = decide_sleep(timer, now)
+            is_open = isinstance(left, Wait) and wait_id not in came and wait_id not in decided
+            until_s = now.wall_s + left.seconds if isinstance(left, Wait) else timer.since.wall_s + timer.duration_s
+            path = paths_here.get(wait_id) or paths.get(sequence, timer.name)
+            found.append(Waiting(wait_id, path, timer, until_s, decided.get(wait_id), is_open))
+        return found
+
+    def _came(self, record: RunRecord) -> set[str]:
+        """The waits of the run that something has come for, or that have timed out."""
+        if record.kind == "cell":
+            prefix = rec.arrived_prefix(record.id)
+            return {key[len(prefix) :] for key, _ in self._journal.sizes(prefix)}
+        rows = self._journal.scan(rec.log_prefixes(record.scope, record.generation)[2])
+        events = [unpack(self._signer, key, row, Event) for key, row in rows]
+        return {rec.wait_of_request(record.generation, event.request) for event in events if event.what == "arrived"}
+
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
         status = self.status(record, lease)
         waits_for = f"limit {record.limit!r}" if record.limit and status is Status.PENDING else None
@@ -152,11 +221,16 @@ class Catalog:
     # -- steps, from the records alone: of a run that is not executed here -------------------------------------------------
 
     def _steps(self, record: RunRecord) -> tuple[Step, ...]:
+        return tuple(step for _, step in self._with_paths(record))
+
+    def _with_paths(self, record: RunRecord) -> list[tuple[Any, Step]]:
+        """The steps, each with when it was asked for."""
         found = self._logged(record) if record.kind == "workflow" else self._of_cell(record)
         paths = Paths()
-        return tuple(
-            replace(step, path=paths.take(step.path, step.name, item)) for _, item, step in sorted(found, key=itemgetter(0))
-        )
+        return [
+            (sequence if record.kind == "cell" else (0, sequence), replace(step, path=paths.take(step.path, step.name, item)))
+            for sequence, item, step in sorted(found, key=itemgetter(0))
+        ]
 
     def _logged(self, record: RunRecord) -> list[tuple[int, int, Step]]:
         """What a workflow's run has asked for, and how it ended: by the request's number, each with its item's."""
@@ -177,7 +251,7 @@ class Catalog:
                 began = asked.timer.since.wall_s if asked.timer else end.wall_s
                 step = Step(*of, status, 0, began, end.wall_s, error=end.error or None)
             else:
-                step = waits.get(asked.id) or Step(*of, Status.PENDING if asked.kind == "sleep" else Status.RUNNING)
+                step = waits.get(asked.id) or Step(*of, Status.RUNNING if asked.timer is None else Status.PENDING)
                 if record.status != Status.RUNNING:
                     step = replace(step, status=Status.INTERRUPTED)
             steps.append((asked.id, asked.item, step))
@@ -194,19 +268,24 @@ class Catalog:
         return found
 
     def _waits(self, record: RunRecord) -> list[tuple[Sequence, int, Step]]:
-        """The sleeps, and the steps that have failed and are to be tried again: when asked for (a cell's by its sequence, a
+        """The waits, and the steps that have failed and are to be tried again: when asked for (a cell's by its sequence, a
         workflow's by the request's number), and with a branch as path."""  # fmt: skip
         now = self._shared.clock.now()
         found: list[tuple[Sequence, int, Step]] = []
-        for sequence, t in self._timers(record):
+        timers = list(self._timers(record))
+        came = self._came(record) if any(timer.kind != "sleep" for _, timer, _ in timers) else set()
+        for sequence, t, wait_id in timers:
             began, left = t.since.wall_s, decide_sleep(t, now)
-            if isinstance(left, Wait) and record.status != Status.COMPLETED:
-                step = Step(t.name, t.branch, "sleep", Status.SLEEPING, 0, began, wake_at=now.wall_s + left.seconds)
+            of = t.name, t.branch, t.kind
+            prompt = t.of if t.kind == "decision" else ""
+            if isinstance(left, Wait) and record.status != Status.COMPLETED and wait_id not in came:
+                status = Status.SLEEPING if t.kind == "sleep" else Status.WAITING
+                step = Step(*of, status, 0, began, wake_at=now.wall_s + left.seconds, prompt=prompt)
             elif record.kind == "workflow":
                 continue
             else:
                 until = t.until_s if t.until_s is not None else began + t.duration_s
-                step = Step(t.name, t.branch, "sleep", Status.COMPLETED, 0, began, until)
+                step = Step(*of, Status.COMPLETED, 0, began, min(until, now.wall_s), prompt=prompt)
             found.append((sequence, -1, step))
         for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
             a = unpack(self._signer, key, row, Attempts)
@@ -219,13 +298,15 @@ class Catalog:
                 found.append((sequence, a.item, step))
         return found
 
-    def _timers(self, record: RunRecord) -> Iterator[tuple[Sequence, Timer]]:
+    def _timers(self, record: RunRecord) -> Iterator[tuple[Sequence, Timer, str]]:
+        """The waits of a run, each with when it was asked for and what keys call it."""
         if record.kind == "workflow":
             for key, row in self._journal.scan(rec.log_prefixes(record.scope, record.generation)[1]):
                 for asked in unpack(self._signer, key, row, Event).asked:
                     if asked.timer is not None:
-                        yield (0, asked.id), asked.timer
+                        yield (0, asked.id), asked.timer, rec.wait_of_request(record.generation, asked.id)
         else:
-            for key, row in self._journal.scan(rec.timer_prefix(record.id)):
+            prefix = rec.timer_prefix(record.id)
+            for key, row in self._journal.scan(prefix):
                 timer = unpack(self._signer, key, row, Timer)
-                yield timer.sequence, timer
+                yield timer.sequence, timer, key[len(prefix) :]

@@ -6,18 +6,27 @@ import asyncio
 import contextlib
 import types
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
+from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._arguments import fingerprint_of
-from durable_nb._clock import say_duration
 from durable_nb._codec import digest_of
-from durable_nb._current import CalledOff, Items, Published, Recorded, RecordRequest, StartRequest, StepRequest, WaitRequest
+from durable_nb._current import (
+    CalledOff,
+    Items,
+    Published,
+    Recorded,
+    RecordRequest,
+    SendRequest,
+    StartRequest,
+    StepRequest,
+    WaitRequest,
+)
+from durable_nb._engine.arrivals import Wait
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.branches import branch_name
-from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot, timer_of
+from durable_nb._engine.execution import UNWIND_S, Execution
 from durable_nb._engine.in_place import Inputs, arguments_of
 from durable_nb._engine.inbox import Received
 from durable_nb._engine.observing import Host, Observers
@@ -27,6 +36,8 @@ from durable_nb._engine.restoring import Restoring
 from durable_nb._engine.run_log import Held, cancelled, say
 from durable_nb._engine.shared import Shared
 from durable_nb._engine.task_scope import TaskScope, enters_engine_code, in_user_code
+from durable_nb._engine.waiting import Waiting
+from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._records import Attempts, Cancel, Outcome, Passing, RunRecord, StepKey
 from durable_nb.errors import LeaseLost, RunCancelled, RunSuspended, StoreError, UnserializableError
@@ -52,8 +63,7 @@ class CellRun:
         self.scope = TaskScope(label)
         self.recording = Recording(self._execution, self._give_way)
         self.restoring = Restoring(self._execution, self.recording)
-        self.max_wait_s: float | None = None
-        """A wait with more than this left suspends the run; None: any wait is waited for."""
+        self.waiting = Waiting(self._execution, self.recording, self.scope, self.stop, self._give_way)
         self._at_work: dict[StepCall, asyncio.Future[None]] = {}
         """Steps that are performed, until what they come to is on disk."""
         self._asking: dict[StepCall, asyncio.Task[Any] | None] = {}
@@ -94,6 +104,14 @@ class CellRun:
         """The engine of the workflows of this store."""
         return self._shared.workflows
 
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        return self._execution.arrivals.waits
+
+    @property
+    def event_ids(self) -> set[str]:
+        return self._execution.arrivals.event_ids
+
     def snapshot(self) -> Snapshot:
         return self._execution.snapshot(self.standing())
 
@@ -117,7 +135,7 @@ class CellRun:
     async def load(self) -> None:
         """Read what was recorded. Called once, before `execute`."""
         self._execution.begin(self)  # before the records are read: a body that ends meanwhile adds to them
-        await self.recording.load(resumed=self.resumed)
+        await self.recording.load(resumed=self.resumed, reads=self.waiting.reads)
 
     async def forget_step(self, name: str) -> None:
         """Execute the steps of that name anew, under identities and idempotency keys of their own."""
@@ -313,7 +331,7 @@ class CellRun:
         self._at_work[call] = self._shared.performed[call.key] = done
         self._asking[call] = asyncio.current_task()
         try:
-            ended = await self._performer.perform(call, note, keep, self._wait, earlier)
+            ended = await self._performer.perform(call, note, keep, self.waiting.pause, earlier)
             if ended.was_interrupted and self.scope.stopped is None:
                 self.stop(KeyboardInterrupt(f"{self._label} was interrupted"))
             if ended.error is not None:
@@ -336,48 +354,20 @@ class CellRun:
             done.set_result(None)
         return outcome, value
 
-    # -- waiting -------------------------------------------------------------------------------------------------------
+    # -- waiting, and the outside ----------------------------------------------------------------------------------------
 
     def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
         self.scope.check_open(request.name)
+        return self.waiting.ask(request)
+
+    def send(self, request: SendRequest) -> Delivery:
+        self.scope.check_open(request.event_id)
         branch = branch_name()
-        key = self.recording.identity.sleep(request.name, branch, self.scope.branch.has_made)
-        path = self._facts.take(branch, request.name)
-        self._facts.add(Step(request.name, path, "sleep", Status.PENDING))
-        return self._sleep(request, key, path, branch)
-
-    @enters_engine_code
-    async def _sleep(self, request: WaitRequest, key: str, path: str, branch: str) -> None:
-        recorded, began = self.recording.records.timer(key), self._shared.clock.now()
-        since = recorded.since if recorded else began
-        sequence = recorded.sequence if recorded else self._held.next_sequence()
-        # An edited duration counts from the first asking.
-        timer = replace(timer_of(request, since), branch=branch, sequence=sequence)
-        if timer != recorded:
-            await self.recording.commit(puts=(self._log.pack(key, timer),))
-        if (moved := of_this_boot(timer, began)) is not timer:
-            timer = moved
-            await self.recording.commit(puts=(self._log.pack(key, timer),))
-        was_left = await self._execution.sleep(timer, path, since, self._wait)
-        now, restored = self._execution.now_s(), recorded is not None and not was_left
-        self._facts.update(
-            path, status=Status.COMPLETED, started_at=since.wall_s, ended_at=now, restored=restored, wake_at=None
-        )
-
-    def _wait(self, seconds: float, doing: str) -> None:
-        """A pause begins: suspend the run where it is longer than the cell may wait."""
-        if self.max_wait_s is None or seconds <= self.max_wait_s:
-            return
-        until = datetime.fromtimestamp(self._execution.now_s() + seconds).astimezone()
-        self.stop(
-            RunSuspended(
-                f"{self._label} {doing} until {until:%a %d %b %H:%M:%S}, longer than it may wait here "
-                f"({say_duration(self.max_wait_s)}); everything so far is kept: run this cell again then, or with a "
-                "longer --max-wait"
-            )
-        )
-        raise asyncio.CancelledError
+        outcome, restored = self.recording.send(request, branch)
+        path = self._facts.take(branch, request.event_id)
+        self._facts.add(ended_step(Step(request.event_id, path, "notify", Status.PENDING), outcome, restored=restored))
+        return Delivery(request.event_id, tuple(_codec.decode(outcome.form, outcome.value)))
 
     # -- recorded in passing -------------------------------------------------------------------------------------------
 

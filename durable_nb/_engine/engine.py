@@ -37,6 +37,8 @@ class Asked:
     rerun: bool = False
     rerun_step: str = ""
     origin: Origin = field(default_factory=Origin)
+    reads: dict[str, str] = field(default_factory=dict)
+    """What it reads, by component: a digest each, without its own code."""
 
     @property
     def scope(self) -> str:
@@ -183,7 +185,11 @@ class Engine:
             record = RunRecord(new, *of, rerun=asked.rerun, origin=origin)
             begun = Generation(generation, record.id)
             held = await self.ownership.claim(record, None, first=(rec.generation_key(asked.scope), found.counter, begun))
-        return CellRun(self.shared, record, held, resumed=adopted is not None) if held else None
+        if held is None:
+            return None
+        run = CellRun(self.shared, record, held, resumed=adopted is not None)
+        run.waiting.reads = asked.reads
+        return run
 
 
 def new_id() -> str:

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from durable_nb import _records as rec
-from durable_nb._clock import RECHECK_S, Instant, remaining_s
+from durable_nb._clock import RECHECK_S, Instant, elapsed_s, remaining_s
 from durable_nb._current import WaitRequest
-from durable_nb._engine.inbox import Received
+from durable_nb._engine.arrivals import Arrivals
+from durable_nb._engine.inbox import Received, outlasts
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.performer import Performer, RunPolicy, Wording
 from durable_nb._engine.run_log import Held, RunLog
 from durable_nb._engine.shared import Shared
+from durable_nb._events import APPROVALS
 from durable_nb._facts import Facts, Snapshot, Status
 from durable_nb._journal import Verdict
-from durable_nb._records import Result, RunRecord, Timer
+from durable_nb._records import Decided, Result, RunRecord, Timer, unpack
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb.errors import LeaseLost
 
 UNWIND_S = 2.0
 """How long an execution that ends waits for cancelled bodies to unwind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """For how long an execution waits for an event or a decision."""
+
+    seconds: float
+    give_up: Callable[[float], None]
+    """Called after that, with what is left of the wait; it raises."""
 
 
 class Execution:
@@ -43,6 +55,7 @@ class Execution:
         self.began_at = self.now_s()
         self.ended_at: float | None = None
         self.error: str | None = None
+        self.arrivals = Arrivals(record.started_at)
         self._heard: dict[str, bytes] = {}
         """Messages that are on disk and that this execution has heard of."""
 
@@ -59,8 +72,8 @@ class Execution:
         self.shared.ownership.active[self.record.id] = run
 
     def news(self, lease: bytes | None, inbox: Iterable[Received], give_way: Callable[[], object]) -> list[Received]:
-        """Of what is in the run's inbox, what this execution has not heard of yet; from now on it has. Where the lease's row is
-        another's, `give_way` is called, and nothing is news."""  # fmt: skip
+        """Of what is in the run's inbox, what this execution has not heard of yet; from now on it has. What came for the run's
+        waits goes to these. Where the lease's row is another's, `give_way` is called, and nothing is news."""  # fmt: skip
         ownership = self.shared.ownership
         if not ownership.holds(self.held) or self.record.id in ownership.changing:
             return []
@@ -69,7 +82,8 @@ class Execution:
             return []
         new = [one for one in inbox if self._heard.get(one.key) != one.row]
         self._heard.update((one.key, one.row) for one in new)
-        return new
+        self.arrivals.hear(one for one in new if outlasts(one.message))
+        return [one for one in new if not outlasts(one.message)]
 
     async def sleep(self, timer: Timer, path: str, since: Instant, wait: Callable[[float, str], None] | None = None) -> bool:
         """Return when a sleep is over; was there anything left of it? `wait` is told of a pause before it, and may raise."""
@@ -82,6 +96,67 @@ class Execution:
                 wait(left.seconds, f"sleeps {timer.name!r}")
             await self.shared.clock.sleep(min(left.seconds, RECHECK_S))
         return was_left
+
+    async def event(self, timer: Timer, path: str, wait_id: str, patience: Patience | None = None) -> Received | None:
+        """What has come for a wait that is on disk; None where its time is over before. Given up, it has taken nothing."""
+        inbox, run_id = self.shared.ownership.inbox, self.record.id
+        with self._expecting(timer, path, wait_id) as found:
+            # Sent before anybody waited.
+            self.arrivals.hear(await self.log.read(lambda: [*inbox.of(run_id), *inbox.events({timer.of})]))
+            self.arrivals.admit(wait_id)
+            await self._pause(timer, path, found, patience)
+            return found.result() if found.done() else None
+
+    async def decision(
+        self, timer: Timer, path: str, wait_id: str, policy: str, patience: Patience | None = None
+    ) -> tuple[Decided, str]:
+        """How an approval that is on disk is decided, and the message that said so, which is to be deleted. `policy`: what
+        decides at once. LeaseLost."""  # fmt: skip
+        inbox, journal = self.shared.ownership.inbox, self.shared.store.journal
+        key = rec.decided_key(self.record.id, wait_id)
+        with self._expecting(timer, path, wait_id) as found:
+            while True:
+                mail, row = await self.log.read(lambda: (inbox.of(self.record.id), journal.get(key)))
+                self.arrivals.hear(mail)
+                self.arrivals.admit(wait_id)
+                if row is not None:
+                    return unpack(self.log.signer, key, row, Decided), found.result().key if found.done() else ""
+                if policy in ("approve", "reject"):
+                    await self._decide(key, Decided(policy == "approve", APPROVALS, self.now_s()))
+                elif not await self._pause(timer, path, found, patience):
+                    await self._decide(key, Decided(False, "", self.now_s(), timed_out=True))
+
+    async def _decide(self, key: str, decided: Decided) -> None:
+        """Settle an approval here, unless somebody was faster: the row tells."""
+        if await self.log.commit(inserts=(self.log.pack(key, decided),)) is Verdict.GUARD_FAILED:
+            raise self.lost()
+
+    @contextlib.contextmanager
+    def _expecting(self, timer: Timer, path: str, wait_id: str) -> Iterator[asyncio.Future[Received]]:
+        found = self.arrivals.expect(wait_id, path, timer)
+        try:
+            yield found
+        except BaseException:
+            if found.done() and not found.cancelled():
+                self.arrivals.give_back(found.result())
+            raise
+        finally:
+            self.arrivals.forget(wait_id)
+
+    async def _pause(self, timer: Timer, path: str, found: asyncio.Future[Received], patience: Patience | None) -> bool:
+        """Return when something has come, or when the time is over; has it come?"""
+        clock = self.shared.clock
+        began = clock.now()
+        while not found.done() and isinstance(left := decide_sleep(timer, clock.now()), Wait):
+            wake_at = self.now_s() + left.seconds
+            self.facts.update(path, status=Status.WAITING, started_at=timer.since.wall_s, wake_at=wake_at)
+            rest_s = left.seconds
+            if patience is not None:
+                rest_s = min(rest_s, patience.seconds - elapsed_s(began, clock.now()))
+                if rest_s <= 0:
+                    patience.give_up(left.seconds)
+            await clock.listen(rest_s, found, self.shared.is_any_at_work)
+        return found.done()
 
     async def close(self) -> None:
         """The code is done, and the bodies are: close what they have had in common."""
@@ -141,8 +216,8 @@ class Execution:
 def timer_of(request: WaitRequest, since: Instant) -> Timer:
     """What is recorded of a sleep that was first asked for then."""
     if isinstance(request.wake, datetime):
-        return Timer(request.name, since, 0.0, request.wake.timestamp())
-    return Timer(request.name, since, request.wake.total_seconds())
+        return Timer(request.name, since, 0.0, request.wake.timestamp(), kind=request.kind, of=request.of)
+    return Timer(request.name, since, request.wake.total_seconds(), kind=request.kind, of=request.of)
 
 
 def of_this_boot(timer: Timer, now: Instant) -> Timer:

@@ -17,7 +17,7 @@ import msgspec
 
 from durable_nb import _arguments, _fingerprint
 from durable_nb._arguments import changeable, difference, fingerprint_of
-from durable_nb._current import StartRequest, StepRequest
+from durable_nb._current import SendRequest, StartRequest, StepRequest
 from durable_nb._fingerprint import globals_stored, object_of
 from durable_nb._records import Provenance, StepKey
 
@@ -128,6 +128,14 @@ def arguments_of(request: StepRequest | StartRequest) -> str:
         return _fingerprint.hash_value((args, kwargs))
     except Exception:  # whatever is odd about an argument
         return ""
+
+
+def sent(request: SendRequest) -> str:
+    """The same of an event that is sent."""
+    try:
+        return _fingerprint.hash_value((request.data, request.run_id))
+    except Exception:  # whatever is odd about its data
+        return hashlib.blake2b(request.packed, digest_size=8).hexdigest()
 
 
 _SCALARS = {int, str, bool, float, bytes, type(None)}

@@ -8,6 +8,10 @@ tells it at once. What is sent while nobody executes the run waits there. A row 
 | `Cancel` | its code unwinds; a second one ends the run at once | the run is cancelled from that moment, by the row alone |
 | `Restart` | the execution stops, and the run begins anew | whoever resumes the run begins it anew |
 | `Resume` | it is done with already | any process that has the workflow resumes the run |
+| `Notification` | the wait for it that was asked for first takes it, or the next one | the next execution hears it |
+| `Answer` | the approval that it is for is decided, as its `decided` row says | the next execution hears it |
+
+A `Notification` for whoever waits, or will, is no message of an inbox but a row of the store: each run reads it once.
 
 A process that is busy in blocking code hears when its loop has a turn; one that died has no more turns, so its runs are
 nobody's. `Execution.news` gives an execution what it has not heard of; `WorkflowRun.hear` and `CellRun.hear` say what each
@@ -24,7 +28,7 @@ from dataclasses import dataclass
 from durable_nb import _records as rec
 from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Cancel, Message, Restart, Resume, RunRecord, pack, unpack_message
+from durable_nb._records import Answer, Cancel, Message, Notification, Restart, Resume, RunRecord, pack, unpack_message
 from durable_nb._store import Store
 from durable_nb.errors import StoreError
 
@@ -41,6 +45,11 @@ class Received:
 
 class Restarted(Exception):  # noqa: N818  it says what happened
     """Ends an execution whose run is to begin anew. Nothing more of it is written down."""
+
+
+def outlasts(message: Message) -> bool:
+    """Is it for the run itself, whichever execution comes to it? What else is sent is about the execution there is."""
+    return isinstance(message, Notification | Answer)
 
 
 def wish(record: RunRecord, inbox: Iterable[Received]) -> Message | None:
@@ -75,7 +84,7 @@ class Inbox:
     def next_row(self, run_id: str, message: Message) -> tuple[str, bytes]:
         """The row that a message is, to be inserted: another sender may be faster."""
         keys = [key for key, _ in self._store.journal.sizes(rec.inbox_prefix(run_id))]
-        key = rec.inbox_key(run_id, max((int(key.rpartition("/")[2]) for key in keys), default=0) + 1)
+        key = rec.inbox_key(run_id, max(map(rec.seq_of, keys), default=0) + 1)
         return key, pack(self._store.signer, key, message)
 
     def of(self, run_id: str) -> list[Received]:
@@ -85,6 +94,15 @@ class Inbox:
     def all(self) -> dict[str, list[Received]]:
         """The same of every run that has something in its inbox: one scan."""
         return self._read(rec.inbox_prefix(""))
+
+    def events(self, event_ids: Iterable[str]) -> list[Received]:
+        """The events of these ids that were sent to nobody in particular, in the order in which they were sent."""
+        found: list[Received] = []
+        for event_id in event_ids:
+            for key, row in self._store.journal.scan(rec.event_prefix(event_id)):
+                with contextlib.suppress(StoreError):
+                    found.append(Received(key, row, unpack_message(self._store.signer, key, row)))
+        return found
 
     def _read(self, prefix: str) -> dict[str, list[Received]]:
         found: defaultdict[str, list[Received]] = defaultdict(list)

@@ -59,6 +59,7 @@ class Outbox:
         error: BaseException | None = None,
         *,
         at_s: float = 0.0,
+        inserts: tuple[tuple[str, bytes], ...] = (),
         puts: tuple[tuple[str, bytes], ...] = (),
         deletes: tuple[str, ...] = (),
     ) -> asyncio.Future[Verdict]:
@@ -68,7 +69,7 @@ class Outbox:
         self._last_commit_s = time.monotonic()
         at_s = max(self._run_s(), at_s)
         has_values, self.has_values = self.has_values, False
-        row, done = self._log.append(row, self.unrecorded, self._closed(), at_s, puts=puts, deletes=deletes)
+        row, done = self._log.append(row, self.unrecorded, self._closed(), at_s, inserts=inserts, puts=puts, deletes=deletes)
         self.count += 1
         self.last = done
         if has_values:

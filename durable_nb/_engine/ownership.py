@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from durable_nb import _records as rec
+from durable_nb._engine.arrivals import Wait
 from durable_nb._engine.inbox import Inbox, Received
 from durable_nb._engine.run_log import Held
 from durable_nb._engine.workflow_loop import WorkflowLoop
@@ -33,6 +34,16 @@ class Executed(Protocol):
 
     id: str
 
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """Its waits for events and decisions."""
+        ...
+
+    @property
+    def event_ids(self) -> set[str]:
+        """The events that it waits for."""
+        ...
+
     def standing(self) -> Status:
         """How it stands now."""
         ...
@@ -46,7 +57,7 @@ class Executed(Protocol):
         ...
 
     def hear(self, lease: bytes | None, inbox: list[Received]) -> None:
-        """What stands in the journal: the row of its lease, and what others want of it."""
+        """What stands in the journal: the row of its lease, what others want of it, and the events that it waits for."""
         ...
 
     def hear_soon(self, inbox: list[Received]) -> None:
@@ -253,10 +264,11 @@ class Ownership:
                 self.let_go(run_id)
             runs = list(self.active.values())
             awaited = dict(self._awaited)
-            inboxes, leases = await self.store.writer.call(functools.partial(self._news, runs))
+            asked = {run.id: run.event_ids for run in runs}
+            inboxes, leases, events = await self.store.writer.call(functools.partial(self._news, asked))
             for run in runs:
                 if self.active.get(run.id) is run:  # not ended meanwhile
-                    run.hear(leases[run.id], inboxes.get(run.id, []))
+                    run.hear(leases[run.id], [*inboxes.get(run.id, ()), *events[run.id]])
             if self.takes is not None:
                 for run_id, inbox in inboxes.items():
                     if run_id not in self.active and any(isinstance(one.message, Resume | Restart) for one in inbox):
@@ -291,6 +303,9 @@ class Ownership:
                 changed.append(run_id)
         return changed
 
-    def _news(self, runs: list[Executed]) -> tuple[dict[str, list[Received]], dict[str, bytes | None]]:
-        """What is in all inboxes, and the rows of these runs' leases."""
-        return self.inbox.all(), {run.id: self.store.journal.get(rec.lease_key(run.id)) for run in runs}
+    def _news(
+        self, asked: dict[str, set[str]]
+    ) -> tuple[dict[str, list[Received]], dict[str, bytes | None], dict[str, list[Received]]]:
+        """What is in all inboxes; of these runs the rows of the leases, and the events of these ids."""
+        leases = {run_id: self.store.journal.get(rec.lease_key(run_id)) for run_id in asked}
+        return self.inbox.all(), leases, {run_id: self.inbox.events(event_ids) for run_id, event_ids in asked.items()}

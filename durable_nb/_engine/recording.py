@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from durable_nb import _codec, _usage
 from durable_nb import _records as rec
-from durable_nb import _usage
 from durable_nb._codec import digest_of
+from durable_nb._current import SendRequest, StepRequest
 from durable_nb._engine.by_content import ByContent
 from durable_nb._engine.execution import Execution
-from durable_nb._engine.in_place import Changed, Inputs, described
+from durable_nb._engine.in_place import Changed, Inputs, described, provenance_of, sent
 from durable_nb._engine.performer import Ended, StepCall
 from durable_nb._engine.run_log import CellRecords, say
 from durable_nb._facts import Status
-from durable_nb._journal import Verdict
+from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Again, Attempts, Outcome, Passing, StepKey
 from durable_nb._usage import Usage
-from durable_nb.errors import CorruptStoreError, UnserializableError
+from durable_nb.errors import CorruptStoreError, DurableError, UnserializableError
 
 
 class Recording:
@@ -37,8 +38,8 @@ class Recording:
         self._unrecorded: list[tuple[str, bytes]] = []
         """Rows of what the code got in passing, which ride with the next commit."""
 
-    async def load(self, *, resumed: bool) -> None:
-        """Read what was recorded."""
+    async def load(self, *, resumed: bool, reads: Mapping[str, str]) -> None:
+        """Read what was recorded. `reads`: what the cell reads now, by component."""
         record, performer = self._execution.record, self._execution.performer
         self._shared.records[record.id].add(self.records)  # first: a body that ends meanwhile adds to them
         await self.records.load()
@@ -50,7 +51,9 @@ class Recording:
             holds=lambda outcome: performer.host.holds(outcome.seen),
             now_s=self._execution.now_s,
             changed_before=self._shared.changed[record.scope] if resumed else (),
+            reads=reads,
         )
+        self._execution.arrivals.know(self.records.taken())
 
     async def forget(self, name: str) -> None:
         """From now on, the steps of that name have identities and idempotency keys of their own."""
@@ -64,6 +67,10 @@ class Recording:
         """Write these rows, and what was got in passing."""
         if await self._log.commit(puts=(*self._riding(), *puts), deletes=deletes) is not Verdict.APPLIED:
             raise self._give_way()
+
+    def handed_over(self, *, inserts: tuple[tuple[str, bytes], ...], deletes: tuple[str, ...] = ()) -> asyncio.Future[Verdict]:
+        """The same with rows that are new, without waiting for the disk."""
+        return self._log.commit(inserts=inserts, puts=self._riding(), deletes=deletes)
 
     # -- in passing ----------------------------------------------------------------------------------------------------
 
@@ -84,6 +91,37 @@ class Recording:
     def _riding(self) -> tuple[tuple[str, bytes], ...]:
         rows, self._unrecorded = tuple(self._unrecorded), []
         return rows
+
+    # -- events ----------------------------------------------------------------------------------------------------------
+
+    def send(self, request: SendRequest, branch: str) -> tuple[Outcome, bool]:
+        """Send an event, once in all executions: it goes in the commit of its outcome. Was it sent before?"""
+        store, held, events = self._shared.store, self._execution.held, self._shared.events
+        asked = StepRequest("notify", request.event_id, _nothing, described=("notify", sent(request)))
+        key, found = self.identity.step(asked, branch)
+        while (recorded := self.records.outcome(key.outcome)) is None:
+            try:
+                letter = events.letter(request)
+            except DurableError:
+                self.identity.give_back(key)
+                raise
+            form, data = _codec.encode(list(letter.run_ids))
+            now_s, sequence = self._execution.now_s(), held.next_sequence()
+            of = "notify", request.event_id, branch, self._execution.record.id, form, data, 1, now_s, now_s
+            outcome = Outcome(*of, provenance_of(Inputs(asked, found)), sequences=(sequence, sequence))
+            row, riding = self._log.pack(key.outcome, outcome), self._riding()
+            verdict = store.writer.commit_and_wait(Commit(held.guard, inserts=(row, letter.row), puts=riding))
+            if verdict is Verdict.GUARD_FAILED:
+                raise self._give_way()
+            if verdict is Verdict.EXISTS:  # an execution with other inputs was faster
+                self._unrecorded = [*riding, *self._unrecorded]
+                row = key.outcome, store.journal.get(key.outcome) or b""
+            for records in self._shared.records[self._execution.record.id]:
+                records.outcomes[key.outcome] = row[1]
+            if verdict is Verdict.APPLIED:
+                events.tell(letter)
+                return outcome, False
+        return recorded, True
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -169,3 +207,7 @@ class Recording:
                 records.attempts.pop(key.attempts, None)
             else:
                 records.attempts[key.attempts] = row
+
+
+def _nothing() -> None:
+    """What an event does here."""

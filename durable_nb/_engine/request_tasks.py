@@ -13,16 +13,20 @@ from typing import Any
 from durable_nb import _codec
 from durable_nb._codec import digest_of
 from durable_nb._current import StartRequest
+from durable_nb._engine.arrivals import is_addressed
 from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import Request
 from durable_nb._engine.execution import UNWIND_S, Execution, of_this_boot
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import Ended, StepCall, encoded
 from durable_nb._engine.run_log import LinearLog, say
+from durable_nb._events import approvals_policy, came
 from durable_nb._facts import Status
-from durable_nb._records import Attempts, Event
+from durable_nb._journal import Verdict
+from durable_nb._records import Attempts, Event, Notification, Timer, wait_of_request
 from durable_nb._replay import Wait, decide_sleep
-from durable_nb.errors import LeaseLost, StepInterrupted, StoreError, UnserializableError
+from durable_nb.errors import DurableError, LeaseLost, StepInterrupted, StoreError, UnserializableError
 
 
 class RequestTasks:
@@ -60,8 +64,11 @@ class RequestTasks:
     def begin(self, ask: Ask) -> None:
         """Let a task work on it."""
         match ask.request.kind:
-            case "sleep":
-                work = self._sleep
+            case "notify":
+                self._send(ask)
+                return
+            case "sleep" | "event" | "decision" as kind:
+                work = {"sleep": self._sleep, "event": self._wait_for_event, "decision": self._wait_for_decision}[kind]
                 self._sleeping[ask.request.id] = ask
             case "start" | "result":
                 work = self._ask_engine
@@ -229,16 +236,73 @@ class RequestTasks:
         self._outbox.append(Event("dropped", ask.request.id))
 
     async def _sleep(self, ask: Ask) -> None:
-        timer, now = ask.timer, self._shared.clock.now()
-        if timer is None:
-            return
-        if (moved := of_this_boot(timer, now)) is not timer:
-            timer = ask.timer = moved
-            await self._outbox.written(Event("moved", ask.request.id, timer=timer))
-        elif isinstance(decide_sleep(timer, now), Wait) and self._outbox.unrecorded:
-            await self._outbox.written(Event("asked"))  # the deadline is on disk before the wait begins
+        timer = await self._deadline(ask)
         await self._execution.sleep(timer, ask.path, timer.since)
         self._outbox.append(Event("fired", ask.request.id))
+
+    async def _deadline(self, ask: Ask) -> Timer:
+        """Of a wait; it is on disk before the wait begins."""
+        assert ask.timer is not None  # noqa: S101  every wait has one
+        now = self._shared.clock.now()
+        if (moved := of_this_boot(ask.timer, now)) is not ask.timer:
+            ask.timer = moved
+            await self._outbox.written(Event("moved", ask.request.id, timer=moved))
+        elif isinstance(decide_sleep(ask.timer, now), Wait) and self._outbox.unrecorded:
+            await self._outbox.written(Event("asked"))
+        return ask.timer
+
+    async def _wait_for_event(self, ask: Ask) -> None:
+        timer, number = await self._deadline(ask), ask.request.id
+        received = await self._execution.event(timer, ask.path, self._wait_id(ask))
+        if received is None:
+            self._outbox.append(Event("arrived", number, timed_out=True), came("event", None, timed_out=True))
+            return
+        message, key = received.message, received.key
+        assert isinstance(message, Notification)  # noqa: S101  what events are
+        try:
+            data = await self._execution.log.blob(message.blob) if message.blob else message.value
+        except asyncio.CancelledError:
+            self._execution.arrivals.give_back(received)
+            raise
+        row = Event("arrived", number, form=message.form, value=message.value, blob=message.blob, source=key)
+        try:
+            value, error = came("event", _codec.decode(message.form, data), timed_out=False), None
+        except Exception as unreadable:  # of a class that there isn't here, for instance
+            form, data, error = _codec.encode_error(unreadable)
+            row, value = replace(row, form=form, value=data, blob="", failed=True, error=say(error)), None
+        self._outbox.append(row, value, error, deletes=(key,) if is_addressed(received) else ())
+
+    async def _wait_for_decision(self, ask: Ask) -> None:
+        timer = await self._deadline(ask)
+        decided, key = await self._execution.decision(timer, ask.path, self._wait_id(ask), approvals_policy())
+        form, data = _codec.encode([decided.approved, decided.by, decided.comment])
+        row = Event("arrived", ask.request.id, form=form, value=data, timed_out=decided.timed_out)
+        value = came("decision", (decided.approved, decided.by, decided.comment), timed_out=decided.timed_out)
+        self._outbox.append(row, value, deletes=(key,) if key else ())
+
+    def _wait_id(self, ask: Ask) -> str:
+        return wait_of_request(self._execution.record.generation, ask.request.id)
+
+    def _send(self, ask: Ask) -> None:
+        """Send an event: its row is part of the commit that records it."""
+        number, events = ask.request.id, self._shared.events
+        try:
+            letter = events.letter(ask.what)
+        except StoreError:
+            raise
+        except DurableError as error:
+            self._execution.observers.notice(f"{self._label} has sent no event {ask.request.name!r}: {error}")
+            form, data, error_ = _codec.encode_error(error)
+            self._outbox.append(Event("ended", number, form=form, value=data, failed=True, error=say(error)), None, error_)
+            return
+        form, data = _codec.encode(list(letter.run_ids))
+        done = self._outbox.append(Event("ended", number, form=form, value=data), letter.run_ids, inserts=(letter.row,))
+
+        def tell(commit: asyncio.Future[Verdict]) -> None:
+            if not commit.cancelled() and commit.exception() is None and commit.result() is Verdict.APPLIED:
+                events.tell(letter)
+
+        done.add_done_callback(tell)
 
     async def _ask_engine(self, ask: Ask) -> None:
         """Start another run, or wait for one."""
@@ -269,3 +333,9 @@ class RequestTasks:
             "ended", ask.request.id, form=form, value=data, blob=blob, failed=failed, error=say(error) if error else ""
         )
         self._outbox.append(event, value, error)
+
+
+def undelivered(row: Event, ask: Ask) -> Received:
+    """An event that was recorded for a wait which had been given up by then."""
+    event_id = ask.timer.of if ask.timer else ""
+    return Received(row.source, b"", Notification(event_id, row.form, row.value, row.blob, row.wall_s))

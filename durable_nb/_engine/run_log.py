@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,12 +20,15 @@ from durable_nb._engine.by_history import History, Row, without_collector
 from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb._records import (
     Again,
+    Answer,
+    Arrived,
     Asked,
     Attempts,
     Cancel,
     Event,
     Excluded,
     Lease,
+    Notification,
     Outcome,
     Passing,
     Record,
@@ -129,7 +133,8 @@ class RunLog:
         deletes = []
         # What came too late goes with the end, also what was sent since the last look; after it nobody can send any more. What
         # is wanted of an execution that is interrupted is delivered to the next one.
-        sweeps = (rec.inbox_prefix(record.id), self._is_settled) if record.status != "running" else None
+        settled = functools.partial(self._is_settled, closes=closes)
+        sweeps = (rec.inbox_prefix(record.id), settled) if record.status != "running" else None
         if closes:
             deletes.append(rec.open_prefix(record.scope) + record.id)
         if is_at_work:
@@ -140,15 +145,17 @@ class RunLog:
             puts.append(self.pack(rec.lease_key(record.id), Lease(self.held.epoch, "")))
         return self.commit(puts=tuple(puts), deletes=tuple(deletes), sweeps=sweeps)
 
-    def _is_settled(self, key: str, row: bytes) -> bool:
-        """Is that message done with when the run has ended? A restart is not: the run is to begin anew all the same."""
+    def _is_settled(self, key: str, row: bytes, *, closes: bool) -> bool:
+        """Is that message done with when the run has ended? A restart is not: the run is to begin anew all the same. Nor is
+        what came for a run that has failed, and may be resumed."""  # fmt: skip
         with contextlib.suppress(StoreError):
-            return isinstance(rec.unpack_message(self.signer, key, row), Cancel | Resume)
+            message = rec.unpack_message(self.signer, key, row)
+            return isinstance(message, Cancel | Resume) or (closes and isinstance(message, Notification | Answer))
         return False
 
 
 class CellRecords:
-    """What is recorded of a cell's steps and sleeps. Written rows are put here by whoever writes them."""
+    """What is recorded of a cell's steps and waits. Written rows are put here by whoever writes them."""
 
     def __init__(self, log: RunLog) -> None:
         self.log, self._signer = log, log.signer
@@ -156,6 +163,9 @@ class CellRecords:
         self.outcomes: dict[str, bytes] = {}
         self.attempts: dict[str, bytes] = {}
         self.timers: dict[str, bytes] = {}
+        """By what keys call the wait."""
+        self.arrived: dict[str, bytes] = {}
+        """The same, of what waits have come to."""
         self.values: dict[str, bytes] = {}
         self.excluded: dict[tuple[str, str], tuple[tuple[str, ...], ...]] = {}
         """By kind and name: components that steps change themselves."""
@@ -170,13 +180,16 @@ class CellRecords:
             rec.step_prefix(*of),
             rec.attempts_prefix(*of),
             rec.timer_prefix(self.log.record.id),
+            rec.arrived_prefix(self.log.record.id),
             rec.value_prefix(self.log.record.id),
             rec.excluded_prefix(*of),
             rec.again_prefix(*of),
         )
         journal = self.log.store.journal
         found = await self.log.read(lambda: [dict(journal.scan(prefix)) for prefix in prefixes])
-        outcomes, attempts, self.timers, self.values, excluded, again = found
+        outcomes, attempts, timers, arrived, self.values, excluded, again = found
+        self.timers = {key[len(prefixes[2]) :]: row for key, row in timers.items()}
+        self.arrived = {key[len(prefixes[3]) :]: row for key, row in arrived.items()}
         self.outcomes = outcomes | self.outcomes
         self.attempts = attempts | self.attempts
         for key, row in excluded.items():
@@ -201,9 +214,17 @@ class CellRecords:
         row = self.attempts.get(key)
         return None if row is None else unpack(self._signer, key, row, Attempts)
 
-    def timer(self, key: str) -> Timer | None:
-        row = self.timers.get(key)
-        return None if row is None else unpack(self._signer, key, row, Timer)
+    def timer(self, wait: str) -> Timer | None:
+        row = self.timers.get(wait)
+        return None if row is None else unpack(self._signer, rec.timer_key(self.log.record.id, wait), row, Timer)
+
+    def what_came(self, wait: str) -> Arrived | None:
+        row = self.arrived.get(wait)
+        return None if row is None else unpack(self._signer, rec.arrived_key(self.log.record.id, wait), row, Arrived)
+
+    def taken(self) -> set[str]:
+        """The rows of events that were delivered."""
+        return {came.source for wait in self.arrived if (came := self.what_came(wait)) and came.source}
 
     def value(self, key: str) -> Passing | None:
         row = self.values.get(key)
@@ -231,8 +252,9 @@ class LinearLog:
         self.at_s = 0.0
         """The run's time of the last row."""
 
-    async def load(self) -> tuple[History, dict[int, Attempts]]:
-        """What the rows tell, and the failed attempts of steps that have not ended. CorruptStoreError where a row is missing.
+    async def load(self) -> tuple[History, dict[int, Attempts], set[str]]:
+        """What the rows tell, the failed attempts of steps that have not ended, and the rows of events that were delivered.
+        CorruptStoreError where a row is missing.
 
         It is worked out on the writer's thread: for 100,000 rows it takes a second, which the kernel's loop has better use for.
         """
@@ -245,10 +267,12 @@ class LinearLog:
         closed: int,
         at_s: float,
         *,
+        inserts: tuple[tuple[str, bytes], ...] = (),
         puts: tuple[tuple[str, bytes], ...] = (),
         deletes: tuple[str, ...] = (),
     ) -> tuple[Row, asyncio.Future[Verdict]]:
         """Hand over the next row, with what was asked for since the last one; the row as it is on disk when the future is done.
+        `inserts`: rows that nobody else writes.
 
         The verdict is GUARD_FAILED where another process owns the run, MISSING where an earlier row could not be written.
         """
@@ -260,7 +284,7 @@ class LinearLog:
         prefix = steps if isinstance(row, Outcome) else sleeps if any(one.timer for one in row.asked) else others
         key = f"{prefix}{self._seq:08}"
         follows, self._last = self._last or None, key
-        return row, self._log.commit(inserts=(self._log.pack(key, row),), puts=puts, deletes=deletes, follows=follows)
+        return row, self._log.commit(inserts=(self._log.pack(key, row), *inserts), puts=puts, deletes=deletes, follows=follows)
 
     def attempts_row(self, request: int, attempts: Attempts) -> tuple[str, bytes]:
         """The row of a step's failed attempts, to be put with a row of the log."""
@@ -269,7 +293,7 @@ class LinearLog:
     def attempts_key(self, request: int) -> str:
         return f"{rec.attempts_prefix(self._scope, self._generation)}{request:08}"
 
-    def _read(self) -> tuple[History, dict[int, Attempts]]:
+    def _read(self) -> tuple[History, dict[int, Attempts], set[str]]:
         with without_collector():
             journal = self._log.store.journal
             rows = read_log(journal, self._signer, self._scope, self._generation)
@@ -279,7 +303,8 @@ class LinearLog:
             attempts = {}
             for key, packed in journal.scan(rec.attempts_prefix(self._scope, self._generation)):
                 attempts[int(key.rpartition("/")[2])] = unpack(self._signer, key, packed, Attempts)
-            return History(row for _, _, row in rows), attempts
+            taken = {row.source for _, _, row in rows if isinstance(row, Event) and row.source}
+            return History(row for _, _, row in rows), attempts, taken
 
 
 def read_log(journal: Journal, signer: Signer, scope: str, generation: int) -> list[tuple[int, str, Row]]:

@@ -46,6 +46,8 @@ class Shared:
         """What keeps a repeated workflow from showing again what it showed."""
         self.workflows: Engine
         """What starts and finds the runs of workflows of this store, and awaits them."""
+        self.events: Any
+        """What sends events from runs of this store (`events.Events`)."""
         self.performed: dict[str, asyncio.Future[None]] = {}
         """By idempotency key: done when what a cell's step has come to is on disk."""
         self._recording: Counter[str] = Counter()
@@ -56,6 +58,10 @@ class Shared:
     def is_at_work(self, run_id: str) -> bool:
         """Does a body of the run live, or is being recorded?"""
         return self._recording[run_id] > 0 or any(b.run_id == run_id and not b.is_over for b in self.bodies.values())
+
+    def is_any_at_work(self) -> bool:
+        """Does a body of any run live?"""
+        return any(not body.is_over for body in self.bodies.values())
 
     def left_over(self, run_id: str) -> list[str]:
         """Keys of bodies of the run that have ended and that nobody has taken over."""

@@ -28,10 +28,11 @@ from durable_nb._engine.execution import Execution, timer_of
 from durable_nb._engine.outbox import Outbox
 from durable_nb._engine.performer import ended_step
 from durable_nb._engine.recalling import Recalled
-from durable_nb._engine.request_tasks import RequestTasks
+from durable_nb._engine.request_tasks import RequestTasks, undelivered
 from durable_nb._engine.run_log import LinearLog, cancelled
 from durable_nb._engine.run_time import RunTime
 from durable_nb._engine.workflow_loop import Interrupted, WorkflowLoop
+from durable_nb._events import came
 from durable_nb._facts import Status, Step
 from durable_nb._journal import Verdict
 from durable_nb._records import Asked, Event, Outcome
@@ -43,6 +44,8 @@ _IDLE_S = 2.0
 """So long code may wait for what nothing in its run can bring about."""
 _AT_ONCE = 32
 """So many bodies begin in one turn of the kernel's loop."""
+_AT_ONCE_KINDS = ("start", "notify")
+"""What the code asks for without awaiting it: it begins when the code awaits next, or is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,8 @@ class Stepper:
 
     async def begin(self, run: Run, function: Any, read_arguments: Callable[[], Any]) -> None:
         """Load the history, and let the code begin as `run` with these arguments when `go` is called."""
-        self._history, self.tasks.attempts = await self._log.load()
+        self._history, self.tasks.attempts, taken = await self._log.load()
+        self._execution.arrivals.know(taken)
         self._recalled = Recalled(self._execution, self._history)
         args, kwargs = await read_arguments()
         self.run_time.begin(self._log.at_s)
@@ -149,7 +153,8 @@ class Stepper:
         if kind and not ask.failed:
             item = (what.items, what.item) if isinstance(what, StepRequest) else ()
             ask.path = self._facts.take("", request.name, *item)
-            self._facts.add(Step(request.name, ask.path, kind, Status.PENDING))
+            prompt = what.of if kind == "decision" else ""
+            self._facts.add(Step(request.name, ask.path, kind, Status.PENDING, prompt=prompt))
         if isinstance(what, WaitRequest):
             ask.timer = timer_of(what, self._shared.clock.now())
         self._fresh.append(ask)
@@ -352,7 +357,8 @@ class Stepper:
                 recorded = history.recorded(ask.request.id)
                 if recorded is not None and recorded.timer is not None:
                     ask.timer = recorded.timer
-            if (not ask.is_wanted and ask.request.kind == "sleep") or ask.handle is not None or ask.request.kind == "start":
+            is_asleep = not ask.is_wanted and ask.request.kind == "sleep"
+            if is_asleep or ask.handle is not None or ask.request.kind in _AT_ONCE_KINDS:
                 self._wanted.append(ask)
         if self._is_live:
             self._begin_wanted()
@@ -390,7 +396,8 @@ class Stepper:
         kept = self._history.kept(ask.request)
         if kept is not None:
             row = replace(kept, request=ask.request.id, again=True)
-            self.outbox.append(row, *_decoded(row))
+            value, error = _decoded(row)
+            self.outbox.append(row, _as_asked(ask, row, value), error)
             return
         self.tasks.begin(ask)
 
@@ -429,8 +436,10 @@ class Stepper:
         value: Any = None
         error: BaseException | None = None
         ask = self._open.get(row.request)
-        if ask is not None and ask.future is not None and not ask.future.done() and row.form:
-            value, error = self._recalled.value_of(row, ask)
+        if ask is not None and ask.future is not None and not ask.future.done():
+            if row.form:
+                value, error = self._recalled.value_of(row, ask)
+            value = _as_asked(ask, row, value)
         self._deliver(row, value, error, restored=True)
 
     def _deliver(self, row: Row, value: Any, error: BaseException | None, *, restored: bool = False) -> None:
@@ -455,6 +464,11 @@ class Stepper:
         if ask.is_forgotten:
             self._forgotten.append(ask)
         self._publish_end(ask, row, restored=restored)
+        if isinstance(row, Event) and row.source:
+            if ask.future is not None and ask.future.done():  # given up meanwhile: the next that waits for such an event has it
+                self._execution.arrivals.give_back(undelivered(row, ask))
+            else:
+                self._execution.arrivals.take(row.source)
         if isinstance(row, Outcome) and row.is_attempt:
             self._attempts.add(ask, row.attempts)
         if ask.handle is not None:
@@ -470,7 +484,7 @@ class Stepper:
                 error = RuntimeError(f"the step's body raised StopIteration({error.value!r})")
             self._blame.given(error, row.request)
             ask.future.set_exception(error)
-            if not ask.is_wanted:
+            if not ask.is_wanted or ask.request.kind == "notify":
                 ask.future.exception()  # it may be awaited later, or never
         else:
             ask.future.set_result(value)
@@ -540,8 +554,10 @@ class Stepper:
         self._history.check_returned()
         self._is_live, ended = True, self._history.undelivered()
         # Made before the last delivery, these had begun: in a former life, or they wait for a turn of the kernel's loop.
+        # So do what returns at once: a child, an event.
         for ask in self._wanted:
-            if 0 <= ask.activation < self._history.activation and not ask.begun and ask.request.id not in ended:
+            at_latest = self._history.activation - (ask.request.kind not in _AT_ONCE_KINDS)
+            if 0 <= ask.activation <= at_latest and not ask.begun and ask.request.id not in ended:
                 self._begin(ask)
         error = None if main.cancelled() else main.exception()
         if isinstance(error, RuntimeError) and "different" in str(error) and "loop" in str(error):
@@ -599,6 +615,11 @@ def _decoded(row: Row) -> tuple[Any, BaseException | None]:
         return None, None
     value = _codec.decode(row.form, row.value)
     return (None, value) if row.failed else (value, None)
+
+
+def _as_asked(ask: Ask, row: Row, value: Any) -> Any:
+    """What the code gets of a recorded value."""
+    return came(ask.request.kind, value, timed_out=row.timed_out) if isinstance(row, Event) and row.what == "arrived" else value
 
 
 async def _called(function: Any, args: Any, kwargs: Any) -> Any:

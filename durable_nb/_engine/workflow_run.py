@@ -14,21 +14,24 @@ from typing import Any
 
 from durable_nb import _codec
 from durable_nb import _records as rec
+from durable_nb._codec import digest_of
 from durable_nb._current import (
     CalledOff,
     Items,
     Published,
     Recorded,
     RecordRequest,
+    SendRequest,
     StandsFor,
     StartRequest,
     StepRequest,
     WaitRequest,
 )
+from durable_nb._engine.arrivals import Wait
 from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import PATCHED, Request
 from durable_nb._engine.execution import Execution
-from durable_nb._engine.in_place import arguments_of
+from durable_nb._engine.in_place import arguments_of, sent
 from durable_nb._engine.inbox import Received, Restarted
 from durable_nb._engine.limits import Share
 from durable_nb._engine.observing import Observers
@@ -36,6 +39,7 @@ from durable_nb._engine.performer import RunPolicy, Wording, encoded
 from durable_nb._engine.run_log import Held, cancelled, say
 from durable_nb._engine.shared import Shared
 from durable_nb._engine.stepping import Over, Stepper
+from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status
 from durable_nb._records import Arguments, Cancel, Restart, Result, RunRecord, unpack
 from durable_nb.errors import (
@@ -82,6 +86,14 @@ class WorkflowRun:
         return self._shared.workflows
 
     @property
+    def waits(self) -> tuple[Wait, ...]:
+        return self._execution.arrivals.waits
+
+    @property
+    def event_ids(self) -> set[str]:
+        return self._execution.arrivals.event_ids
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return self._host_loop
 
@@ -126,7 +138,18 @@ class WorkflowRun:
 
     def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
-        return self._ask(Request("sleep", request.name, str(request.wake)), "sleep", request)
+        digest = str(request.wake) if request.kind == "sleep" else digest_of(request.of)
+        return self._ask(Request(request.kind, request.name, digest), request.kind, request)
+
+    def send(self, request: SendRequest) -> Delivery:
+        """The event goes in the commit of its record, when the code awaits next."""
+        __tracebackhide__ = True
+        self._check_open(request.event_id)
+        if self._stepper.broken is not None:
+            raise self._stepper.broken
+        ask = self._stepper.ask(Request("notify", request.event_id, functools.partial(sent, request)), "notify", request)
+        ask.is_wanted = True
+        return Delivery(request.event_id, sent=lambda: _run_ids(ask))
 
     def start(self, request: StartRequest) -> str:
         """The child's id, fixed now; it begins when the code awaits next."""
@@ -375,3 +398,8 @@ def _given_back(entering: asyncio.Future[Share]) -> None:
 async def _raises(error: BaseException) -> Any:
     """Not raised by the verb itself: of several that are called together, the others would never be awaited."""
     raise error
+
+
+async def _run_ids(ask: Ask) -> tuple[str, ...]:
+    assert ask.future is not None  # noqa: S101  it is asked for
+    return tuple(await asyncio.shield(ask.future))

@@ -18,19 +18,21 @@ from typing import Any
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._clock import elapsed_s
-from durable_nb._current import Limit, StartRequest, current_body, current_run, use_engine, workflow_functions
+from durable_nb._current import Limit, SendRequest, StartRequest, current_body, current_run, use_engine, workflow_functions
 from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import Engine, new_id
+from durable_nb._engine.events import Events
 from durable_nb._engine.execution import UNWIND_S
-from durable_nb._engine.inbox import Restarted, wish
+from durable_nb._engine.inbox import Received, Restarted, outlasts, wish
 from durable_nb._engine.limits import next_place
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.schedules import Schedules
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
+from durable_nb._events import Delivery, Waiter
 from durable_nb._facts import Snapshot, Status, Used
 from durable_nb._fingerprint import Unhashable, hash_value
 from durable_nb._records import Arguments, Cancel, Event, Lease, Message, Restart, Result, Resume, RunRecord, unpack
@@ -61,6 +63,7 @@ class Workflows:
         with contextlib.suppress(RuntimeError):
             self._loop = _carrier(asyncio.get_running_loop())
         self.catalog = Catalog(self._shared, self._tasks.__contains__)
+        self.events = self._shared.events = Events(self._shared, self.catalog)
         self.schedules = Schedules(self)
         self._shared.workflows = self
         self._ownership.takes = self.take
@@ -200,6 +203,17 @@ class Workflows:
             run.hear_soon(self._ownership.inbox.of(run_id))
         return True
 
+    # -- events and decisions ------------------------------------------------------------------------------------------
+
+    def send(self, request: SendRequest) -> Delivery:
+        return Delivery(request.event_id, self.events.send(request))
+
+    def waiters(self, event_id: str) -> list[Waiter]:
+        return self.events.waiters(event_id)
+
+    def decide(self, run_id: str, step: str, *, approved: bool, comment: str, by: str) -> None:
+        self.events.decide(run_id, step, approved=approved, comment=comment, by=by)
+
     # -- executing -----------------------------------------------------------------------------------------------------
 
     def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> bool:
@@ -213,8 +227,8 @@ class Workflows:
             )
             return False
         inbox = self._ownership.inbox.of(record.id)
-        stale = tuple(one.key for one in inbox)  # what is sent from here on is for this execution
         anew = anew or isinstance(wish(record, inbox), Restart)
+        stale = _stale(inbox, anew=anew)
         self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
         return True
 
@@ -222,7 +236,7 @@ class Workflows:
         """The same; where its workflow is not defined here, the run is made ready, and a process that has it is asked."""
         if self._go(record, lease, anew=anew) or self.catalog.is_owned(record.id, lease):
             return
-        stale = tuple(one.key for one in self._ownership.inbox.of(record.id))
+        stale = _stale(self._ownership.inbox.of(record.id), anew=anew)
         ready = self._ready(record, stale, anew=anew)
         for child in ready.children:
             self.resume(child, take_over=False)
@@ -480,6 +494,12 @@ class _Ready:
     deletes: tuple[str, ...]
     children: tuple[str, ...]
     """Runs to be resumed before."""
+
+
+def _stale(inbox: list[Received], *, anew: bool) -> tuple[str, ...]:
+    """Keys of the messages that the next execution is not to hear: what was sent before it about the one before. The events and
+    decisions that came for the run go only where it begins anew."""  # fmt: skip
+    return tuple(one.key for one in inbox if anew or not outlasts(one.message))
 
 
 def _script() -> str:

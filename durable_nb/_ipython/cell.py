@@ -32,13 +32,15 @@ from durable_nb._ipython.compile import compile_body, turn_on_features
 from durable_nb._ipython.host import NotebookHost
 from durable_nb._ipython.interrupts import interruptible
 from durable_nb._ipython.notebook import file_of, origin_of
-from durable_nb._ipython.options import Options
+from durable_nb._ipython.options import Options, max_wait_s
 from durable_nb._ipython.settings import settings_of
 from durable_nb._ipython.status import StatusLine
 from durable_nb.errors import RunSuspended, StoreError
 
 HEADLESS_SLEEP_S = 600.0
-"""The longest wait without a front end, where nobody sees why the notebook takes so long."""
+"""The longest pause without a front end, where nobody sees why the notebook takes so long."""
+HEADLESS_ANSWER_S = 0.0
+"""The longest wait for an event or a decision there: who could answer doesn't know of it before the notebook has ended."""
 
 _BUSY_POLL_S = 0.1
 _NOTHING = object()
@@ -63,6 +65,7 @@ class CellExecution:
         self.shell, self.engine, self.live, self.folder = shell, engine, live, folder
         self.options = replace(options, rerun=True, rerun_step="") if rerun else options
         self._rerun_by_magic = rerun and not options.rerun
+        self._max_wait_s = options.max_wait_s if options.max_wait_s is not None else max_wait_s()
         self.compiled = compile_body(shell, body)
         self.code = CellCode(options.name, self.compiled.tree, self.compiled.names)
         own = [str(engine.store.path), *filter(None, [file_of(shell.user_ns, folder)])]
@@ -127,7 +130,8 @@ class CellExecution:
     def _asked(self, key: CellKey) -> Asked:
         code = key.components.get("code") or _digest_of(self.code.tree)
         origin = origin_of(code, self.shell.user_ns, self.folder, self.engine.store.path)
-        return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step, origin)
+        reads = {label: digest for label, digest in key.components.items() if label not in ("code", "aliases")}
+        return Asked(self.owner, key.key, self.label, self.options.rerun, self.options.rerun_step, origin, reads)
 
     # -- a hit ---------------------------------------------------------------------------------------------------------
 
@@ -202,9 +206,7 @@ class CellExecution:
         host = NotebookHost(run, self.shell, self.recorder, self.status, around, live=self.live, quiet=self.options.quiet)
         run.host = host
         run.observers.subscribe(host.observe)
-        run.max_wait_s = (
-            self.options.max_wait_s if self.options.max_wait_s is not None else None if self.live else HEADLESS_SLEEP_S
-        )
+        self._bound_waits(run)
         before = self.cache.begin(self.code, self.shell.user_ns, key, self._notes)
         host.watch = before.watch
         ended, error = Status.INTERRUPTED, ""
@@ -244,6 +246,12 @@ class CellExecution:
                 for step in run.left_running():
                     self.status.still_running(step)
                 self.status.ended(ended, time.perf_counter() - began, run.snapshot(), host.view)
+
+    def _bound_waits(self, run: CellRun) -> None:
+        """Say for how long the run may wait: where nobody looks on, for no answer at all."""
+        given = self._max_wait_s
+        run.waiting.max_wait_s = given if given is not None or self.live else HEADLESS_SLEEP_S
+        run.waiting.max_answer_s = given if given is not None or self.live else HEADLESS_ANSWER_S
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
         namespace = self.shell.user_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import keyword
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -102,12 +103,18 @@ def parse(line: str, stack: list[str]) -> Options:
     return options
 
 
+def max_wait_s() -> float | None:
+    """`DURABLE_NB_MAX_WAIT`; None where it isn't set. UsageError where it is no duration."""
+    value = os.environ.get("DURABLE_NB_MAX_WAIT", "")
+    return _duration("DURABLE_NB_MAX_WAIT", value) if value.strip() else None
+
+
 def _set(options: Options, option: str, value: str) -> None:
     match option:
         case "--max-wait":
-            options.max_wait_s = _duration(option, value)
+            options.max_wait_s = _duration(f"%%durable {option}", value)
         case "--ttl":
-            options.ttl_s = _duration(option, value)
+            options.ttl_s = _duration(f"%%durable {option}", value)
         case "--ignore":
             options.ignore |= _names(option, value)
         case "--skip":
@@ -136,8 +143,8 @@ def _expression(value: str) -> str:
     return value
 
 
-def _duration(option: str, value: str) -> float:
+def _duration(said: str, value: str) -> float:
     try:
         return parse_duration(float(value) if value.replace(".", "", 1).isdecimal() else value).total_seconds()
     except ValueError as error:
-        raise UsageError(f"%%durable {option}: {error}; nothing was run") from None
+        raise UsageError(f"{said}: {error}; nothing was run") from None
