@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from durable_nb._verbs import now as now
     from durable_nb._verbs import patched as patched
     from durable_nb._verbs import random as random
+    from durable_nb._verbs import report as report
     from durable_nb._verbs import run as run
     from durable_nb._verbs import sleep as sleep
     from durable_nb._verbs import sleep_until as sleep_until
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
     from durable_nb._verbs import uuid4 as uuid4
     from durable_nb._workflow import Run as Run
     from durable_nb._workflow import get_run as get_run
+    from durable_nb._workflow import invoke as invoke
     from durable_nb._workflow import resume as resume
     from durable_nb._workflow import runs as runs
+    from durable_nb._workflow import this_run as current_run  # noqa: F401
     from durable_nb._workflow import workflow as workflow
     from durable_nb.errors import CorruptStoreError as CorruptStoreError
     from durable_nb.errors import DurableError as DurableError
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from durable_nb.errors import RunConflictError as RunConflictError
     from durable_nb.errors import RunNotFoundError as RunNotFoundError
     from durable_nb.errors import RunSuspended as RunSuspended
+    from durable_nb.errors import RunTimeout as RunTimeout
     from durable_nb.errors import StepFailed as StepFailed
     from durable_nb.errors import StepInterrupted as StepInterrupted
     from durable_nb.errors import StepNotFoundError as StepNotFoundError
@@ -87,9 +91,10 @@ _HOMES = {
     "map": "durable_nb._fanout",
     "open": "durable_nb._engine.workflows",
     "remake": "durable_nb._cellcache.resources",
-    **dict.fromkeys(("Run", "get_run", "resume", "runs", "workflow"), "durable_nb._workflow"),
+    **dict.fromkeys(("Run", "current_run", "get_run", "invoke", "resume", "runs", "workflow"), "durable_nb._workflow"),
     **dict.fromkeys(
-        ("idempotency_key", "now", "patched", "random", "run", "sleep", "sleep_until", "step", "uuid4"), "durable_nb._verbs"
+        ("idempotency_key", "now", "patched", "random", "report", "run", "sleep", "sleep_until", "step", "uuid4"),
+        "durable_nb._verbs",
     ),
     **dict.fromkeys(
         (
@@ -110,6 +115,7 @@ _HOMES = {
             "StepNotFoundError",
             "StepTimeout",
             "RunSuspended",
+            "RunTimeout",
             "StoreError",
             "UnserializableError",
             "UntrustedStoreError",
@@ -117,6 +123,9 @@ _HOMES = {
         "durable_nb.errors",
     ),
 }
+
+_WITHIN = {"open": "open_store", "current_run": "this_run"}
+"""What is called something else where it lives."""
 
 __all__: list[str] = []
 """`from durable_nb import *` brings nothing: `run` and `sleep` are too common as names."""
@@ -131,7 +140,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'durable_nb' has no attribute {name!r}; {''.join(meant) or 'it has ' + ', '.join(sorted(_HOMES))}"
         )
-    value = getattr(import_module(_HOMES[name]), "open_store" if name == "open" else name)
+    value = getattr(import_module(_HOMES[name]), _WITHIN.get(name, name))
     globals()[name] = value
     return value
 

@@ -129,6 +129,35 @@ class StepRequest:
         return self.fn(*self.args, **self.kwargs)
 
 
+@dataclass(slots=True)
+class InvokeRequest(StepRequest):
+    """A step whose work is another run: a child, whose id is the step's idempotency key. `fn` is its workflow's function."""
+
+    workflow: str = ""
+
+    def body(self) -> Any:
+        """Begins the child, or attaches to it, and waits for what it comes to."""
+        return _invoked(self)
+
+
+async def _invoked(request: InvokeRequest) -> Any:
+    run, body = current_run.get(), current_body.get()
+    if run is None or body is None:
+        raise NotInRunError(f"the child {request.name!r} of a run can be begun in that run's own process only")
+    child = body.idempotency_key
+    of = request.workflow, request.args, request.kwargs
+    run.runs.start(StartRequest(*of, child, (), "keep", *limit_of(*of), is_invoked=True), run.id)
+    if not run.is_replayed and run.runs.status_of(child) in (Status.FAILED, Status.CANCELLED):
+        run.runs.resume(child, take_over=False)  # a cell that is executed again tries again what has failed
+    try:
+        return await run.runs.outcome(child)
+    except Exception as error:
+        error.add_note(
+            f"durable_nb: raised by the run {child!r} of workflow {request.workflow!r}, which {request.name!r} invoked"
+        )
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class WaitRequest:
     """A wait that outlasts the process: for a duration from its first asking, or until a point in time."""
@@ -184,6 +213,10 @@ class StartRequest:
     """The run holds a share of it from its first line to its end."""
     limit_key: str = ""
     """Each key has shares of its own."""
+    delay_s: float = 0.0
+    """It begins so much later."""
+    is_invoked: bool = False
+    """It is cancelled with the run that begins it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +259,21 @@ class StandsFor:
     value: Any
 
 
-Published = Items | CalledOff | StandsFor
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Facts that the code wants others to know of the run; of each name the latest stands."""
+
+    facts: dict[str, Any]
+
+
+Published = Items | CalledOff | StandsFor | Reported
 """What verbs know of a run, beside what they ask of it. An engine may do without."""
 
 
 class Run(Protocol):
     """A run, as verbs see it. Identities are fixed when a method is called; the coroutine does the rest."""
 
+    id: str
     is_replayed: bool
     """Is its code repeated from a history? Then it may look at nothing that a replay would not see."""
 
@@ -263,8 +304,8 @@ class Run(Protocol):
         """Send an event, once in all executions."""
         ...
 
-    def start(self, request: StartRequest) -> str:
-        """Begin a child; its id, the same in every execution."""
+    def start_many(self, requests: list[StartRequest]) -> list[str]:
+        """Begin children; their ids, the same in every execution."""
         ...
 
     def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
@@ -352,6 +393,10 @@ class Engine(Protocol):
         """These figures hold for the limit of that name from now on."""
         ...
 
+    def start_many(self, requests: list[StartRequest], parent: str = "") -> list[str]:
+        """The same of several: the new ones are begun together, or none is."""
+        ...
+
     def interrupted(self) -> list[tuple[str, str]]:
         """The runs of workflows that are not finished and that nobody executes, newest first: (id, workflow)."""
         ...
@@ -401,6 +446,10 @@ class Engine(Protocol):
         """What the run returns or raises, when it has ended."""
         ...
 
+    def facts_of(self, run_id: str) -> dict[str, Any]:
+        """What its code has reported so far."""
+        ...
+
     def snapshots(
         self,
         *,
@@ -431,6 +480,19 @@ def limit_of(workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     found = workflow_limits.get(workflow)
     return found(args, kwargs) if found is not None else (None, "")
 
+
+@dataclass(frozen=True, slots=True)
+class WorkflowOptions:
+    """What is said of a workflow where it is defined, beside its function."""
+
+    timeout_s: float | None = None
+    """Of a whole run, from its beginning."""
+    on_failure: Callable[[str, BaseException], Any] | None = None
+    """Called with the id of a run that fails, and its error."""
+
+
+workflow_options: dict[str, WorkflowOptions] = {}
+"""By name."""
 
 _engines: list[Callable[[], Engine]] = []
 

@@ -33,7 +33,7 @@ class Step:
     path: str
     """Where in the run: unique among its steps, stable over replays."""
     kind: str
-    """`run`, `call`, `sleep`, `event` or `decision`."""
+    """`run`, `call`, `sleep`, `event`, `decision`, `notify`, `start` or `invoke`."""
     status: Status
     attempts: int = 0
     """Attempts begun, over all kernels."""
@@ -53,6 +53,8 @@ class Step:
     """Pending: the limit of which it has no share, as views say it."""
     prompt: str = field(default="", repr=False)
     """Of a decision: the question."""
+    child: str | None = None
+    """Of `invoke`: the id of the run that it has begun. That one's steps follow it, as `invoke's path/step`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Snapshot:
     """Failed or cancelled: `TypeName: message`."""
     waits_for: str | None = None
     """Pending: the limit of which it has no share, as views say it."""
+    wake_at: float | None = None
+    """When a run begins that was started with a delay."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@
 | `waiting/NAME/KEY/PROCESS/PLACE` | that process waits for a share, and since when |
 | `run/RUN` | a run: what it is of, when it began and how it ended |
 | `arguments/RUN` | what a workflow's run was started with |
+| `facts/RUN` | what its code has reported |
 | `result/RUN` | what it returned, or the exception it raised |
 | `open/SCOPE/RUN` | a run of this cell that is not finished; the row goes when it completes |
 | `lease/RUN` | who may write for this run: every commit of the run is conditional on this row's exact bytes |
@@ -142,8 +143,8 @@ class Event:
 
     what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end, or an event that
               was sent; `arrived`: an event or a decision came, or the wait for it timed out; `cancel`: the run's cancellation;
-              `dropped`: a body that was stopped; `moved`: a wait's deadline, by another boot's clock; `resumed`: the run goes
-              on before its delivery `cut`
+              `timeout`: it took too long; `dropped`: a body that was stopped; `moved`: a wait's deadline, by another boot's
+              clock; `resumed`: the run goes on before its delivery `cut`
     """
 
     what: str
@@ -292,6 +293,15 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Reports:
+    """What a run's code has reported: by name, how it is encoded, and the bytes."""
+
+    facts: dict[str, tuple[str, bytes]]
+    generation: int
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run. `status` is `running` until it ends; whether anybody runs it now is told by its lease's owner."""
 
@@ -318,19 +328,21 @@ class RunRecord:
     parent: str = ""
     """The run that started it."""
     since: Instant | None = None
-    """Of a workflow: at this moment the run's time was `since_s`. It stands still while the run has failed."""
+    """Of a workflow: at this moment the run's time was `since_s`. It stands still while the run has failed, and is below 0
+    before the run is to begin."""  # fmt: skip
     since_s: float = 0.0
     ended_by: tuple[int, ...] = ()
     """Failed: the requests whose exceptions ended it."""
-    due_at: float | None = None
-    """When it is to begin, where not at once."""
     limit: str = ""
     """Of a workflow: it holds a share of that limit while it is executed."""
     limit_key: str = ""
     place: int = 0
     """When it was started, among those that wait for the limit."""
+    is_invoked: bool = False
+    """It is cancelled with its parent."""
+    counts_from_s: float = 0.0
+    """Of a workflow: its time-out counts from this time of the run's."""
     progress: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -499,6 +511,7 @@ Record = (
     | Notification
     | Outcome
     | Passing
+    | Reports
     | Result
     | Restart
     | Resume
@@ -590,6 +603,11 @@ def log_prefixes(scope: str, generation: int) -> tuple[str, str, str]:
 def arguments_key(run_id: str) -> str:
     """Key of what a run was started with."""
     return f"arguments/{run_id}"
+
+
+def facts_key(run_id: str) -> str:
+    """Key of what a run's code has reported."""
+    return f"facts/{run_id}"
 
 
 def result_key(run_id: str) -> str:

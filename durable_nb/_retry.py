@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from durable_nb._clock import parse_duration, say_duration
-from durable_nb.errors import DurableError, NonRetryableError, RetryAfter, StepTimeout
+from durable_nb.errors import DurableError, NonRetryableError, RetryAfter, RunTimeout, StepTimeout
 
 BASE_S, FACTOR, CAP_S = 1.0, 2.0, 60.0
 LONGEST_S = 86400.0
@@ -135,6 +135,14 @@ def note_failure(error: BaseException, step: str, of: str, attempts: int, resume
 def timed_out(step: str, of: str, timeout_s: float, more: str = "") -> StepTimeout:
     """An attempt took longer than it may."""
     return StepTimeout(f"step {step!r} of {of} took longer than its timeout of {say_duration(timeout_s)}{more}")
+
+
+def run_timed_out(of: str, run_id: str, timeout_s: float) -> RunTimeout:
+    """A run took longer than it may."""
+    return RunTimeout(
+        f"{of} took longer than {say_duration(timeout_s)}, its workflow's timeout; its completed steps are kept. "
+        f"durable.get_run({run_id!r}).resume() gives it that time again"
+    )
 
 
 def retry_delay_s(policy: RetryPolicy, attempt: int, error: BaseException, jitter: float, spent_s: float = 0.0) -> float | None:

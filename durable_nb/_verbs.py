@@ -17,11 +17,12 @@ from uuid import UUID
 from uuid import uuid4 as new_uuid4
 
 from durable_nb._clock import Instant, parse_duration, parse_when
-from durable_nb._current import Limit, RecordRequest, StepRequest, WaitRequest, current_body, current_run, run_for
+from durable_nb._current import Limit, RecordRequest, Reported, StepRequest, WaitRequest, current_body, current_run, run_for
 from durable_nb._limits import checked_limit
 from durable_nb._misuse import explained, missing_name
 from durable_nb._records import plain
 from durable_nb._retry import USUAL, Backoff, RetryOn, RetryPolicy
+from durable_nb.errors import NotInRunError
 
 READ_ONCE = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType, asyncio.Future)
 
@@ -127,6 +128,22 @@ def _new_random(_: Instant) -> float:
 
 def _yes(_: Instant) -> bool:
     return True
+
+
+def report(**facts: Any) -> None:
+    """Let others know how the run stands: `run.facts` is all that was reported so far, of each name the latest.
+
+    Also in a step's body, and in its threads. Other processes see it within half a second, and when the run has ended. It is
+    no step: a replay reports the same again. NotInRunError outside a run; UnserializableError for what can't be stored, or
+    takes more than 64 kB.
+    """
+    run = current_run.get()
+    if run is None:
+        raise NotInRunError(
+            "durable.report() was called outside a durable run. Call it in a workflow, in a cell under '%%durable NAME', or in "
+            "the body of a step"
+        )
+    run.publish(Reported(facts))
 
 
 def idempotency_key() -> str:

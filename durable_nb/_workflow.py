@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from durable_nb._clock import parse_duration, say_duration
 from durable_nb._current import (
     Engine,
+    InvokeRequest,
     Limit,
     StartRequest,
+    WorkflowOptions,
     current_body,
     current_run,
     engine,
     limit_of,
     refuse_in_workflow,
+    run_for,
     workflow_functions,
     workflow_limits,
+    workflow_options,
 )
 from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._limits import checked_limit, key_of
-from durable_nb._misuse import did_you_mean, explained
+from durable_nb._misuse import did_you_mean, explained, missing_name
 from durable_nb._outside import decide, request_of, send
+from durable_nb._own_code import advise
 from durable_nb._records import plain
+from durable_nb._retry import RetryPolicy
+from durable_nb._validation import Validation, validation_of
 from durable_nb._verbs import check_name
 from durable_nb.errors import NotInRunError
 
@@ -34,7 +41,9 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _ON_CONFLICT = ("attach", "fail", "restart")
-_START_OPTIONS = ("id", "labels", "on_conflict")
+_START_OPTIONS = ("id", "labels", "delay", "on_conflict")
+_ITEM_KEYS = ("args", "kwargs", "id", "labels", "delay")
+_RESERVED = (*_START_OPTIONS, "engine")
 
 
 class Workflow(Generic[_P, _T]):
@@ -47,8 +56,11 @@ class Workflow(Generic[_P, _T]):
         name: str,
         limit: Limit | None = None,
         key: Callable[..., Any] | None = None,
+        options: WorkflowOptions | None = None,
+        validated: Validation | None = None,
     ) -> None:
         self.fn, self.name, self.limit, self.key = fn, name, limit, key
+        self.options, self._validated = options or WorkflowOptions(), validated
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _T]:
@@ -62,7 +74,13 @@ class Workflow(Generic[_P, _T]):
         return self.fn(*args, **kwargs)
 
     def start(
-        self, *args: Any, id: str | None = None, labels: Iterable[str] = (), on_conflict: str = "attach", **kwargs: Any
+        self,
+        *args: Any,
+        id: str | None = None,
+        labels: Iterable[str] = (),
+        delay: float | str | timedelta | None = None,
+        on_conflict: str = "attach",
+        **kwargs: Any,
     ) -> Run:
         """Begin a run and return at once. It is on disk before its first line is executed.
 
@@ -71,11 +89,50 @@ class Workflow(Generic[_P, _T]):
                      it is a run of its own; in a durable cell or a workflow its id is the same in every execution, so that
                      going on after a crash doesn't start it again
         labels       texts that `durable.runs(label=...)` finds it by
+        delay        its first line is executed so much later (seconds, timedelta, "2h"); until then it is `pending`, over
+                     restarts too
         on_conflict  what happens where the id is known: "attach" to its run, "fail" with RunConflictError, or "restart" it
 
         RunConflictError where the id belongs to another workflow or to other arguments, UnserializableError where the
         arguments can't be stored; then nothing is recorded. Needs a running event loop, as a notebook's cell has.
         """
+        __tracebackhide__ = True
+        return _started([self._request(args, kwargs, id=id, labels=labels, delay=delay, on_conflict=on_conflict)])[0]
+
+    def start_many(
+        self,
+        starts: Iterable[tuple[Any, ...] | Mapping[str, Any]],
+        *,
+        labels: Iterable[str] = (),
+        delay: float | str | timedelta | None = None,
+        on_conflict: str = "attach",
+    ) -> list[Run]:
+        """Begin many runs by one commit, and return at once: either all of them are on disk, or none is.
+
+        starts  each a tuple of the workflow's arguments, or a dict {"args": (...), "kwargs": {...}, "id": ..., "labels": ...,
+                "delay": ...}, of which each may be left out
+
+        The options are those of `start`, for all that don't say otherwise. Errors as of `start`: nothing is started then.
+        """
+        __tracebackhide__ = True
+        usual = {"id": None, "labels": labels, "delay": delay, "on_conflict": on_conflict}
+        requests = []
+        for n, given in enumerate(starts):
+            args, kwargs, options = _item_of(self.name, n, given)
+            requests.append(self._request(args, kwargs, **{**usual, **options}))
+        return _started(requests) if requests else []
+
+    def _request(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        id: str | None = None,
+        labels: Iterable[str] = (),
+        delay: float | str | timedelta | None = None,
+        on_conflict: str = "attach",
+    ) -> StartRequest:
+        """What is asked of an engine to start such a run. Complains about what doesn't fit, before anything is recorded."""
         __tracebackhide__ = True
         try:
             inspect.signature(self.fn).bind(*args, **kwargs)
@@ -83,6 +140,8 @@ class Workflow(Generic[_P, _T]):
             unknown = [key for key in kwargs if key not in inspect.signature(self.fn).parameters]
             options = did_you_mean(unknown[0], _START_OPTIONS) if unknown else ""
             raise TypeError(f"{self.name}.start(...): {error}{options}; nothing was started") from None
+        if self._validated is not None:
+            args, kwargs = self._validated(args, kwargs)
         if id is not None:
             id = _checked_id(id)  # noqa: A001
         if on_conflict not in _ON_CONFLICT:
@@ -93,32 +152,106 @@ class Workflow(Generic[_P, _T]):
         for label in texts:
             if not isinstance(label, str):
                 raise TypeError(f"start(..., labels={labels!r}): {label!r} is not text; nothing was started")
-        request = StartRequest(self.name, args, kwargs, id, texts, on_conflict, *limit_of(self.name, args, kwargs))
-        parent = current_run.get()
-        if parent is not None and current_body.get() is None:
-            return Run(parent.start(request), parent.runs)
-        return Run(engine().start(request))
+        delay_s = 0.0 if delay is None else parse_duration(delay).total_seconds()
+        limit, limit_key = limit_of(self.name, args, kwargs)
+        return StartRequest(self.name, args, kwargs, id, texts, on_conflict, limit, limit_key, delay_s)
+
+
+def _started(requests: list[StartRequest]) -> list[Run]:
+    parent = current_run.get()
+    if parent is not None and current_body.get() is None:
+        return [Run(run_id, parent.runs) for run_id in parent.start_many(requests)]
+    return [Run(run_id) for run_id in engine().start_many(requests)]
+
+
+def _item_of(workflow: str, n: int, given: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """The positional and keyword arguments and the options of one item of `start_many`."""
+    __tracebackhide__ = True
+    if isinstance(given, (tuple, list)):
+        return tuple(given), {}, {}
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{workflow}.start_many(...): item {n} is {given!r}; give each start as a tuple of arguments, such as "
+            f"({given!r},), or as a dict with 'args', 'kwargs', 'id', 'labels', 'delay'; nothing was started"
+        )
+    unknown = [key for key in given if key not in _ITEM_KEYS]
+    if unknown:
+        raise TypeError(
+            f"{workflow}.start_many(...): item {n} has a key {unknown[0]!r}; there are {', '.join(map(repr, _ITEM_KEYS))}; "
+            "nothing was started"
+        )
+    args, kwargs = given.get("args", ()), given.get("kwargs", {})
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"{workflow}.start_many(...): item {n}: 'args' is a tuple or list, and 'kwargs' a dict; nothing was started"
+        )
+    return tuple(args), dict(kwargs), {key: given[key] for key in _ITEM_KEYS[2:] if key in given}
+
+
+@explained
+def invoke(name: str, workflow: Workflow[..., _T], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, _T]:
+    """Run a workflow as a child, and take what it returns.
+
+    The child is a run of its own: it has an id, `runs()` finds it, and its steps are listed behind the step `name`, as
+    `name/step`. Killed while the parent waits, both go on where they were. What it returns is recorded in the parent as a
+    step's result is; its exception is raised here, with a note that names the run. Cancelling the parent cancels its children.
+    `resume()` of a failed parent resumes the child that failed; so does executing the cell again.
+    """
+    __tracebackhide__ = True
+    if isinstance(name, Workflow):
+        raise TypeError(missing_name("invoke", (name, workflow, *args)))
+    name = check_name("invoke", name)
+    if not isinstance(workflow, Workflow):
+        raise TypeError(
+            f"durable.invoke({name!r}, {workflow!r}): give a workflow, a function under @durable.workflow; nothing was run"
+        )
+    parent = run_for("invoke")
+    start = workflow._request(args, kwargs)
+    policy = RetryPolicy(0, None, None)
+    of = "invoke", name, workflow.fn, start.args, start.kwargs
+    return parent.step(InvokeRequest(*of, policy=policy, workflow=workflow.name))
 
 
 @overload
 def workflow(fn: Callable[_P, Coroutine[Any, Any, _T]], /) -> Workflow[_P, _T]: ...
 @overload
 def workflow(
-    *, name: str | None = None, limit: Limit | None = None, key: Callable[..., Any] | None = None
+    *,
+    name: str | None = None,
+    timeout: float | str | timedelta | None = None,
+    on_failure: Callable[[Run, BaseException], Any] | None = None,
+    limit: Limit | None = None,
+    key: Callable[..., Any] | None = None,
+    validate: bool = False,
 ) -> Callable[[Callable[_P, Coroutine[Any, Any, _T]]], Workflow[_P, _T]]: ...
 @explained
 def workflow(
-    fn: Any = None, /, *, name: str | None = None, limit: Limit | None = None, key: Callable[..., Any] | None = None
+    fn: Any = None,
+    /,
+    *,
+    name: str | None = None,
+    timeout: float | str | timedelta | None = None,
+    on_failure: Callable[[Run, BaseException], Any] | None = None,
+    limit: Limit | None = None,
+    key: Callable[..., Any] | None = None,
+    validate: bool = False,
 ) -> Any:
     """Make an async function a workflow, named after the function or `name`.
 
     A run finds its code by that name after a restart. Defining a function again replaces it, as running its cell again does;
     ValueError where another function has the name.
 
-    limit  what `durable.limit` returns: a run holds a share of it from its first line to its end, sleeping and waiting
-           included; the others are `pending`, in the order in which they were started
-    key    a function of the workflow's arguments, `key=lambda email, cart: email`: each key has the limit for itself. It is
-           called by `start`; where it raises, nothing is started
+    timeout     of a whole run (seconds, timedelta, "2h"), from its beginning, with the time in which nobody executed it: its
+                code is cancelled then, and when it has tidied up (`finally`) the run fails with RunTimeout
+    on_failure  called as on_failure(run, error) when a run fails, before that is recorded: killed in it, it is called again;
+                never again once the failure is on record. A plain function is called in a thread. It may not use verbs. What
+                it raises is told, and changes nothing. Not called for a NonDeterminismError: put the code right, and resume
+    limit       what `durable.limit` returns: a run holds a share of it from its first line to its end, sleeping and waiting
+                included; the others are `pending`, in the order in which they were started
+    key         a function of the workflow's arguments, `key=lambda email, cart: email`: each key has the limit for itself. It
+                is called by `start`; where it raises, nothing is started
+    validate    arguments are checked against the annotations when a run is started, and converted as pydantic does it;
+                without pydantic they are not, and one line says so
     """
     __tracebackhide__ = True
     if limit is not None:
@@ -127,23 +260,35 @@ def workflow(
         raise TypeError("durable.workflow(key=...): a key is of a limit; give limit=durable.limit('a name', concurrency=1) too")
     if key is not None and not callable(key):
         raise TypeError(f"durable.workflow(key={key!r}): give a function of its arguments, such as key=lambda email: email")
+    options = WorkflowOptions(
+        None if timeout is None else parse_duration(timeout).total_seconds(),
+        None if on_failure is None else _with_handle(on_failure),
+    )
 
     def wrap(function: Any) -> Workflow[..., Any]:
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"durable.workflow({function!r}): give an async function ('async def')")
         called = name or function.__name__
         check_name("workflow", called)
+        for parameter in inspect.signature(function).parameters:
+            if parameter in _RESERVED:
+                raise TypeError(
+                    f"the workflow {called!r} has a parameter {parameter!r}, an option of start: give it another "
+                    f"name than {', '.join(_RESERVED)}"
+                )
         before = workflow_functions.get(called)
         if before is not None and _home(before) != _home(function):
             raise ValueError(
                 f"two workflows are named {called!r}: {'.'.join(_home(before))} and {'.'.join(_home(function))}. Their "
                 "runs could not be told apart after a restart: give one another name, @durable.workflow(name=...)"
             )
-        workflow_functions[called] = function
+        made = Workflow(function, called, limit, key, options, validation_of(function, called) if validate else None)
+        workflow_functions[called], workflow_options[called] = function, options
         workflow_limits.pop(called, None)
         if limit is not None:
             workflow_limits[called] = functools.partial(_limited, called, function, limit, key)
-        return Workflow(function, called, limit, key)
+        advise(function, called)
+        return made
 
     return wrap if fn is None else wrap(fn)
 
@@ -157,6 +302,19 @@ def _limited(
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     return limit, key_of(f"{name}.start(...)", key, bound.args, bound.kwargs)
+
+
+def _with_handle(on_failure: Any) -> Callable[[str, BaseException], Any]:
+    """The user's function, given a run's id."""
+    if not callable(on_failure):
+        raise TypeError(f"durable.workflow(on_failure={on_failure!r}): give a function (run, error)")
+    if not inspect.iscoroutinefunction(on_failure):
+        return lambda run_id, error: on_failure(Run(run_id), error)
+
+    async def tell(run_id: str, error: BaseException) -> None:
+        await on_failure(Run(run_id), error)
+
+    return tell
 
 
 def _checked_id(run_id: object) -> str:
@@ -201,6 +359,12 @@ class Run:
     def _snapshot(self) -> Snapshot:
         refuse_in_workflow("a run's status and steps")
         return self._engine.snapshot(self.id)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its code has reported so far (`durable.report`), in this process or in another one; of each name the latest."""
+        refuse_in_workflow("run.facts")
+        return self._engine.facts_of(self.id)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """What the workflow returns; its exception, or RunCancelled. An interrupted run goes on."""
@@ -279,6 +443,18 @@ class Run:
     def __repr__(self) -> str:
         found = self._snapshot()
         return f"<run {self.id!r} of {found.name!r}: {found.status}>"
+
+
+def this_run() -> Run:
+    """The run that the calling code belongs to: a workflow's, a cell's, or that of the step being executed. NotInRunError
+    elsewhere."""  # fmt: skip
+    run = current_run.get()
+    if run is None:
+        raise NotInRunError(
+            "durable.current_run() was called outside a durable run. Call it in a workflow, in a cell under '%%durable NAME', "
+            "or in the body of a step; durable.get_run(id) finds a run from elsewhere"
+        )
+    return Run(run.id, run.runs)
 
 
 def get_run(run_id: str) -> Run:

@@ -9,6 +9,7 @@
     ├── StepTimeout           an attempt took longer than the step's timeout (also a TimeoutError)
     ├── StepInterrupted       an attempt at an `at_most_once` step was cut off, and may have had its effect
     ├── RunCancelled          the run was cancelled
+    ├── RunTimeout            the run took longer than its workflow's timeout (also a TimeoutError)
     ├── RunConflictError      a run id that is used already, for something else
     ├── RunNotFoundError      no run of that id
     ├── StepNotFoundError     a run has no such step, or several (also a LookupError)
@@ -91,6 +92,10 @@ class StepInterrupted(DurableError):  # noqa: N818  a contract's name
 
 class RunCancelled(DurableError):  # noqa: N818  a contract's name
     """The run was cancelled; its completed steps are kept."""
+
+
+class RunTimeout(DurableError, TimeoutError):  # noqa: N818  a contract's name
+    """A run took longer than its workflow's `timeout`. Its completed steps are kept; `run.resume()` gives it that time anew."""
 
 
 class RunConflictError(DurableError):

@@ -376,7 +376,10 @@ def redefine(workflow: Any, *, name: str | None = None) -> Any:
     called = name or (workflow.name if isinstance(workflow, Workflow) else function.__name__)
     _current.workflow_functions.pop(called, None)
     limit, key = (workflow.limit, workflow.key) if isinstance(workflow, Workflow) else (None, None)
-    return define_workflow(name=called, limit=limit, key=key)(function)
+    made = define_workflow(name=called, limit=limit, key=key)(function)
+    if isinstance(workflow, Workflow):
+        _current.workflow_options[called] = made.options = workflow.options
+    return made
 
 
 def outcomes(store: MemoryStore | Path, run_id: str | None = None) -> list[Outcome]:

@@ -13,12 +13,22 @@ from contextvars import copy_context
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from inspect import isawaitable
 
-from durable_nb._current import current_body, current_run, workflow_functions
+from durable_nb._current import (
+    Body,
+    InvokeRequest,
+    Reported,
+    WorkflowOptions,
+    current_body,
+    current_run,
+    workflow_functions,
+    workflow_options,
+)
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._portable import execute, portable, settled
-from durable_nb._retry import note_failure, retry_delay_s, timed_out
-from durable_nb.errors import RunCancelled, RunConflictError, RunNotFoundError
+from durable_nb._retry import note_failure, retry_delay_s, run_timed_out, timed_out
+from durable_nb.errors import RunCancelled, RunConflictError, RunNotFoundError, RunTimeout
 
 
 class MemoryRun:
@@ -37,22 +47,34 @@ class MemoryRun:
         context = copy_context()
         context.run(current_run.set, self)
         context.run(current_body.set, None)
+        self.facts, self._invoked, self.is_pending = {}, {}, request.delay_s > 0
         self.task = self.loop.create_task(self._drive(), context=context)
 
     async def _drive(self):
+        options = workflow_options.get(self.request.workflow, WorkflowOptions())
         try:
+            if self.is_pending:
+                await self.clock.sleep(self.request.delay_s)
+                self.is_pending = False
+            if options.timeout_s is not None:
+                timeout = self.loop.create_task(self._time_out(options.timeout_s))
+                self._closing.append(partial(_cancelled, timeout))
             args, kwargs = copy.deepcopy((self.request.args, self.request.kwargs))
             self.value = await workflow_functions[self.request.workflow](*args, **kwargs)
             status = Status.COMPLETED
         except asyncio.CancelledError:
             self.error = self.cancelled or RunCancelled(f"{self.label} ended with a CancelledError of its own code")
-            status = Status.CANCELLED
+            status = Status.FAILED if isinstance(self.error, RunTimeout) else Status.CANCELLED
         except Exception as error:
             self.error, status = error, Status.FAILED
         while self._bodies:  # those that have begun end
             await asyncio.wait(self._bodies)
         for close in self._closing:
             await close()
+        if status is Status.FAILED and options.on_failure is not None:
+            current_body.set(Body("on_failure", f"{self.id} on_failure"))
+            told = options.on_failure(self.id, self.error)
+            await told if isawaitable(told) else told
         for path, step in self.steps.items():
             if step.status not in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
                 self.steps[path] = replace(step, status=Status.INTERRUPTED)
@@ -61,8 +83,17 @@ class MemoryRun:
     def cancel(self, why):
         self.cancelled = self.cancelled or why
         self.task.cancel()
+        for child in self._invoked.values():
+            self.runs.cancel(child, "")
         for body in self._bodies:
             body.cancel()
+
+    async def _time_out(self, seconds):
+        def is_busy():
+            return any(run._bodies or run._invoked for run in self.runs.all())
+
+        await self.clock.wait(seconds, is_busy)
+        self.cancel(run_timed_out(self.label, self.id, seconds))
 
     def at_end(self, close):
         self._closing.append(close)
@@ -78,8 +109,29 @@ class MemoryRun:
         self.steps[path] = replace(self.steps[path], status=status, **news)
 
     def step(self, request):
+        if isinstance(request, InvokeRequest):
+            return self._awaited(partial(self._invoke, request, self._add("invoke", request.name)))
         tell = self._add(request.kind, request.name, request.item)
         return self._awaited(partial(self._perform, request, tell))
+
+    async def _invoke(self, request, tell):
+        body = Body(request.name, f"{self.id}/{request.name}/{next(self._children)}")
+        current_body.set(body)
+        self._invoked[request.name] = body.idempotency_key
+        try:
+            tell(Status.RUNNING, attempts=1)
+            value = await request.body()
+        except asyncio.CancelledError:
+            tell(Status.CANCELLED)
+            raise
+        except Exception as error:
+            note_failure(error, request.name, self.label, 1, "call the run's resume()")
+            tell(Status.FAILED, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            del self._invoked[request.name]
+        tell(Status.COMPLETED)
+        return value
 
     async def _awaited(self, work):
         """Whoever gives up waiting doesn't stop it."""
@@ -135,7 +187,10 @@ class MemoryRun:
             await self.clock.sleep(left_s)
         tell(Status.COMPLETED)
 
-    def start(self, request):
+    def start_many(self, requests):
+        return list(map(self._start, requests))
+
+    def _start(self, request):
         self._add("start", request.workflow)(Status.COMPLETED)
         run_id = request.run_id or f"{self.id}/{next(self._children)}"
         return self.runs.start(replace(request, run_id=run_id), self.id)
@@ -147,7 +202,8 @@ class MemoryRun:
         return request.make(self.clock.now())
 
     def publish(self, published):
-        """Nobody watches."""
+        if isinstance(published, Reported):
+            self.facts.update(published.facts)
 
 
 class MemoryEngine:
@@ -166,6 +222,15 @@ class MemoryEngine:
         if request.on_conflict == "fail" or (found.request.args, found.request.kwargs) != (request.args, request.kwargs):
             raise RunConflictError(f"the run id {run_id!r} is used already")
         return run_id
+
+    def start_many(self, requests, parent=""):
+        return [self.start(request, parent) for request in requests]
+
+    def all(self):
+        return [run for run in self._runs.values() if run is not None]
+
+    def facts_of(self, run_id):
+        return dict(self._of(run_id).facts)
 
     def _of(self, run_id):
         if run_id not in self._runs:
@@ -189,7 +254,8 @@ class MemoryEngine:
         self._runs[run_id] = MemoryRun(self, run_id, found.request)
 
     def status_of(self, run_id):
-        return self._of(run_id).status
+        run = self._of(run_id)
+        return Status.PENDING if run.is_pending and run.status is Status.RUNNING else run.status
 
     def check(self, run_id):
         self._of(run_id)
@@ -213,3 +279,7 @@ class MemoryEngine:
 
     def resume(self, run_id, *, take_over):
         """Those that have ended stay as they are."""
+
+
+async def _cancelled(task):
+    task.cancel()

@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
+from durable_nb._codec import digest_of
 from durable_nb._engine.by_history import TIMER, open_attempts, requests_of
 from durable_nb._engine.inbox import Received, wish
 from durable_nb._engine.performer import ended_step
+from durable_nb._engine.reporting import decoded
+from durable_nb._engine.request_tasks import key_of
 from durable_nb._engine.run_log import cancelled, read_log
+from durable_nb._engine.run_time import due_in_s
 from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
 from durable_nb._preview import Preview
 from durable_nb._records import (
+    Asked,
     Attempts,
     Cancel,
     Decided,
@@ -29,6 +34,7 @@ from durable_nb._records import (
     Generation,
     Lease,
     Outcome,
+    Reports,
     Restart,
     RunRecord,
     Sequence,
@@ -132,10 +138,34 @@ class Catalog:
         return sorted(found, key=lambda used: used.started_at, reverse=True)
 
     def snapshot(self, run_id: str) -> Snapshot:
-        """A run with its steps."""
+        """A run with its steps, and those of the children that it has invoked."""
         record, lease = self.find(run_id)
         run = self._ownership.active.get(record.id)
-        return run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+        found = run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+        if all(step.child is None for step in found.steps):
+            return found
+        return replace(found, steps=tuple(one for step in found.steps for one in (step, *self._of_child(step))))
+
+    def _of_child(self, step: Step) -> Iterator[Step]:
+        """The steps of the run that an `invoke` has begun."""
+        if step.child is not None and self.seen(step.child) is not None:
+            for one in self.snapshot(step.child).steps:
+                yield replace(one, path=f"{step.path}/{one.path}")
+
+    def child_of(self, parent: RunRecord, asked: Asked) -> str:
+        """The id of the run that this request has invoked."""
+        return key_of(self._shared.store.id, parent, asked.kind, asked.name, asked.digest, asked.n)
+
+    def reported(self, run_id: str) -> dict[str, Any]:
+        """What the code of a run has reported."""
+        record, _ = self.find(run_id)
+        run = self._ownership.active.get(record.id)
+        if run is not None:
+            return run.reported()
+        key = rec.facts_key(record.id)
+        row = self._journal.get(key)
+        found = unpack(self._signer, key, row, Reports) if row else None
+        return decoded(found.facts) if found is not None and found.generation == record.generation else {}
 
     def unfinished(self) -> Iterator[RunRecord]:
         """The runs that have not ended, whether or not a process executes them; those that can be read."""
@@ -180,10 +210,11 @@ class Catalog:
         return {rec.wait_of_request(record.generation, event.request) for event in events if event.what == "arrived"}
 
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
-        status = self.status(record, lease)
-        waits_for = f"limit {record.limit!r}" if record.limit and status is Status.PENDING else None
+        status, now = self.status(record, lease), self._shared.clock.now()
+        left_s = due_in_s(record, now) if record.status == Status.RUNNING else 0.0
+        waits_for = f"limit {record.limit!r}" if record.limit and status is Status.PENDING and left_s <= 0 else None
         of = record.id, record.name, status, record.started_at, record.ended_at
-        return Snapshot(*of, steps, record.labels, record.error or None, waits_for)
+        return Snapshot(*of, steps, record.labels, record.error or None, waits_for, now.wall_s + left_s if left_s > 0 else None)
 
     def status(self, record: RunRecord, lease: Lease | None) -> Status:
         """How a run stands, given its record and its lease."""
@@ -196,6 +227,8 @@ class Catalog:
             return Status(record.status)
         if not self.is_owned(record.id, lease):
             return Status.INTERRUPTED
+        if due_in_s(record, self._shared.clock.now()) > 0:
+            return Status.PENDING
         if record.limit and lease is not None and self._shared.limits.is_waiting(record, lease.owner):
             return Status.PENDING
         return standing(step.status for _, _, step in self._waits(record))
@@ -242,6 +275,7 @@ class Catalog:
         for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result") and one.value is None):
             end = ends.get(asked.id)
             of = asked.name, "", asked.kind
+            child = self.child_of(record, asked) if asked.kind == "invoke" else None
             if isinstance(end, Outcome):
                 step = ended_step(Step(*of, Status.RUNNING), end, restored=False)
                 if end.is_attempt and asked.id not in retrying:
@@ -254,7 +288,7 @@ class Catalog:
                 step = waits.get(asked.id) or Step(*of, Status.RUNNING if asked.timer is None else Status.PENDING)
                 if record.status != Status.RUNNING:
                     step = replace(step, status=Status.INTERRUPTED)
-            steps.append((asked.id, asked.item, step))
+            steps.append((asked.id, asked.item, step if child is None else replace(step, child=child)))
         return steps
 
     def _of_cell(self, record: RunRecord) -> list[tuple[Sequence, int, Step]]:
@@ -263,7 +297,8 @@ class Catalog:
         for key, row in self._journal.scan(rec.step_prefix(record.scope, record.generation)):
             o = unpack(self._signer, key, row, Outcome)
             if o.run_id == record.id:
-                step = ended_step(Step(o.name, o.branch, o.kind, Status.RUNNING), o, restored=False)
+                child = digest_of(self._shared.store.id, key) if o.kind == "invoke" else None
+                step = ended_step(Step(o.name, o.branch, o.kind, Status.RUNNING, child=child), o, restored=False)
                 found.append((o.sequences[0], o.item, step))
         return found
 

@@ -14,10 +14,12 @@ from durable_nb._arguments import fingerprint_of
 from durable_nb._codec import digest_of
 from durable_nb._current import (
     CalledOff,
+    InvokeRequest,
     Items,
     Published,
     Recorded,
     RecordRequest,
+    Reported,
     SendRequest,
     StartRequest,
     StepRequest,
@@ -40,7 +42,7 @@ from durable_nb._engine.waiting import Waiting
 from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._records import Attempts, Cancel, Outcome, Passing, RunRecord, StepKey
-from durable_nb.errors import LeaseLost, RunCancelled, RunSuspended, StoreError, UnserializableError
+from durable_nb.errors import LeaseLost, RunCancelled, RunNotFoundError, RunSuspended, StoreError, UnserializableError
 
 _POLICY = RunPolicy(keeps_late_results=True, verifies_lease=False)
 
@@ -136,6 +138,8 @@ class CellRun:
         """Read what was recorded. Called once, before `execute`."""
         self._execution.begin(self)  # before the records are read: a body that ends meanwhile adds to them
         await self.recording.load(resumed=self.resumed, reads=self.waiting.reads)
+        await self._execution.reporting.load()
+        self._execution.reporting.release()
 
     async def forget_step(self, name: str) -> None:
         """Execute the steps of that name anew, under identities and idempotency keys of their own."""
@@ -171,6 +175,11 @@ class CellRun:
     def stop(self, why: BaseException) -> None:
         """Cancel the cell's code; `execute` raises `why`. Bodies are cancelled too, but for a suspension."""
         self.scope.stop(why)
+        if isinstance(why, RunCancelled):
+            for call in list(self._at_work):
+                if isinstance(call.request, InvokeRequest):
+                    with contextlib.suppress(RunNotFoundError):  # it was not begun
+                        self._shared.workflows.cancel(call.key, f"with the {self._label}, which invoked it")
         if not isinstance(why, RunSuspended):
             for attempt in list(self._performer.bodies.values()):
                 attempt.cancel()
@@ -247,9 +256,11 @@ class CellRun:
         branch = branch_name()
         key, found = self.recording.identity.step(request, branch)
         path = self._facts.take(branch, request.name, request.items, request.item)
-        self._facts.add(Step(request.name, path, request.kind, Status.PENDING))
+        call = self._call(key, Inputs(request, found), path, branch)
+        child = call.key if isinstance(request, InvokeRequest) else None
+        self._facts.add(Step(request.name, path, request.kind, Status.PENDING, child=child))
         self.restoring.advise_of_origin(key)
-        return self._step(key, self._call(key, Inputs(request, found), path, branch))
+        return self._step(key, call)
 
     def _call(self, key: StepKey, inputs: Inputs, path: str, branch: str) -> StepCall:
         return StepCall(inputs.request, digest_of(self._shared.store.id, key.outcome), path, branch, inputs)
@@ -261,6 +272,12 @@ class CellRun:
                 self._facts.add(*(Step(name, path, "run", Status.PENDING) for path in paths))
             case CalledOff(items):
                 self._facts.call_off(items)
+            case Reported(facts):
+                self._execution.reporting.report(facts)
+
+    def reported(self) -> dict[str, Any]:
+        """What its code has reported."""
+        return self._execution.reporting.facts()
 
     @enters_engine_code
     async def _step(self, key: StepKey, call: StepCall) -> Any:
@@ -385,19 +402,20 @@ class CellRun:
 
     # -- other runs ----------------------------------------------------------------------------------------------------
 
-    def start(self, request: StartRequest) -> str:
-        """Begin a child; without an id of its own it has the same one in every execution."""
-        self.scope.check_open(request.workflow)
+    def start_many(self, requests: list[StartRequest]) -> list[str]:
+        """Begin children; without an id of its own one has the same id in every execution."""
         branch, now = branch_name(), self._execution.now_s()
-        if request.run_id is None:
-            key = self.recording.identity.child(request.workflow, arguments_of(request))
-            parts = self._shared.store.id, self._record.scope, str(self._record.generation), key
-            request.run_id, request.on_conflict = digest_of("start", *parts), "keep"
-        path = self._facts.take(branch, request.workflow)
-        self._facts.add(Step(request.workflow, path, "start", Status.COMPLETED, 1, now, now))
+        for request in requests:
+            self.scope.check_open(request.workflow)
+            if request.run_id is None:
+                key = self.recording.identity.child(request.workflow, arguments_of(request))
+                parts = self._shared.store.id, self._record.scope, str(self._record.generation), key
+                request.run_id, request.on_conflict = digest_of("start", *parts), "keep"
         self.recording.hand_over()
-        self._shared.workflows.start(request, self.id)
-        return request.run_id
+        ids = self._shared.workflows.start_many(requests, self.id)
+        steps = [(request.workflow, self._facts.take(branch, request.workflow)) for request in requests]
+        self._facts.add(*(Step(name, path, "start", Status.COMPLETED, 1, now, now) for name, path in steps))
+        return ids
 
     def result_of(self, run_id: str) -> Coroutine[Any, Any, Any]:
         return self._shared.workflows.outcome(run_id)

@@ -16,6 +16,7 @@ from durable_nb._engine.arrivals import Arrivals
 from durable_nb._engine.inbox import Received, outlasts
 from durable_nb._engine.observing import Observers
 from durable_nb._engine.performer import Performer, RunPolicy, Wording
+from durable_nb._engine.reporting import Reporting
 from durable_nb._engine.run_log import Held, RunLog
 from durable_nb._engine.shared import Shared
 from durable_nb._events import APPROVALS
@@ -48,6 +49,7 @@ class Execution:
         self.log = RunLog(shared.store, record, held)
         self.observers = Observers()
         self.facts = Facts(self.observers.changed)
+        self.reporting = Reporting(self.log)
         self.performer = Performer(shared, self.log, held, self.facts, self.observers, wording, policy)
         self.closing: list[Callable[[], Coroutine[Any, Any, None]]] = []
         """What is to be closed when no body is at work any more."""
@@ -62,10 +64,10 @@ class Execution:
     def now_s(self) -> float:
         return self.shared.clock.now().wall_s
 
-    def snapshot(self, status: Status, waits_for: str | None = None) -> Snapshot:
+    def snapshot(self, status: Status, waits_for: str | None = None, wake_at: float | None = None) -> Snapshot:
         """The run and its steps, as they stand now."""
         of = self.record.id, self.record.name, status, self.began_at, self.ended_at
-        return Snapshot(*of, self.facts.steps(), self.record.labels, self.error, waits_for)
+        return Snapshot(*of, self.facts.steps(), self.record.labels, self.error, waits_for, wake_at)
 
     def begin(self, run: Any) -> None:
         """`run` is what executes it here from now on."""
@@ -188,6 +190,8 @@ class Execution:
         ownership.changing.add(run_id)
         self.error = rec.plain(error) or None
         self.leave(status)
+        self.reporting.release()
+        self.reporting.write()
         try:
             for key in self.shared.left_over(run_id):  # bodies of an earlier execution that this one did not ask for
                 body = self.shared.bodies.pop(key)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from durable_nb import _records as rec
 from durable_nb._engine.arrivals import Wait
@@ -50,6 +50,10 @@ class Executed(Protocol):
 
     def snapshot(self) -> Snapshot:
         """How it and its steps stand now."""
+        ...
+
+    def reported(self) -> dict[str, Any]:
+        """What its code has reported."""
         ...
 
     def die(self) -> None:
@@ -116,16 +120,20 @@ class Ownership:
         commit, held = self._claiming(record, lease, deletes, first)
         return self._claimed(held, await self.store.writer.commit(replace(commit, inserts=inserts)))
 
-    def claim_and_wait(self, record: RunRecord, row: tuple[str, bytes]) -> Held | None:
-        """A new run, for synchronous code: its record and `row` are on disk when this returns. None: there is one of that id.
+    def claim_and_wait(self, records: list[RunRecord], rows: list[tuple[str, bytes]]) -> list[Held]:
+        """New runs, for synchronous code: their records and `rows` are on disk when this returns, by one commit. Empty, and
+        nothing is written, where there is a run of one of these ids.
 
         That there is no lease doesn't say so: another process may have started the run meanwhile, and completed it.
         """
-        commit, held = self._claiming(record, None, (), None)
-        key = rec.run_key(record.id)
-        new = tuple(row for row in commit.puts if row[0] == key)
-        commit = replace(commit, inserts=new, puts=(row, *(row for row in commit.puts if row[0] != key)))
-        return self._claimed(held, self.store.writer.commit_and_wait(commit))
+        inserts, puts, held = list[tuple[str, bytes]](), list(rows), list[Held]()
+        for record in records:
+            commit, mine = self._claiming(record, None, (), None)
+            held.append(mine)
+            for row in commit.puts:
+                (inserts if row[0] == rec.run_key(record.id) else puts).append(row)
+        verdict = self.store.writer.commit_and_wait(Commit(inserts=tuple(inserts), puts=tuple(puts)))
+        return [mine for mine in held if self._claimed(mine, verdict) is not None]
 
     def claim_for_nobody(
         self,
@@ -161,7 +169,7 @@ class Ownership:
             self.pack(rec.run_key(record.id), record),
             (open_key, self.store.signer.sign(open_key, b"")),
         ]
-        if record.limit and record.due_at is None:  # from now on none that is started later overtakes it
+        if record.limit and record.since_s >= 0:  # from now on none that is started later overtakes it
             puts.append(self.waiting_row(record))
         guard = lease_key, before
         if first is not None:

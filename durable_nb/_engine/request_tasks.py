@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
 from durable_nb import _codec
 from durable_nb._codec import digest_of
-from durable_nb._current import StartRequest
+from durable_nb._current import InvokeRequest, StartRequest
 from durable_nb._engine.arrivals import is_addressed
 from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import Request
@@ -24,9 +24,9 @@ from durable_nb._engine.run_log import LinearLog, say
 from durable_nb._events import approvals_policy, came
 from durable_nb._facts import Status
 from durable_nb._journal import Verdict
-from durable_nb._records import Attempts, Event, Notification, Timer, wait_of_request
+from durable_nb._records import Attempts, Event, Notification, RunRecord, Timer, wait_of_request
 from durable_nb._replay import Wait, decide_sleep
-from durable_nb.errors import DurableError, LeaseLost, StepInterrupted, StoreError, UnserializableError
+from durable_nb.errors import DurableError, LeaseLost, RunNotFoundError, StepInterrupted, StoreError, UnserializableError
 
 
 class RequestTasks:
@@ -94,17 +94,21 @@ class RequestTasks:
     def is_at_work(self) -> bool:
         """Is a body executed, or about to be?"""
         at_work = (Status.PENDING, Status.RUNNING)
-        return any(ask.is_step and self._facts[ask.path].status in at_work for ask in self._working.values())
+        steps = (ask for ask in self._working.values() if ask.is_step and not isinstance(ask.what, InvokeRequest))
+        return any(self._facts[ask.path].status in at_work for ask in steps)
 
     def key(self, request: Request) -> str:
         """The idempotency key: of the request among its equals, never of a place in the log."""
         digest = request.recorded_digest if request.recorded_digest is not None else request.digest
-        record = self._execution.record
-        of = self._shared.store.id, record.id, str(record.generation)
-        return digest_of(*of, request.kind, request.name, digest, str(request.n))
+        return key_of(self._shared.store.id, self._execution.record, request.kind, request.name, digest, request.n)
 
-    def cancel(self) -> None:
-        """Stop what can be stopped of what has begun, or waits to be tried again."""
+    def cancel(self, asks: Iterable[Ask], reason: str) -> None:
+        """Stop what can be stopped of what has begun, or waits to be tried again; and the children that were invoked by `asks`,
+        in this execution or an earlier one."""  # fmt: skip
+        for ask in asks:
+            if isinstance(ask.what, InvokeRequest):
+                with contextlib.suppress(RunNotFoundError):  # it was not begun
+                    self._shared.workflows.cancel(self.key(ask.request), reason)
         for ask in list(self._working.values()):
             body = self._performer.bodies.get(self.key(ask.request)) if ask.is_step else None
             if body is not None:
@@ -172,6 +176,8 @@ class RequestTasks:
             step, of = self._facts[ask.path], (ask.what.kind, ask.what.name, self._execution.record.id)
             since = self._shared.clock.now()
             call.failures = Attempts(*of, ask.failed, step.error or "", step.started_at or since.wall_s, since, 0.0)
+        if isinstance(ask.what, InvokeRequest):
+            self._facts.update(ask.path, child=key)
         if self._outbox.unrecorded:
             self._outbox.record_soon()
 
@@ -339,3 +345,8 @@ def undelivered(row: Event, ask: Ask) -> Received:
     """An event that was recorded for a wait which had been given up by then."""
     event_id = ask.timer.of if ask.timer else ""
     return Received(row.source, b"", Notification(event_id, row.form, row.value, row.blob, row.wall_s))
+
+
+def key_of(store_id: str, record: RunRecord, kind: str, name: str, digest: str, n: int) -> str:
+    """The idempotency key of the `n`th such request of that run."""
+    return digest_of(store_id, record.id, str(record.generation), kind, name, digest, str(n))

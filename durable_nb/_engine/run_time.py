@@ -12,6 +12,12 @@ from asyncio import events
 from collections.abc import Callable
 
 from durable_nb._clock import RECHECK_S, Clock, Instant, elapsed_s
+from durable_nb._records import RunRecord
+
+
+def due_in_s(record: RunRecord, now: Instant) -> float:
+    """So long until a run is to begin that was started with a delay; 0 or less: it has begun."""
+    return -(record.since_s + elapsed_s(record.since, now)) if record.since is not None else 0.0
 
 
 class RunTime:
@@ -31,6 +37,15 @@ class RunTime:
     def begin(self, at_s: float) -> None:
         """An execution begins: its time goes on from `at_s` at the earliest, which is on record."""
         self.since_s, self.since = max(self.now_s(), at_s), self._clock.now()
+
+    async def until(self, at_s: float, is_busy: Callable[[], bool]) -> None:
+        """Return when the run's time is that. `is_busy`: is something executed? Then it is waited for by the clock, also where
+        that can skip time."""  # fmt: skip
+        left = at_s - self.now_s()
+        while left > 0:
+            piece = min(left, RECHECK_S)
+            is_over = await self._clock.wait(piece, is_busy)
+            left = left - piece if is_over else at_s - self.now_s()
 
     def add(self, handle: events.TimerHandle, number: int) -> None:
         """A timer of the code's, with the number of its request."""
@@ -67,11 +82,7 @@ class RunTime:
             self._alarm.cancel()
 
     async def _wake(self, due_s: float, fire: Callable[[int, float], object], is_at_work: Callable[[], bool]) -> None:
-        left = due_s - self.now_s()
-        while left > 0:
-            piece = min(left, RECHECK_S)
-            is_over = await self._clock.wait(piece, is_at_work)
-            left = left - piece if is_over else due_s - self.now_s()
+        await self.until(due_s, is_at_work)
         if self._timers and self._timers[0][0] == due_s:
             _, number, _ = heapq.heappop(self._timers)
             self._alarm = None

@@ -36,7 +36,7 @@ from durable_nb._events import came
 from durable_nb._facts import Status, Step
 from durable_nb._journal import Verdict
 from durable_nb._records import Asked, Event, Outcome
-from durable_nb.errors import DurableError, NonDeterminismError, NotSupportedError, RunCancelled, StoreError
+from durable_nb.errors import DurableError, NonDeterminismError, NotSupportedError, RunCancelled, RunTimeout, StoreError
 
 SLICE_S = 0.01
 """So long the workflow's code has the kernel's loop at a time."""
@@ -81,7 +81,7 @@ class Stepper:
             execution,
             self._log,
             self.outbox,
-            is_cancelled=lambda: not self.is_over and self.cancelled is not None,
+            is_cancelled=lambda: not self.is_over and (self.cancelled or self._timed_out) is not None,
             failed=self.fail,
             lost=lost,
             interrupted=lambda: self._host_loop.call_soon(self.interrupt),
@@ -96,6 +96,10 @@ class Stepper:
         self.ended: asyncio.Future[Over] = self._host_loop.create_future()
         self.cancelled: RunCancelled | None = None
         """The run is being cancelled: its code unwinds."""
+        self._timeout: RunTimeout | None = None
+        """The run has taken too long; that is recorded when all that happened before is delivered."""
+        self._timed_out: RunTimeout | None = None
+        """The same, delivered: its code unwinds."""
         self.broken: NonDeterminismError | None = None
         # requests, by where they stand
         self._fresh: list[Ask] = []
@@ -114,6 +118,8 @@ class Stepper:
         """Messages that asked for the cancellation, while that is not recorded."""
         self._closed = -1
         """The last activation that is over."""
+        self.is_pending = False
+        """The run is to begin later."""
         self.is_over = False
         self._is_live = self._is_scheduled = False
 
@@ -198,13 +204,25 @@ class Stepper:
         """Unwind the code at its next await; a second time, end at once. `delivered`: the messages that ask for it go in the
         commit that records it."""  # fmt: skip
         self._delivering += delivered
-        if self.cancelled is not None:
-            if self._is_live:
-                self.end(Over(Status.CANCELLED, error=self.cancelled))
+        if self.cancelled is not None or self.is_pending:
+            if self._is_live or self.is_pending:
+                self.end(Over(Status.CANCELLED, error=self.cancelled or why))
             return
         self.cancelled = why
         if self._is_live:
             self._record_cancellation(why)
+
+    def time_out(self, error: RunTimeout) -> None:
+        """Unwind the code at its next await, unless it does already; the run fails with this error then."""
+        if self._timeout is None:
+            self._timeout = error
+            if self._is_live:
+                self._record_timeout(error)
+
+    def is_busy(self) -> bool:
+        """Is something on its way, so that time can't be skipped?"""
+        others = any(not body.is_over and body.request.kind != "invoke" for body in self._shared.bodies.values())
+        return others or not self._is_live or bool(self.outbox.count or self._due or self._is_scheduled)
 
     def unwind(self) -> None:
         """The execution has ended while its code is suspended: let it tidy up, without asking for anything."""
@@ -372,10 +390,13 @@ class Stepper:
     def _go_live(self) -> None:
         """Everything recorded was asked for and delivered: from here on bodies begin."""
         self._is_live = True
-        if self.cancelled is None:
-            self._begin_wanted()
+        self._execution.reporting.release()
+        if self.cancelled is not None:  # what is wanted after that begins
+            self._record_cancellation(self.cancelled)
+        elif self._timeout is not None:
+            self._record_timeout(self._timeout)
         else:
-            self._record_cancellation(self.cancelled)  # what is wanted after that begins
+            self._begin_wanted()
 
     def _begin_wanted(self) -> None:
         wanted, self._wanted = self._wanted[:_AT_ONCE], self._wanted[_AT_ONCE:]
@@ -412,8 +433,7 @@ class Stepper:
         def look() -> None:
             self._idle = None
             if not self.is_over and self._is_idle():
-                never = Over(Status.FAILED, error=self._never_woken())
-                self.end(never if self.cancelled is None else Over(Status.CANCELLED, error=self.cancelled))
+                self.end(self._unwound() or Over(Status.FAILED, error=self._never_woken()))
 
         if self._idle is None and self._is_idle():
             self._idle = self._host_loop.call_later(_IDLE_S, look)
@@ -455,9 +475,11 @@ class Stepper:
     def _deliver_cancellation(self, row: Row) -> None:
         if self._main is not None:
             self.loop.call_soon(self._main.cancel)
-        self.tasks.cancel()
-        if self.cancelled is None:
+        if row.what == "timeout":
+            self._timed_out = self._timeout = RunTimeout(row.error)
+        elif self.cancelled is None:
             self.cancelled = cancelled(self._execution.record.id, row.error)
+        self.tasks.cancel(list(self._open.values()), f"with the run {self._execution.record.id!r}, which invoked it")
 
     def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
         ask = self._open.pop(row.request)
@@ -547,6 +569,10 @@ class Stepper:
         consumed, self._delivering = self._delivering, ()
         self.outbox.append(Event("cancel", error=str(why)), deletes=consumed)
 
+    def _record_timeout(self, error: RunTimeout) -> None:
+        if self.cancelled is None:
+            self.outbox.append(Event("timeout", error=str(error)))
+
     # -- ending ------------------------------------------------------------------------------------------------------
 
     def _returned(self, main: asyncio.Task[Any]) -> None:
@@ -562,8 +588,8 @@ class Stepper:
         error = None if main.cancelled() else main.exception()
         if isinstance(error, RuntimeError) and "different" in str(error) and "loop" in str(error):
             error.add_note(f"durable_nb: {self._never_woken()}")
-        if self.cancelled is not None:
-            self.end(Over(Status.CANCELLED, error=self.cancelled, ended_by=()))
+        if (unwound := self._unwound()) is not None:
+            self.end(unwound)
         elif main.cancelled():
             own = RunCancelled(f"{self._label} ended with a CancelledError of its own code")
             self.end(Over(Status.CANCELLED, error=own))
@@ -585,6 +611,14 @@ class Stepper:
                 )
             else:
                 self.end(Over(Status.COMPLETED, value=main.result()))
+
+    def _unwound(self) -> Over | None:
+        """How the run ends when its code has unwound; None where it was not told to."""
+        if self.cancelled is not None:
+            return Over(Status.CANCELLED, error=self.cancelled)
+        if self._timed_out is not None:
+            return Over(Status.FAILED, error=self._timed_out, ended_by=(-1,))
+        return None
 
     def fail(self, error: BaseException) -> None:
         """The execution can't go on; the run can, when the cause is gone."""

@@ -8,24 +8,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextvars import copy_context
 from typing import Any
 
 from durable_nb import _codec
 from durable_nb import _records as rec
+from durable_nb._clock import RECHECK_S
 from durable_nb._codec import digest_of
 from durable_nb._current import (
+    Body,
     CalledOff,
     Items,
     Published,
     Recorded,
     RecordRequest,
+    Reported,
     SendRequest,
     StandsFor,
     StartRequest,
     StepRequest,
     WaitRequest,
+    WorkflowOptions,
+    current_body,
+    current_run,
 )
 from durable_nb._engine.arrivals import Wait
 from durable_nb._engine.asking import Ask
@@ -42,9 +50,11 @@ from durable_nb._engine.stepping import Over, Stepper
 from durable_nb._events import Delivery
 from durable_nb._facts import Snapshot, Status
 from durable_nb._records import Arguments, Cancel, Restart, Result, RunRecord, unpack
+from durable_nb._retry import run_timed_out
 from durable_nb.errors import (
     CorruptStoreError,
     LeaseLost,
+    NonDeterminismError,
     NotInRunError,
     NotSupportedError,
     RunCancelled,
@@ -60,14 +70,14 @@ class WorkflowRun:
 
     is_replayed = True
 
-    def __init__(self, shared: Shared, record: RunRecord, held: Held) -> None:
+    def __init__(self, shared: Shared, record: RunRecord, held: Held, options: WorkflowOptions) -> None:
         self.id, self.name = record.id, record.name
         self._label = f"run {record.id!r} of workflow {record.name!r}"
         rerun = "call the run's resume()"
         wording = Wording(self._label, rerun, rerun, "begin the run anew with its restart()")
         self._execution = Execution(shared, record, held, wording, _POLICY)
         self._execution.began_at = record.started_at
-        self._shared, self._held = shared, held
+        self._shared, self._held, self._options = shared, held, options
         self._host_loop = self._execution.loop
         self._stepper = Stepper(self._execution, lost=self._give_way)
         self._stopped: BaseException | None = None
@@ -109,11 +119,15 @@ class WorkflowRun:
 
     def snapshot(self) -> Snapshot:
         """How the run and its steps stand now."""
-        return self._execution.snapshot(self.standing(), self._waits_for)
+        left_s = -self._stepper.run_time.now_s() if self._stepper.is_pending else None
+        wake_at = None if left_s is None else self._execution.now_s() + left_s
+        return self._execution.snapshot(self.standing(), self._waits_for, wake_at)
 
     def standing(self) -> Status:
         """How the run stands now. May be asked by any thread, and takes as long however many steps there are."""
         status = self._execution.status
+        if self._stepper.is_pending:
+            return Status.PENDING
         if status is not Status.RUNNING or self._execution.performer.bodies:
             return status
         if self._entering is not None:
@@ -135,6 +149,12 @@ class WorkflowRun:
                 pass  # they were asked for, as the history tells
             case StandsFor(error, value):
                 self._stepper.stands_for(error, value)
+            case Reported(facts):
+                self._execution.reporting.report(facts)
+
+    def reported(self) -> dict[str, Any]:
+        """What its code has reported."""
+        return self._execution.reporting.facts()
 
     def wait(self, request: WaitRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
@@ -151,8 +171,12 @@ class WorkflowRun:
         ask.is_wanted = True
         return Delivery(request.event_id, sent=lambda: _run_ids(ask))
 
-    def start(self, request: StartRequest) -> str:
-        """The child's id, fixed now; it begins when the code awaits next."""
+    def start_many(self, requests: list[StartRequest]) -> list[str]:
+        """The children's ids, fixed now; they begin when the code awaits next."""
+        __tracebackhide__ = True
+        return [self._start(request) for request in requests]
+
+    def _start(self, request: StartRequest) -> str:
         __tracebackhide__ = True
         self._check_open(request.workflow)
         if self._stepper.broken is not None:
@@ -230,6 +254,8 @@ class WorkflowRun:
     async def drive(self, function: Any) -> Any:
         """Execute the workflow's function from its recorded arguments; what it returns or raises, written down."""
         self._execution.begin(self)
+        await self._execution.reporting.load()
+        await self._due()
         async with self._in_limit() as share:
             return await self._drive(function, share)
 
@@ -237,7 +263,7 @@ class WorkflowRun:
     async def _in_limit(self) -> AsyncIterator[Share | None]:
         """Hold a share of the run's limit, sleeping and waiting included. One that is stopped or cancelled waits for none."""
         record, share = self._execution.record, None
-        if record.limit:
+        if record.limit and not self._stepper.is_over:
             self._shared.ownership.changing.discard(self.id)
             entering = asyncio.ensure_future(self._shared.limits.enter_run(record, self._say_that_it_waits))
             self._entering, whatever = entering, set[asyncio.Future[Any]]((entering, self._stepper.ended))
@@ -262,25 +288,55 @@ class WorkflowRun:
 
     async def _drive(self, function: Any, share: Share | None) -> Any:
         stepper = self._stepper
-        await stepper.begin(self, function, self._arguments)
-        self._shared.ownership.changing.discard(self.id)
-        self.hear(self._held.row, self._shared.ownership.inbox.of(self.id))  # sent before there was anybody to hear it
+        if not stepper.is_over:
+            await stepper.begin(self, function, self._arguments)
+            self._listen()
         if self._stopped is not None:
             stepper.end(Over(Status.INTERRUPTED, error=self._stopped))
         else:
             stepper.go()
             if share is not None:
                 self._host_loop.call_soon(share.begun)
+        timeout = asyncio.ensure_future(self._time_out())
         try:
             try:
                 over = await asyncio.shield(stepper.ended)
             except asyncio.CancelledError as stopped:
                 self.stop(stopped)
                 over = stepper.ended.result() if stepper.ended.done() else Over(Status.INTERRUPTED, error=stopped)
+            timeout.cancel()
             return await self._conclude(over)
         finally:
+            timeout.cancel()
             stepper.close()
             await self._execution.close()
+
+    async def _due(self) -> None:
+        """Return when a run that was started with a delay is to begin, or has ended before."""
+        stepper = self._stepper
+        while (left_s := -stepper.run_time.now_s()) > 0 and not stepper.is_over:
+            if not stepper.is_pending:
+                stepper.is_pending = True
+                self._listen()
+                continue
+            pause: asyncio.Future[Any] = asyncio.ensure_future(self._shared.clock.sleep(min(left_s, RECHECK_S)))
+            try:
+                await asyncio.wait({pause, stepper.ended}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                pause.cancel()
+        stepper.is_pending = False
+
+    def _listen(self) -> None:
+        """From here on the run hears what others want of it; and now, what was sent before there was anybody to hear it."""
+        self._shared.ownership.changing.discard(self.id)
+        self.hear(self._held.row, self._shared.ownership.inbox.of(self.id))
+
+    async def _time_out(self) -> None:
+        """Tell the code when the run has taken too long."""
+        limit_s, stepper = self._options.timeout_s, self._stepper
+        if limit_s is not None:
+            await stepper.run_time.until(self._execution.record.counts_from_s + limit_s, stepper.is_busy)
+            stepper.time_out(run_timed_out(self._label, self.id, limit_s))
 
     def stop(self, why: BaseException) -> None:
         """Cancelled, the code unwinds; for any other reason nothing of it is executed any more."""
@@ -353,6 +409,8 @@ class WorkflowRun:
             with contextlib.suppress(StoreError):  # the disk's failure is none of the run's: it goes on once the cause is gone
                 await self._finish(status, None, over.ended_by, form, data)
             raise error
+        if status is Status.FAILED and error is not None and not isinstance(error, NonDeterminismError):
+            await self._tell_of_failure(error)
         await self._finish(status, error, over.ended_by, form, data)
         if status is Status.COMPLETED:
             return value
@@ -361,6 +419,24 @@ class WorkflowRun:
         if status is Status.INTERRUPTED:
             raise asyncio.CancelledError from error
         return None  # SystemExit: out of a task, it would end the loop; the record has it
+
+    async def _tell_of_failure(self, error: BaseException) -> None:
+        """Call the workflow's `on_failure`. Killed in it, the run has not failed yet: whoever resumes it comes here again."""
+        tell = self._options.on_failure
+        if tell is None:
+            return
+        context = copy_context()
+        key = digest_of(self._shared.store.id, self.id, str(self._execution.record.generation), "on_failure")
+        context.run(current_run.set, self)
+        context.run(current_body.set, Body("on_failure", key))
+        call = functools.partial(tell, self.id, error)
+        try:
+            if inspect.iscoroutinefunction(tell):
+                await self._host_loop.create_task(call(), context=context)
+            else:
+                await self._shared.workers.submit(call, context)
+        except Exception as failed:
+            self.observers.notice(f"on_failure of {self._label} failed itself: {say(failed)}; the run's own error stands")
 
     async def _finish(
         self, status: Status, error: BaseException | None, ended_by: tuple[int, ...], form: str, data: bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Coroutine
@@ -18,7 +19,17 @@ from typing import Any
 from durable_nb import _codec
 from durable_nb import _records as rec
 from durable_nb._clock import elapsed_s
-from durable_nb._current import Limit, SendRequest, StartRequest, current_body, current_run, use_engine, workflow_functions
+from durable_nb._current import (
+    Limit,
+    SendRequest,
+    StartRequest,
+    WorkflowOptions,
+    current_body,
+    current_run,
+    use_engine,
+    workflow_functions,
+    workflow_options,
+)
 from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
@@ -46,6 +57,8 @@ from durable_nb.errors import (
     StoreError,
     UnserializableError,
 )
+
+_UNDONE = frozenset((Status.FAILED, Status.CANCELLED))
 
 
 class Workflows:
@@ -81,61 +94,80 @@ class Workflows:
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def start(self, request: StartRequest, parent: str = "") -> str:
-        arguments, inputs = _encoded(request.workflow, request.args, request.kwargs)
-        new = request.run_id if request.run_id is not None else new_id()
-        found = self.catalog.seen(new)
-        if found is None:
-            self._loop_for(new)  # before anything is recorded
-            if self._begin(new, request, arguments, inputs, parent):
-                return new
-            found = self.catalog.seen(new)  # another process started it in this very moment
-        if found is not None:
-            self._attach(*found, request.workflow, inputs, request.on_conflict)
-        return new
+        return self.start_many([request], parent)[0]
 
-    def _begin(self, new: str, request: StartRequest, arguments: Arguments, inputs: str, parent: str) -> bool:
-        """Record a new run, and execute it; False where there is one of that id."""
+    def start_many(self, requests: list[StartRequest], parent: str = "") -> list[str]:
+        starts = [
+            _Start(request, *_encoded(request.workflow, request.args, request.kwargs), request.run_id or new_id())
+            for request in requests
+        ]
+        while True:
+            known = [(start, found) for start in starts if (found := self._known(start)) is not None]
+            for start, found in known:
+                self._check_conflict(*found, start)
+            there = {start.run_id for start, _ in known}
+            new = {start.run_id: start for start in reversed(starts) if start.run_id not in there}
+            for start in starts:
+                first = new.get(start.run_id)
+                if first is not None and (first.request.workflow, first.inputs) != (start.request.workflow, start.inputs):
+                    raise _conflict(start.run_id, "the same list, with other arguments")
+            # Others may have started one of them in this very moment: then nothing was begun, and it is looked again.
+            if not new or self._begin(list(reversed(new.values())), parent):
+                for start, found in known:
+                    self._attach(*found, start.request.on_conflict)
+                return [start.run_id for start in starts]
+
+    def _known(self, start: _Start) -> tuple[RunRecord, Lease | None] | None:
+        return self.catalog.seen(start.run_id) if start.request.run_id is not None else None
+
+    def _begin(self, starts: list[_Start], parent: str) -> bool:
+        """Record new runs, and execute them; False, and none is recorded, where there is one of such an id."""
         ownership, now = self._ownership, self._shared.clock.now()
-        scope = rec.scope_of(f"~run {new}")
-        home = self.home_of(workflow_functions.get(request.workflow))
-        of = new, "workflow", request.workflow, scope, 0, inputs, now.wall_s
-        record = RunRecord(*of, labels=request.labels, home=home, parent=parent, since=now)
-        if request.limit is not None:
-            record = self._limited(record, request.limit, request.limit_key)
-        if len(arguments.value) >= BLOB_BYTES:
-            arguments = replace(arguments, value=b"", blob=self._store.journal.put_blob(arguments.value))
+        records, rows = [], []
+        for start in starts:
+            self._loop_for(start.run_id)  # before anything is recorded
+            request, arguments = start.request, start.arguments
+            scope = rec.scope_of(f"~run {start.run_id}")
+            home = self.home_of(workflow_functions.get(request.workflow))
+            of = start.run_id, "workflow", request.workflow, scope, 0, start.inputs, now.wall_s
+            record = RunRecord(*of, labels=request.labels, home=home, parent=parent, since=now, since_s=-request.delay_s)
+            record = replace(record, is_invoked=request.is_invoked)
+            records.append(self._limited(record, request.limit, request.limit_key) if request.limit is not None else record)
+            if len(arguments.value) >= BLOB_BYTES:
+                arguments = replace(arguments, value=b"", blob=self._store.journal.put_blob(arguments.value))
+            rows.append(ownership.pack(rec.arguments_key(start.run_id), arguments))
         try:
-            held = ownership.claim_and_wait(record, ownership.pack(rec.arguments_key(new), arguments))
-            if held is None:
-                return False
-            self._spawn(new, lambda: self._execute(record, held))
+            held = ownership.claim_and_wait(records, rows)
+            for record, mine in zip(records, held, strict=False):
+                self._spawn(record.id, functools.partial(self._execute, record, mine))
         except BaseException:  # a KeyboardInterrupt: what was begun is nobody's, and can be resumed
-            ownership.disown(new)
+            for record in records:
+                if record.id not in self._tasks:
+                    ownership.disown(record.id)
             raise
-        return True
+        return bool(held)
 
     def _limited(self, record: RunRecord, limit: Limit, key: str) -> RunRecord:
         self._shared.limits.know(limit)
         return replace(record, limit=limit.name, limit_key=key, place=next_place(self._shared.clock))
 
-    def _attach(self, record: RunRecord, lease: Lease | None, workflow: str, inputs: str, on_conflict: str) -> None:
-        """There is a run of that id: is it the same, and what is to be done with it?"""
-        same = (record.kind, record.name) == ("workflow", workflow)
+    def _check_conflict(self, record: RunRecord, lease: Lease | None, start: _Start) -> None:
+        """There is a run of that id: is it the same, and may it be attached to?"""
+        inputs, on_conflict = start.inputs, start.request.on_conflict
+        same = (record.kind, record.name) == ("workflow", start.request.workflow)
         if not same or (record.inputs != inputs and on_conflict != "keep"):
-            what = "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}"
-            raise RunConflictError(
-                f"the run id {record.id!r} is used already, by {what}; nothing was started. Use another id, or "
-                f"find that run with durable.get_run({record.id!r})"
-            )
+            raise _conflict(record.id, "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}")
         if on_conflict == "fail":
             status = self.catalog.status(record, lease)
             raise RunConflictError(f"the run {record.id!r} was started already (it is {status}); nothing was started")
+        if on_conflict == "restart" and self.catalog.is_owned(record.id, lease):
+            raise RunConflictError(
+                f"the run {record.id!r} is being executed (it is {self.catalog.status(record, lease)}), so it was not "
+                "restarted; nothing was started. Cancel it first, with the run's cancel()"
+            )
+
+    def _attach(self, record: RunRecord, lease: Lease | None, on_conflict: str) -> None:
         if on_conflict == "restart":
-            if self.catalog.is_owned(record.id, lease):
-                raise RunConflictError(
-                    f"the run {record.id!r} is being executed (it is {self.catalog.status(record, lease)}), so it was not "
-                    "restarted; nothing was started. Cancel it first, with the run's cancel()"
-                )
             self._go(record, lease, anew=True)
         elif record.status == Status.RUNNING and not self.catalog.is_owned(record.id, lease):
             self._go(record, lease)
@@ -181,12 +213,20 @@ class Workflows:
 
     def cancel(self, run_id: str, reason: str) -> None:
         while True:
-            record, _, row = self._found(run_id)
+            record, lease, row = self._found(run_id)
             if record.status != Status.RUNNING and record.id not in self._tasks:
                 return
             # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
             if self._send(record.id, row, Cancel(reason, self._shared.clock.now().wall_s)):
-                return  # else it has changed hands, or ended, in this very moment
+                break  # else it has changed hands, or ended, in this very moment
+        if not self.catalog.is_owned(record.id, lease):  # else its executor cancels them
+            self._cancel_invoked(record.id)
+
+    def _cancel_invoked(self, parent: str) -> None:
+        """The children that a run has invoked are cancelled, since nobody waits for them any more."""
+        for child, _ in list(self.catalog.all()):
+            if child.parent == parent and child.is_invoked and child.status == Status.RUNNING:
+                self.cancel(child.id, f"with the run {parent!r}, which invoked it")
 
     def _found(self, run_id: str) -> tuple[RunRecord, Lease | None, bytes]:
         """A run as it stands, and its record's row, which a message may be conditional on."""
@@ -240,6 +280,8 @@ class Workflows:
         ready = self._ready(record, stale, anew=anew)
         for child in ready.children:
             self.resume(child, take_over=False)
+        if anew:
+            self._cancel_invoked(record.id)
         asked = self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s))
         self._ownership.claim_for_nobody(ready.record, lease, deletes=ready.deletes, inserts=(*ready.rows, asked))
 
@@ -335,6 +377,8 @@ class Workflows:
         ready = await self._store.writer.call(lambda: self._ready(record, stale, anew=anew))
         for child in ready.children:
             self.resume(child, take_over=False)
+        if anew:
+            self._cancel_invoked(record.id)
         held = await self._ownership.claim(ready.record, lease, deletes=ready.deletes, inserts=ready.rows)
         if held is None:
             return  # another process was faster: it executes the run, and who waits here hears of it by the journal
@@ -344,12 +388,14 @@ class Workflows:
         """What is to be written for a run to be executed from here on; `stale`: rows that go. Only looks."""
         now, rows, deletes, children = self._shared.clock.now(), list[tuple[str, bytes]](), stale, list[str]()
         since, since_s, generation = record.since, record.since_s, record.generation
+        counts_from_s = record.counts_from_s
         if anew:
-            since, since_s, generation = now, 0.0, generation + 1
+            since, since_s, generation, counts_from_s = now, 0.0, generation + 1, 0.0
             record = replace(record, place=next_place(self._shared.clock) if record.limit else 0)
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
             since_s, rows, cleared, children = self._resumption(record)
+            counts_from_s = since_s
             deletes += cleared
         elif since is None or since.boot != now.boot:  # from here on this boot's clock tells the run's time
             since_s, since = since_s + elapsed_s(since or now, now), now
@@ -362,6 +408,7 @@ class Workflows:
             ended_by=(),
             since=since,
             since_s=since_s,
+            counts_from_s=counts_from_s,
         )
         return _Ready(record, tuple(rows), deletes, tuple(children))
 
@@ -382,17 +429,22 @@ class Workflows:
         event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._shared.clock.now().wall_s)
         attempts = rec.attempts_prefix(record.scope, record.generation)
         cleared = tuple(f"{attempts}{request:08}" for request in record.ended_by)
-        return since_s, [self._ownership.pack(key, event)], cleared, self._failed_children(rows, event)
+        return since_s, [self._ownership.pack(key, event)], cleared, self._failed_children(record, rows, event)
 
-    def _failed_children(self, rows: list[Row], resumed: Event) -> list[str]:
+    def _failed_children(self, parent: RunRecord, rows: list[Row], resumed: Event) -> list[str]:
+        """Also those that were invoked and that were cancelled with it."""
         stand = {delivery.id for delivery in deliveries_of([*rows, resumed])}
-        again = [one.name for row in rows for one in row.asked if one.kind == "result" and one.id not in stand]
-        found = [(child, self.catalog.seen(child)) for child in again]
-        return [child for child, seen in found if seen is not None and self.catalog.status(*seen) is Status.FAILED]
+        again = [one for row in rows for one in row.asked if one.kind in ("result", "invoke") and one.id not in stand]
+        children = [
+            (one.name, {Status.FAILED}) if one.kind == "result" else (self.catalog.child_of(parent, one), _UNDONE)
+            for one in again
+        ]
+        found = [(child, ends, self.catalog.seen(child)) for child, ends in children]
+        return [child for child, ends, seen in found if seen is not None and self.catalog.status(*seen) in ends]
 
     async def _execute(self, record: RunRecord, held: Held) -> None:
         self._ownership.watch()
-        run = WorkflowRun(self._shared, record, held)
+        run = WorkflowRun(self._shared, record, held, workflow_options.get(record.name, WorkflowOptions()))
         try:
             await run.drive(workflow_functions[record.name])
         except Restarted:
@@ -454,6 +506,9 @@ class Workflows:
     def snapshot(self, run_id: str) -> Snapshot:
         return self.catalog.snapshot(run_id)
 
+    def facts_of(self, run_id: str) -> dict[str, Any]:
+        return self.catalog.reported(run_id)
+
     def observers_of(self, run_id: str) -> Observers | None:
         """Where a run that this process executes can be subscribed to; None for any other."""
         run = self._ownership.active.get(run_id)
@@ -486,6 +541,17 @@ class Workflows:
 
 
 @dataclass(frozen=True, slots=True)
+class _Start:
+    """A run that is to be started."""
+
+    request: StartRequest
+    arguments: Arguments
+    inputs: str
+    """Digest of the arguments."""
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Ready:
     """What the claim of a run writes."""
 
@@ -500,6 +566,13 @@ def _stale(inbox: list[Received], *, anew: bool) -> tuple[str, ...]:
     """Keys of the messages that the next execution is not to hear: what was sent before it about the one before. The events and
     decisions that came for the run go only where it begins anew."""  # fmt: skip
     return tuple(one.key for one in inbox if anew or not outlasts(one.message))
+
+
+def _conflict(run_id: str, what: str) -> RunConflictError:
+    return RunConflictError(
+        f"the run id {run_id!r} is used already, by {what}; nothing was started. Use another id, or find that run with "
+        f"durable.get_run({run_id!r})"
+    )
 
 
 def _script() -> str:
