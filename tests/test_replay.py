@@ -103,7 +103,7 @@ def test_generated_programs_killed_again_and_again_go_the_way_they_went():
         told: list[Any] = []
         for _ in range(trial.rng.randrange(1, 5)):
             end, error = await trial.live(nth=trial.rng.randrange(1, 14))
-            assert end in ("died", "returned", "RuntimeError", "ExceptionGroup", "CancelledError"), (end, error)
+            assert end in ("died", "returned", "RuntimeError", "ExceptionGroup", "RunCancelled"), (end, error)
             assert not trial.others, f"answers to somebody else's question: {trial.others}"
             assert _prefix(told, trial.life.trace), (told, trial.life.trace)
             assert not trial.again, f"recorded, and executed again: {trial.again}"
@@ -111,7 +111,7 @@ def test_generated_programs_killed_again_and_again_go_the_way_they_went():
             if end != "died":
                 return
         end, error = await trial.live()
-        assert end in ("returned", "RuntimeError", "ExceptionGroup"), (end, error)
+        assert end in ("returned", "RuntimeError", "ExceptionGroup", "RunCancelled"), (end, error)
         assert not trial.others, f"answers to somebody else's question: {trial.others}"
         assert not trial.life.trace or trial.life.trace[: len(told)] == told  # it was over, or goes the same way
         assert not trial.again, f"recorded, and executed again: {trial.again}"
@@ -135,7 +135,7 @@ def test_generated_edits_are_told_before_anything_runs_or_give_no_wrong_answer(c
         trial.program = changed
         end, error = await trial.live()
         if end != "NonDeterminismError":
-            assert end in ("returned", "RuntimeError", "ExceptionGroup", "CancelledError"), (how, end, error)
+            assert end in ("returned", "RuntimeError", "ExceptionGroup", "RunCancelled"), (how, end, error)
             # A computed argument may be another one now: the recorded result stands, and is told. Never another step's.
             assert all(asked[0] == got[0] for asked, got in trial.others), trial.others
             assert not trial.others or any("recorded result stands" in message for message in caplog.messages)
@@ -144,7 +144,7 @@ def test_generated_edits_are_told_before_anything_runs_or_give_no_wrong_answer(c
         assert "recorded" in str(error)
         trial.program = original
         end, error = await trial.live(resume=True)
-        assert end in ("returned", "RuntimeError", "ExceptionGroup", "CancelledError"), (how, end, error)
+        assert end in ("returned", "RuntimeError", "ExceptionGroup", "RunCancelled"), (how, end, error)
 
     _each(one, 1)
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from lab import Lab
 from workers import until
+
+pytest_plugins = ["lab"]
 
 FLOWS = """
 import asyncio
@@ -265,3 +268,41 @@ def test_an_address_that_others_reach_wants_a_token_and_a_port_in_use_is_told(fo
     assert "set DURABLE_NB_TOKEN" in told("--host", "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in told("--port", str(taken.getsockname()[1]))
+
+
+@pytest.mark.browser
+def test_the_page_shows_runs_live_and_its_buttons_act_after_the_token(folder, lab: Lab):
+    with serving(folder, token="s3cret") as client:
+        client.headers["Authorization"] = "Bearer s3cret"
+        start(client, args=["tea"], id="order-1", labels=["shop"])
+        start(client, "fails", id="broken-1")
+
+        def look(page):
+            said = []
+            context = page.context.browser.new_context(viewport={"width": 1100, "height": 800})
+            tab = context.new_page()
+            tab.on("console", lambda one: said.append(one.text) if one.type in ("error", "warning") else None)
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            try:
+                tab.goto(str(client.base_url))
+                tab.get_by_label("This server wants its token").fill("wrong")
+                tab.get_by_role("button", name="Open").click()
+                tab.get_by_text("That was not it.").wait_for()
+                tab.get_by_label("This server wants its token").fill("s3cret")
+                tab.get_by_role("button", name="Open").click()
+                tab.get_by_role("cell", name="order order-1").or_(tab.get_by_text("order-1")).first.wait_for()
+                tab.get_by_text("ValueError: out of stock").first.wait_for()
+                tab.get_by_role("button", name="Steps of run order-1").click()
+                run = tab.get_by_role("region", name="Run of order")
+                run.get_by_text("charge").first.wait_for()
+                (folder / "gate").touch()
+                run.get_by_text("send").first.wait_for()
+                run.get_by_text("completed").first.wait_for()
+                until(lambda: status(client, "order-1") == "completed", "the order to end")
+                tab.get_by_role("button", name="Restart").first.click()
+                until(lambda: "broken-1 begins anew" in tab.inner_text("body"), "the answer to the button")
+            finally:
+                context.close()
+            return said
+
+        assert lab.on_page(look) == []

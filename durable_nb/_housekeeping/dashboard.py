@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from durable_nb._facts import Step
+    from durable_nb._view.dashboard import Source
     from durable_nb._view.listing import Page, Query, RunFacts
 
 _BY = "by the dashboard"
@@ -36,7 +37,12 @@ def dashboard_of(engine: Any, query: Query | None = None) -> Dashboard:
     """The same of that engine; NotSupportedError where it has no store."""
     if not isinstance(engine, Workflows):
         raise NotSupportedError("durable.dashboard() shows a store; the engine in use keeps its runs elsewhere")
-    return Dashboard(_Store(engine), query, live=is_live)
+    return Dashboard(source_of(engine), query, live=is_live)
+
+
+def source_of(workflows: Workflows) -> Source:
+    """Where a dashboard of that store looks, and whom its buttons tell."""
+    return _Store(workflows)
 
 
 class _Store:

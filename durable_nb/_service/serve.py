@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +21,7 @@ from durable_nb._service.worker import PATIENCE_S, imported, log, take_runs
 from durable_nb._store import Store
 from durable_nb.errors import DurableError
 
+_SIGNALS = signal.SIGTERM, signal.SIGINT
 TOKEN = "DURABLE_NB_TOKEN"  # noqa: S105  its name
 
 
@@ -41,15 +44,28 @@ def serve(
         opened.close()
 
 
+class _Server(uvicorn.Server):
+    """Its own way with signals ends the process before the runs are let go."""
+
+    capture_signals = nullcontext  # type: ignore[assignment]
+
+
 async def _serve(store: Store, listening: socket.socket, door: Door, say: Callable[[str], object], max_body: int) -> None:
     workflows = Workflows(Engine(store))
     use_engine(lambda: workflows)
     face = Face(lambda: workflows, door, max_body=max_body)
-    server = uvicorn.Server(
-        uvicorn.Config(face, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
-    )
+    server = _Server(uvicorn.Config(face, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1))
     stopping = asyncio.Event()
     taking = asyncio.create_task(take_runs(workflows, stopping))
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+        for number in _SIGNALS:  # told again, it ends at once
+            loop.remove_signal_handler(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop)
     host, port = listening.getsockname()[:2]
     say(f"page http://{f'[{host}]' if ':' in host else host}:{port}")
     try:

@@ -9,12 +9,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
+from importlib import resources
 from typing import Any
 from urllib.parse import unquote
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from durable_nb._current import workflow_functions
 from durable_nb._engine import WATCH_S
@@ -22,11 +24,14 @@ from durable_nb._engine.timeline import is_behind, timeline
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._service.door import MAX_BODY, Door, Keys, Refused, json_of
+from durable_nb._service.live import live
+from durable_nb._view.assets import script, style
 from durable_nb._workflow import Run, Workflow
 from durable_nb.errors import DurableError, RunConflictError, RunNotFoundError, StoreError
 
 _ALIVE_S = 15.0
 """A stream without news says so this often: what stands between may close a silent one."""
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:"
 _ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 _STATUS = ((RunNotFoundError, 404), (RunConflictError, 409), (StoreError, 503), (DurableError, 409))
 
@@ -62,10 +67,20 @@ class Face:
             Route("POST", "/runs/{}/resume", self._resume),
             Route("POST", "/runs/{}/restart", self._restart),
             Route("GET", "/healthz", self._health),
+            Route("GET", "/", self._page),
+            Route("GET", "/page/{}", self._asset),
         ]
+        self._open = (self._health, self._page, self._asset)
+        """Answered without the token: the page itself asks for it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "websocket":
+            socket = WebSocket(scope, receive, send)
+            if _segments(scope) == ["page", "live"]:
+                await live(socket, self._door, self._workflows)
+            else:
+                await socket.close(4404)
+        elif scope["type"] == "http":
             request = Request(scope, receive)
             try:
                 answer = await self._answered(request)
@@ -78,7 +93,7 @@ class Face:
         segments = _segments(request.scope)
         self._door.check_origin(request)
         matched = [(route, found) for route in self._routes if (found := route.match(segments)) is not None]
-        if not any(route.handler == self._health for route, _ in matched):
+        if not any(route.handler in self._open for route, _ in matched):
             self._door.check_token(request)
         for route, found in matched:
             if route.method == request.method or (request.method == "HEAD" and route.method == "GET"):
@@ -150,6 +165,23 @@ class Face:
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    # -- the page ----------------------------------------------------------------------------------------------------------
+
+    async def _page(self, request: Request) -> Response:
+        if not request.url.path.endswith("/"):  # mounted: what the page asks for is relative to it
+            return RedirectResponse(f"{request.url.path}/")
+        return Response(_asset("page.html"), media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+    async def _asset(self, _request: Request, name: str) -> Response:
+        match name:
+            case "dashboard.js" | "run.js":
+                return Response(script(name.removesuffix(".js")), media_type="text/javascript")
+            case "views.css":
+                return Response(f"{style('dashboard')}\n{style('run')}", media_type="text/css")
+            case "page.js" | "page.css":
+                return Response(_asset(name), media_type="text/javascript" if name == "page.js" else "text/css")
+        raise Refused(404, f"nothing at {name[:100]!r}")
+
     # -- following ---------------------------------------------------------------------------------------------------------
 
     async def _events(self, request: Request, run_id: str) -> Response:
@@ -195,6 +227,10 @@ class Face:
 
     async def _has_ended(self, run_id: str) -> bool:
         return await asyncio.to_thread(self._workflows.status_of, run_id) in _ENDED
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _segments(scope: Scope) -> list[str]:

@@ -159,7 +159,7 @@ class _Live:
         match content:
             case {"ask": "look", "query": dict(asked)}:
                 try:
-                    self._query = _query_of(asked)
+                    self._query = query_of(asked)
                 except ValueError as error:
                     self._refuse(f"a question that it doesn't understand ({error})")
             case {"ask": str(action), "run": str(run_id)}:
@@ -269,7 +269,7 @@ def _seen(source: Source, query: Query) -> Page:
         return Page(source.path, time.time(), query, trouble=str(error))
 
 
-def _query_of(asked: dict[Any, Any]) -> Query:
+def query_of(asked: dict[Any, Any]) -> Query:
     """The query of a message; ValueError."""
     usual = asdict(Query())
     for name, value in asked.items():

@@ -663,4 +663,5 @@ function firstLine(text) {
   return text.split("\n", 1)[0];
 }
 
+export { mount };
 export default { initialize };
