@@ -300,6 +300,7 @@ def test_the_page_shows_runs_live_and_its_buttons_act_after_the_token(folder, la
                 run.get_by_text("completed").first.wait_for()
                 until(lambda: status(client, "order-1") == "completed", "the order to end")
                 tab.get_by_role("button", name="Restart").first.click()
+                tab.get_by_text("Discard what is recorded?").click()
                 until(lambda: "broken-1 begins anew" in tab.inner_text("body"), "the answer to the button")
             finally:
                 context.close()
