@@ -152,9 +152,7 @@ async def _invoked(request: InvokeRequest) -> Any:
     try:
         return await run.runs.outcome(child)
     except Exception as error:
-        error.add_note(
-            f"durable_nb: raised by the run {child!r} of workflow {request.workflow!r}, which {request.name!r} invoked"
-        )
+        error.add_note(f"durable_nb: raised by the run {child!r} of workflow {request.workflow!r}, invoked as {request.name!r}")
         raise
 
 

@@ -90,10 +90,13 @@ def _instead_of(written: ast.expr, function: Any) -> str:
     target = inspect.getclosurevars(function).nonlocals.get(written.id, function.__globals__.get(written.id, _NOTHING))
     target = getattr(builtins, written.id, _NOTHING) if target is _NOTHING else target
     owner: Any = None
-    for name in names:  # modules and classes only: nothing of the user's is executed
-        if not isinstance(target, (ModuleType, type)):
+    for name in names:  # modules and classes only: no property of the user's is executed
+        if isinstance(target, ModuleType):
+            owner, target = target, getattr(target, name, _NOTHING)
+        elif isinstance(target, type):
+            owner, target = target, inspect.getattr_static(target, name, _NOTHING)
+        else:
             return ""
-        owner, target = target, inspect.getattr_static(target, name, _NOTHING)
     if target is _NOTHING:
         return ""
     last = names[-1] if names else getattr(target, "__name__", "")

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 Validation = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """Given positional and keyword arguments: the same, converted."""
@@ -27,7 +27,11 @@ def validation_of(function: Any, name: str) -> Validation | None:
         return args, kwargs
 
     del taken.__dict__["__wrapped__"]  # else pydantic calls the workflow itself
-    taken.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    hints = _hints_of(function, name)
+    signature = inspect.signature(function)
+    parameters = [one.replace(annotation=hints.get(one.name, one.annotation)) for one in signature.parameters.values()]
+    taken.__annotations__ = {one.name: hints[one.name] for one in parameters if one.name in hints}
+    taken.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
     check = pydantic.validate_call(config={"arbitrary_types_allowed": True})(taken)
 
     def validated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -38,6 +42,20 @@ def validation_of(function: Any, name: str) -> Validation | None:
             raise ValueError(f"{name}.start(...): {_said(function, error)}; nothing was started") from None
 
     return validated
+
+
+def _hints_of(function: Any, name: str) -> dict[str, Any]:
+    """The annotations by value. Written as text, they may name what is local where the workflow is defined."""
+    frame = inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == __package__:
+        frame = frame.f_back
+    try:
+        return get_type_hints(function, localns=dict(frame.f_locals) if frame is not None else {}, include_extras=True)
+    except Exception as error:
+        raise TypeError(
+            f"workflow {name!r}: validate=True can't read its annotations ({type(error).__name__}: {error}); define what they "
+            "name before it"
+        ) from error
 
 
 def _said(function: Any, error: Any) -> str:

@@ -45,7 +45,7 @@ class RunTime:
         while left > 0:
             piece = min(left, RECHECK_S)
             is_over = await self._clock.wait(piece, is_busy)
-            left = left - piece if is_over else at_s - self.now_s()
+            left = min(left - piece, at_s - self.now_s()) if is_over else at_s - self.now_s()
 
     def add(self, handle: events.TimerHandle, number: int) -> None:
         """A timer of the code's, with the number of its request."""

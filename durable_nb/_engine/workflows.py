@@ -394,8 +394,7 @@ class Workflows:
             record = replace(record, place=next_place(self._shared.clock) if record.limit else 0)
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
-            since_s, rows, cleared, children = self._resumption(record)
-            counts_from_s = since_s
+            since_s, counts_from_s, rows, cleared, children = self._resumption(record)
             deletes += cleared
         elif since is None or since.boot != now.boot:  # from here on this boot's clock tells the run's time
             since_s, since = since_s + elapsed_s(since or now, now), now
@@ -412,13 +411,14 @@ class Workflows:
         )
         return _Ready(record, tuple(rows), deletes, tuple(children))
 
-    def _resumption(self, record: RunRecord) -> tuple[float, list[tuple[str, bytes]], tuple[str, ...], list[str]]:
-        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the row that says so, rows
-        that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
+    def _resumption(self, record: RunRecord) -> tuple[float, float, list[tuple[str, bytes]], tuple[str, ...], list[str]]:
+        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the latest that is on record, the
+        row that says so, rows that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
         rows = [row for _, _, row in read_log(self._store.journal, self._store.signer, record.scope, record.generation)]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
-        since_s = course[cut].row.at if cut >= 0 else max((row.at for row in rows), default=0.0)
+        last_s = max((row.at for row in rows), default=0.0)
+        since_s = course[cut].row.at if cut >= 0 else last_s
         if forgotten:
             names = ", ".join(dict.fromkeys(repr(asked.name) for asked in forgotten))
             log.warning(
@@ -429,7 +429,7 @@ class Workflows:
         event = Event("resumed", cut=cut, ended_by=record.ended_by, at=since_s, wall_s=self._shared.clock.now().wall_s)
         attempts = rec.attempts_prefix(record.scope, record.generation)
         cleared = tuple(f"{attempts}{request:08}" for request in record.ended_by)
-        return since_s, [self._ownership.pack(key, event)], cleared, self._failed_children(record, rows, event)
+        return since_s, last_s, [self._ownership.pack(key, event)], cleared, self._failed_children(record, rows, event)
 
     def _failed_children(self, parent: RunRecord, rows: list[Row], resumed: Event) -> list[str]:
         """Also those that were invoked and that were cancelled with it."""
