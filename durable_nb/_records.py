@@ -660,9 +660,14 @@ def arrived_key(run_id: str, wait: str) -> str:
     return f"{arrived_prefix(run_id)}{wait}"
 
 
+def decided_prefix(run_id: str) -> str:
+    """Keys of the rows that say how the approvals of a run are decided."""
+    return f"decided/{quote(run_id, safe='')}/"
+
+
 def decided_key(run_id: str, wait: str) -> str:
-    """Key of the row that says that an approval is decided; of no wait, those of a run."""
-    return f"decided/{quote(run_id, safe='')}/{wait}"
+    """Key of the row that says how that approval is decided."""
+    return f"{decided_prefix(run_id)}{wait}"
 
 
 def event_prefix(event_id: str) -> str:

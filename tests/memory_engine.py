@@ -25,10 +25,13 @@ from durable_nb._current import (
     workflow_functions,
     workflow_options,
 )
+from durable_nb._events import Delivery, Waiter, came
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._portable import execute, portable, settled
 from durable_nb._retry import note_failure, retry_delay_s, run_timed_out, timed_out
-from durable_nb.errors import RunCancelled, RunConflictError, RunNotFoundError, RunTimeout
+from durable_nb.errors import DurableError, RunCancelled, RunConflictError, RunNotFoundError, RunTimeout, StepNotFoundError
+
+ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 class MemoryRun:
@@ -43,7 +46,7 @@ class MemoryRun:
         self.began_at, self.ended_at = self.clock.now().wall_s, None
         self.status, self.error, self.value, self.cancelled = Status.RUNNING, None, None, None
         self.steps, self._names, self._children, self._closing = {}, Counter(), itertools.count(1), []
-        self._bodies = set()
+        self._bodies, self.waiting = set(), {}
         context = copy_context()
         context.run(current_run.set, self)
         context.run(current_body.set, None)
@@ -177,7 +180,28 @@ class MemoryRun:
             raise timed_out(request.name, self.label, request.timeout_s) from None
 
     def wait(self, request):
-        return self._wait(request, self._add(request.kind, request.name))
+        tell = self._add(request.kind, request.name)
+        return self._wait(request, tell) if request.kind == "sleep" else self._hear(request, tell, f"{len(self.steps)}")
+
+    async def _hear(self, request, tell, wait):
+        """An event or a decision, or the time-out."""
+        key = request.of if request.kind == "event" else (self.id, wait)
+        waiting = self.loop.create_future()
+        self.waiting[wait] = (request, key, waiting)
+        tell(Status.WAITING)
+        self.runs.deliver()
+        due_s = self.clock.now().wall_s + request.wake.total_seconds()
+        while not waiting.done() and (left_s := due_s - self.clock.now().wall_s) > 0:
+            await self.clock.listen(left_s, waiting, lambda: bool(self._bodies))
+        self.waiting.pop(wait, None)
+        tell(Status.COMPLETED)
+        timed_out = not waiting.done()
+        value = (None if request.kind == "event" else (False, "", "")) if timed_out else waiting.result()
+        return came(request.kind, value, timed_out=timed_out)
+
+    def send(self, request):
+        self._add("notify", request.event_id)(Status.COMPLETED)
+        return self.runs.send(request)
 
     async def _wait(self, request, tell):
         tell(Status.SLEEPING)
@@ -212,7 +236,7 @@ class MemoryEngine:
     store_id = "memory"
 
     def __init__(self, clock):
-        self.clock, self._runs = clock, {}
+        self.clock, self._runs, self._sent = clock, {}, []
         self.running_loop = asyncio.get_running_loop()
 
     def start(self, request, parent=""):
@@ -271,6 +295,36 @@ class MemoryEngine:
         kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
         kept = [run for run in kept if label is None or label in run.labels][:limit]
         return kept if steps else [replace(run, steps=()) for run in kept]
+
+    def send(self, request):
+        if request.run_id is not None and self._of(request.run_id).status in ENDED:
+            raise DurableError(f"the run {request.run_id!r} has ended")
+        ids = [(waiter.run_id) for waiter in self.waiters(request.event_id) if request.run_id in (None, waiter.run_id)]
+        began = {run_id for run_id, run in self._runs.items() if run is not None and run.status not in ENDED}
+        self._sent.append((request, began, set()))
+        self.deliver()
+        return Delivery(request.event_id, tuple(dict.fromkeys(ids)))
+
+    def deliver(self):
+        """Give what was sent to the waits asked for first."""
+        for run in self._runs.values():
+            for request, key, waiting in list(run.waiting.values() if run is not None else ()):
+                for sent, began, had in self._sent:
+                    mine = run.id in began and run.id not in had and sent.run_id in (None, run.id)
+                    if request.kind == "event" and sent.event_id == key and mine and not waiting.done():
+                        had.add(run.id)
+                        waiting.set_result(copy.deepcopy(sent.data))
+
+    def waiters(self, event_id):
+        found = [(run.id, one) for run in self._runs.values() if run is not None for one in run.waiting.values()]
+        return [Waiter(run_id, one[0].name, 0.0, 0.0) for run_id, one in found if one[1] == event_id and not one[2].done()]
+
+    def decide(self, run_id, step, *, approved, comment, by):
+        run = self._of(run_id)
+        waiting = [one[2] for one in run.waiting.values() if one[0].kind == "decision" and one[0].name == step]
+        if not waiting or waiting[0].done():
+            raise StepNotFoundError(f"{step!r} doesn't wait")
+        waiting[0].set_result((approved, by, comment))
 
     def interrupted(self):
         return []  # a process that dies takes all of them with it

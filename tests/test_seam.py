@@ -17,7 +17,7 @@ import pytest
 from memory_engine import MemoryEngine
 
 import durable_nb as durable
-from durable_nb import _current
+from durable_nb import Event, _current
 from durable_nb._arguments import apply, changeable, changed, difference, fingerprint_of
 from durable_nb._current import StepRequest
 from durable_nb._portable import execute, portable, settled
@@ -202,6 +202,22 @@ async def recorded():
     return (durable.now() - first[0]).days, first[1] != durable.uuid4(), 0 <= first[2] < 1, first[3]
 
 
+async def hears():
+    first = await durable.wait_for_event("first", "paid", timeout="1h")
+    both = await asyncio.gather(*(durable.wait_for_event("both", "paid", timeout="1h") for _ in range(2)))
+    return first.data, [one.data for one in both], await durable.wait_for_event("none", "paid", timeout=5)
+
+
+async def decided():
+    found = [await durable.approve("ok", f"{n}?", timeout="1h") for n in range(2)]
+    return [(bool(one), one.comment) for one in found], (await durable.approve("late", "?", timeout=5)).timed_out
+
+
+async def sends():
+    sent = await durable.notify("paid", {"n": [1]})
+    return sent.run_ids, sent.buffered, [(await durable.wait_for_event("e", "paid", timeout=5)).data for _ in range(2)]
+
+
 async def cancelled():
     try:
         await durable.run("endless", endless)
@@ -233,6 +249,7 @@ CORPUS = [
     (parent, (), "completed"),
     (parent_of_a_failure, (), "completed"),
     (recorded, (), "completed"),
+    (sends, (), "completed"),
     (not_run, (), "failed"),
 ]
 
@@ -315,6 +332,24 @@ def test_two_engines_cancel_alike():
     assert [(name, ended) for name, _, ended, _ in steps] == [("endless", "cancelled"), ("tidy", "completed")]
 
 
+def test_two_engines_deliver_events_and_decisions_alike():
+    async def send(run):
+        for n in range(3):
+            run.notify("paid", [n])
+
+    async def decide(run):
+        for n in range(2):
+            while sum(step.status == "waiting" for step in run.steps) != 1 or len(run.steps) != n + 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            run.approve("ok", approved=bool(n), comment=str(n))
+
+    outcome, status, _, steps, *_ = both(hears, (), send)
+    assert (outcome, status) == (([0], [[1], [2]], Event(None, timed_out=True)), "completed")
+    assert [kind for _, kind, *_ in steps] == ["event"] * 4
+    outcome, *_ = both(decided, (), decide)
+    assert outcome == ([(False, "0"), (True, "1")], True)
+
+
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer(200, b'{"fine": true}')
@@ -370,7 +405,14 @@ def test_the_second_engine_knows_nothing_of_the_embedded_one():
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {module for module in imported if module.startswith("durable_nb")}
     assert ours == {
-        *("durable_nb._current", "durable_nb._facts", "durable_nb._portable", "durable_nb._retry", "durable_nb.errors")
+        *(
+            "durable_nb._current",
+            "durable_nb._events",
+            "durable_nb._facts",
+            "durable_nb._portable",
+            "durable_nb._retry",
+            "durable_nb.errors",
+        )
     }
 
 

@@ -185,7 +185,7 @@ class Catalog:
         if not timers:
             return []
         came, now = self._came(record), self._shared.clock.now()
-        prefix = rec.decided_key(record.id, "")
+        prefix = rec.decided_prefix(record.id)
         rows = self._journal.scan(prefix) if kind == "decision" else ()
         decided = {key[len(prefix) :]: unpack(self._signer, key, row, Decided) for key, row in rows}
         paths = {sequence: step.path for sequence, step in self._with_paths(record)}

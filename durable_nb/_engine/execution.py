@@ -99,42 +99,10 @@ class Execution:
             await self.shared.clock.sleep(min(left.seconds, RECHECK_S))
         return was_left
 
-    async def event(self, timer: Timer, path: str, wait_id: str, patience: Patience | None = None) -> Received | None:
-        """What has come for a wait that is on disk; None where its time is over before. Given up, it has taken nothing."""
-        inbox, run_id = self.shared.ownership.inbox, self.record.id
-        with self._expecting(timer, path, wait_id) as found:
-            # Sent before anybody waited.
-            self.arrivals.hear(await self.log.read(lambda: [*inbox.of(run_id), *inbox.events({timer.of})]))
-            self.arrivals.admit(wait_id)
-            await self._pause(timer, path, found, patience)
-            return found.result() if found.done() else None
-
-    async def decision(
-        self, timer: Timer, path: str, wait_id: str, policy: str, patience: Patience | None = None
-    ) -> tuple[Decided, str]:
-        """How an approval that is on disk is decided, and the message that said so, which is to be deleted. `policy`: what
-        decides at once. LeaseLost."""  # fmt: skip
-        inbox, journal = self.shared.ownership.inbox, self.shared.store.journal
-        key = rec.decided_key(self.record.id, wait_id)
-        with self._expecting(timer, path, wait_id) as found:
-            while True:
-                mail, row = await self.log.read(lambda: (inbox.of(self.record.id), journal.get(key)))
-                self.arrivals.hear(mail)
-                self.arrivals.admit(wait_id)
-                if row is not None:
-                    return unpack(self.log.signer, key, row, Decided), found.result().key if found.done() else ""
-                if policy in ("approve", "reject"):
-                    await self._decide(key, Decided(policy == "approve", APPROVALS, self.now_s()))
-                elif not await self._pause(timer, path, found, patience):
-                    await self._decide(key, Decided(False, "", self.now_s(), timed_out=True))
-
-    async def _decide(self, key: str, decided: Decided) -> None:
-        """Settle an approval here, unless somebody was faster: the row tells."""
-        if await self.log.commit(inserts=(self.log.pack(key, decided),)) is Verdict.GUARD_FAILED:
-            raise self.lost()
-
     @contextlib.contextmanager
-    def _expecting(self, timer: Timer, path: str, wait_id: str) -> Iterator[asyncio.Future[Received]]:
+    def expecting(self, wait_id: str, path: str, timer: Timer) -> Iterator[asyncio.Future[Received]]:
+        """While entered, the run waits for that event or decision. Entered before anything else is awaited: the wait that is
+        asked for first takes what comes first. Given up, it has taken nothing."""  # fmt: skip
         found = self.arrivals.expect(wait_id, path, timer)
         try:
             yield found
@@ -144,6 +112,46 @@ class Execution:
             raise
         finally:
             self.arrivals.forget(wait_id)
+
+    async def event(
+        self, timer: Timer, path: str, wait_id: str, found: asyncio.Future[Received], patience: Patience | None = None
+    ) -> Received | None:
+        """What has come for a wait that is expected and on disk; None where its time is over before."""
+        inbox, run_id = self.shared.ownership.inbox, self.record.id
+        # Sent before anybody waited.
+        self.arrivals.hear(await self.log.read(lambda: [*inbox.of(run_id), *inbox.events({timer.of})]))
+        self.arrivals.admit(wait_id)
+        await self._pause(timer, path, found, patience)
+        return found.result() if found.done() else None
+
+    async def decision(
+        self,
+        timer: Timer,
+        path: str,
+        wait_id: str,
+        found: asyncio.Future[Received],
+        policy: str,
+        patience: Patience | None = None,
+    ) -> tuple[Decided, str]:
+        """How an approval that is on disk is decided, and the message that said so, which is to be deleted. `policy`: what
+        decides at once. LeaseLost."""  # fmt: skip
+        inbox, journal = self.shared.ownership.inbox, self.shared.store.journal
+        key = rec.decided_key(self.record.id, wait_id)
+        while True:
+            mail, row = await self.log.read(lambda: (inbox.of(self.record.id), journal.get(key)))
+            self.arrivals.hear(mail)
+            self.arrivals.admit(wait_id)
+            if row is not None:
+                return unpack(self.log.signer, key, row, Decided), found.result().key if found.done() else ""
+            if policy in ("approve", "reject"):
+                await self._decide(key, Decided(policy == "approve", APPROVALS, self.now_s()))
+            elif not await self._pause(timer, path, found, patience):
+                await self._decide(key, Decided(False, "", self.now_s(), timed_out=True))
+
+    async def _decide(self, key: str, decided: Decided) -> None:
+        """Settle an approval here, unless somebody was faster: the row tells."""
+        if await self.log.commit(inserts=(self.log.pack(key, decided),)) is Verdict.GUARD_FAILED:
+            raise self.lost()
 
     async def _pause(self, timer: Timer, path: str, found: asyncio.Future[Received], patience: Patience | None) -> bool:
         """Return when something has come, or when the time is over; has it come?"""

@@ -258,33 +258,34 @@ class RequestTasks:
         return ask.timer
 
     async def _wait_for_event(self, ask: Ask) -> None:
-        timer, number = await self._deadline(ask), ask.request.id
-        received = await self._execution.event(timer, ask.path, self._wait_id(ask))
-        if received is None:
-            self._outbox.append(Event("arrived", number, timed_out=True), came("event", None, timed_out=True))
-            return
-        message, key = received.message, received.key
-        assert isinstance(message, Notification)  # noqa: S101  what events are
-        try:
+        assert ask.timer is not None  # noqa: S101  every wait has one
+        number, wait_id = ask.request.id, self._wait_id(ask)
+        with self._execution.expecting(wait_id, ask.path, ask.timer) as found:
+            received = await self._execution.event(await self._deadline(ask), ask.path, wait_id, found)
+            if received is None:
+                self._outbox.append(Event("arrived", number, timed_out=True), came("event", None, timed_out=True))
+                return
+            message, key = received.message, received.key
+            assert isinstance(message, Notification)  # noqa: S101  what events are
             data = await self._execution.log.blob(message.blob) if message.blob else message.value
-        except asyncio.CancelledError:
-            self._execution.arrivals.give_back(received)
-            raise
-        row = Event("arrived", number, form=message.form, value=message.value, blob=message.blob, source=key)
-        try:
-            value, error = came("event", _codec.decode(message.form, data), timed_out=False), None
-        except Exception as unreadable:  # of a class that there isn't here, for instance
-            form, data, error = _codec.encode_error(unreadable)
-            row, value = replace(row, form=form, value=data, blob="", failed=True, error=say(error)), None
-        self._outbox.append(row, value, error, deletes=(key,) if is_addressed(received) else ())
+            row = Event("arrived", number, form=message.form, value=message.value, blob=message.blob, source=key)
+            try:
+                value, error = came("event", _codec.decode(message.form, data), timed_out=False), None
+            except Exception as unreadable:  # of a class that there isn't here, for instance
+                form, data, error = _codec.encode_error(unreadable)
+                row, value = replace(row, form=form, value=data, blob="", failed=True, error=say(error)), None
+            self._outbox.append(row, value, error, deletes=(key,) if is_addressed(received) else ())
 
     async def _wait_for_decision(self, ask: Ask) -> None:
-        timer = await self._deadline(ask)
-        decided, key = await self._execution.decision(timer, ask.path, self._wait_id(ask), approvals_policy())
-        form, data = _codec.encode([decided.approved, decided.by, decided.comment])
-        row = Event("arrived", ask.request.id, form=form, value=data, timed_out=decided.timed_out)
-        value = came("decision", (decided.approved, decided.by, decided.comment), timed_out=decided.timed_out)
-        self._outbox.append(row, value, deletes=(key,) if key else ())
+        assert ask.timer is not None  # noqa: S101  every wait has one
+        wait_id, policy = self._wait_id(ask), approvals_policy()
+        with self._execution.expecting(wait_id, ask.path, ask.timer) as found:
+            timer = await self._deadline(ask)
+            decided, key = await self._execution.decision(timer, ask.path, wait_id, found, policy)
+            form, data = _codec.encode([decided.approved, decided.by, decided.comment])
+            row = Event("arrived", ask.request.id, form=form, value=data, timed_out=decided.timed_out)
+            value = came("decision", (decided.approved, decided.by, decided.comment), timed_out=decided.timed_out)
+            self._outbox.append(row, value, deletes=(key,) if key else ())
 
     def _wait_id(self, ask: Ask) -> str:
         return wait_of_request(self._execution.record.generation, ask.request.id)

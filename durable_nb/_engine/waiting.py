@@ -15,6 +15,7 @@ from durable_nb._current import WaitRequest
 from durable_nb._engine.arrivals import is_addressed
 from durable_nb._engine.branches import branch_name
 from durable_nb._engine.execution import Execution, Patience, of_this_boot, timer_of
+from durable_nb._engine.inbox import Received
 from durable_nb._engine.recording import Recording
 from durable_nb._engine.task_scope import TaskScope, enters_engine_code
 from durable_nb._events import approvals_policy, came
@@ -76,21 +77,25 @@ class Waiting:
 
     @enters_engine_code
     async def _hear(self, request: WaitRequest, wait: str, path: str, branch: str) -> Any:
-        timer = await self._deadline(request, wait, branch)
-        recorded = self._recording.records.what_came(wait)
+        records = self._recording.records
+        recorded = records.what_came(wait)
         restored = recorded is not None
+        timer = records.timer(wait) or timer_of(request, self._clock.now())
         if recorded is None:
-            arrived, key = await (self._event if request.kind == "event" else self._decision)(timer, wait, path)
+            with self._execution.expecting(wait, path, timer) as found:
+                timer = await self._deadline(request, wait, branch)
+                arrived, key = await (self._event if request.kind == "event" else self._decision)(timer, wait, path, found)
             recorded = await self._write_down(wait, branch, arrived, key)
         data = await self._log.blob(recorded.blob) if recorded.blob else recorded.value
         value = _codec.decode(recorded.form, data) if recorded.form else None
         self._ended(path, timer, restored=restored)
         return came(request.kind, value, timed_out=recorded.timed_out)
 
-    async def _event(self, timer: Timer, wait: str, path: str) -> tuple[Arrived, str]:
+    async def _event(self, timer: Timer, wait: str, path: str, found: asyncio.Future[Received]) -> tuple[Arrived, str]:
         """What has come, and the row that goes with its delivery."""
         sent = f"once it was sent, by durable.notify({timer.of!r}) for instance"
-        received = await self._execution.event(timer, path, wait, self._patience(self.max_answer_s, "event", timer, sent))
+        patience = self._patience(self.max_answer_s, "event", timer, sent)
+        received = await self._execution.event(timer, path, wait, found, patience)
         if received is None:
             return Arrived("event", timer.name, "", b"", timed_out=True, at_s=self._execution.now_s()), ""
         message = received.message
@@ -98,11 +103,11 @@ class Waiting:
         of = "event", timer.name, message.form, message.value, message.blob, received.key
         return Arrived(*of, at_s=self._execution.now_s()), received.key if is_addressed(received) else ""
 
-    async def _decision(self, timer: Timer, wait: str, path: str) -> tuple[Arrived, str]:
+    async def _decision(self, timer: Timer, wait: str, path: str, found: asyncio.Future[Received]) -> tuple[Arrived, str]:
         policy, label = approvals_policy(), self._execution.record.name
         how = f"once it is decided, by durable.get_run({label!r}).approve({path!r}) for instance"
         patience = self._patience(0.0 if policy == "suspend" else self.max_answer_s, "approval", timer, how)
-        decided, key = await self._execution.decision(timer, path, wait, policy, patience)
+        decided, key = await self._execution.decision(timer, path, wait, found, policy, patience)
         form, data = _codec.encode([decided.approved, decided.by, decided.comment])
         return Arrived("decision", timer.name, form, data, timed_out=decided.timed_out, at_s=decided.at_s), key
 

@@ -20,9 +20,10 @@ from urllib.parse import unquote
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
+from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import NAMELESS
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Generation, RunRecord, unpack
+from durable_nb._records import Generation, RunRecord, unpack, unpack_message
 from durable_nb.errors import StoreError
 
 LIVE_S = 30 * 86400.0
@@ -152,6 +153,8 @@ def size_of(folder: Path) -> int:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 _Guard = tuple[str, bytes | None] | None
+_BY_QUOTED_RUN = ("timer/", "arrived/", "decided/", "value/", "inbox/", "saved/")
+"""Prefixes that the run's id follows as one part of the key."""
 
 
 def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
@@ -160,7 +163,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     of_runs = f"timer/{_OF_RUN}"  # rows of a log; else of a cell's run
     by_run = [
         key
-        for prefix in ("timer/", "value/", "lease/", "cancel/", "open/", "arguments/", "result/", "saved/")
+        for prefix in (*_BY_QUOTED_RUN, "lease/", "open/", "arguments/", "result/")
         for key, _ in journal.sizes(prefix)
         if not key.startswith(of_runs)
     ]
@@ -191,10 +194,30 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
         yield current[scope][1], keys
     for key in by_run:
         kind, _, rest = key.partition("/")  # ids may have slashes in them
-        of = {"timer": rec.run_of_timer, "value": rec.run_of_timer, "saved": rec.run_of_saved}.get(kind)
-        run = rec.run_key(of(key) if of is not None else rest.partition("/")[2] if kind == "open" else rest)
+        is_quoted = f"{kind}/" in _BY_QUOTED_RUN
+        run = rec.run_key(rec.run_of_timer(key) if is_quoted else rest.partition("/")[2] if kind == "open" else rest)
         if run not in runs:
             yield (run, None), [key]
+    yield None, _outdated_events(engine, runs)
+
+
+def _outdated_events(engine: Engine, runs: dict[str, bytes]) -> list[str]:
+    """Keys of the events for whoever waits that no unfinished run is old enough to get. Runs that begin now are younger."""
+    signer, oldest = engine.store.signer, math.inf
+    for key, row in runs.items():
+        try:
+            record = unpack(signer, key, row, RunRecord)
+        except StoreError:
+            return []  # it may be older than any
+        if record.status == Status.RUNNING:
+            oldest = min(oldest, record.started_at)
+    found = []
+    for key, row in engine.store.journal.scan(rec.event_prefix("")):
+        with contextlib.suppress(StoreError):
+            event = unpack_message(signer, key, row)
+            if event.sent_at < oldest:
+                found.append(key)
+    return found
 
 
 def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:

@@ -108,6 +108,8 @@ class Extension:
         %durable show RUN          a run's steps; RUN is an id, or the name of a cell or workflow
         %durable resume [RUN]      resume a workflow's run, or all interrupted ones
         %durable cancel RUN        stop a workflow's run
+        %durable notify EVENT [JSON]   send an event to the runs that wait for it, or will
+        %durable approve RUN STEP [--reject] [--comment=TEXT]   decide an approval that waits
         %durable gc [--max-size 2GB]   remove what nothing refers to, and the entries worth least above that size
         %durable store             where the store is, and what lies in it
         %durable help              these lines

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from durable_nb._ipython.cell import terms_of
 from durable_nb._ipython.compile import tree_of
 from durable_nb._ipython.notebook import durable_cells, file_of
 from durable_nb._ipython.options import Options, split
+from durable_nb._outside import decide, notify
 from durable_nb._view.dashboard import Dashboard
 from durable_nb._view.listing import Query, RunFacts
 from durable_nb.errors import DurableError
@@ -51,7 +54,7 @@ class LineMagic:
     def __call__(self, line: str) -> None:
         """Execute one line. UsageError, in one line, for whatever is wrong with it; then nothing was changed."""
         try:
-            words = split(line)
+            words = _event_words(line) or split(line)
         except ValueError as error:
             raise UsageError(f"%durable {line}: {error}; nothing was done") from None
         name, arguments = (words[0], words[1:]) if words else ("", [])
@@ -184,6 +187,36 @@ class LineMagic:
         self._session.workflows().cancel(run.id, "by %durable cancel")
         return Table(f"{run.id} · is being cancelled; its completed steps are kept")
 
+    def notify(self, arguments: list[str]) -> Table:
+        event_id, text = arguments[0], arguments[1] if len(arguments) > 1 else "null"
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UsageError(
+                f"%durable notify: {text!r} is not JSON ({error}), so nothing was sent; a text goes in double quotes"
+            ) from None
+        self._session.workflows()
+        sent = notify(event_id, data)
+        waited = f"delivered to {', '.join(sent.run_ids)}" if sent.run_ids else "no run waits for it; kept for those that will"
+        return Table(f"{event_id} · {waited}")
+
+    def approve(self, arguments: list[str]) -> Table:
+        words, approved, comment = list(arguments), True, ""
+        if "--reject" in words:
+            words.remove("--reject")
+            approved = False
+        for word in words:
+            option, has_value, value = word.partition("=")
+            if option == "--comment" and has_value:
+                words.remove(word)
+                comment = value
+                break
+        if len(words) != 2 or any(word.startswith("--") for word in words):
+            raise UsageError(f"%durable approve: write '%durable {_COMMANDS['approve'].usage}'; nothing was decided")
+        self._session.workflows()
+        decide(*words, approved=approved, comment=comment)
+        return Table(f"{words[0]} · {words[1]} is {'approved' if approved else 'rejected'}")
+
     def gc(self, arguments: list[str]) -> Table:
         try:
             max_size = gc.default_max_size()
@@ -222,10 +255,24 @@ _COMMANDS = {
     "show": _Command(LineMagic.show, "show RUN", 1, 1),
     "resume": _Command(LineMagic.resume, "resume [RUN]", 0, 1),
     "cancel": _Command(LineMagic.cancel, "cancel RUN", 1, 1),
+    "notify": _Command(LineMagic.notify, "notify EVENT [JSON]", 1, 2),
+    "approve": _Command(LineMagic.approve, "approve RUN STEP [--reject] [--comment=TEXT]", 2, 4),
     "gc": _Command(LineMagic.gc, "gc [--max-size 2GB]", 0, 2),
     "store": _Command(LineMagic.store, "store"),
     "help": _Command(LineMagic.help, "help"),
 }
+
+
+_NOTIFY = re.compile(r"""\s*(notify)\s+("[^"]*"|'[^']*'|\S+)(?:\s+(.*\S))?\s*""", re.DOTALL)
+
+
+def _event_words(line: str) -> list[str]:
+    """The words of a `notify`, whose JSON is one word as it stands; [] for any other line."""
+    found = _NOTIFY.fullmatch(line)
+    if found is None:
+        return []
+    words = [found[1], found[2].strip("\"'"), *([found[3]] if found[3] else [])]
+    return [*words[:2], *(word[1:-1] if word[0] == word[-1] == "'" else word for word in words[2:])]
 
 
 def show(found: Table | Dashboard, command: str) -> None:
