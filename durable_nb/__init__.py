@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from durable_nb._verbs import step as step
     from durable_nb._verbs import uuid4 as uuid4
     from durable_nb._workflow import Run as Run
+    from durable_nb._workflow import cancel as cancel
     from durable_nb._workflow import get_run as get_run
     from durable_nb._workflow import invoke as invoke
     from durable_nb._workflow import resume as resume
@@ -91,7 +92,9 @@ _HOMES = {
     "map": "durable_nb._fanout",
     "open": "durable_nb._engine.workflows",
     "remake": "durable_nb._cellcache.resources",
-    **dict.fromkeys(("Run", "current_run", "get_run", "invoke", "resume", "runs", "workflow"), "durable_nb._workflow"),
+    **dict.fromkeys(
+        ("Run", "cancel", "current_run", "get_run", "invoke", "resume", "runs", "workflow"), "durable_nb._workflow"
+    ),
     **dict.fromkeys(
         ("idempotency_key", "now", "patched", "random", "report", "run", "sleep", "sleep_until", "step", "uuid4"),
         "durable_nb._verbs",

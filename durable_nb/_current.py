@@ -419,6 +419,10 @@ class Engine(Protocol):
         """Begin a workflow's run anew, under its id and with its arguments; whoever executes it does it."""
         ...
 
+    def fork(self, run_id: str, at: str) -> str:
+        """Begin a run that keeps what the other one did before the step at that path; its id. StepNotFoundError."""
+        ...
+
     def cancel(self, run_id: str, reason: str) -> None:
         """Stop a run at its next await."""
         ...
@@ -434,6 +438,14 @@ class Engine(Protocol):
     def decide(self, run_id: str, step: str, *, approved: bool, comment: str, by: str) -> None:
         """Answer an approval that waits. `step`: its path, or its name where one of that name waits. StepNotFoundError where
         there is none or where there are several, DurableError where it is decided already."""  # fmt: skip
+        ...
+
+    def cancel_all(self, *, status: str | None, workflow: str | None, label: str | None, reason: str) -> list[str]:
+        """The same of every unfinished run of a workflow that fits; their ids."""
+        ...
+
+    def delete(self, run_id: str) -> None:
+        """Remove a finished run of a workflow, and its values. DurableError for any other."""
         ...
 
     def snapshot(self, run_id: str) -> Snapshot:
@@ -455,9 +467,11 @@ class Engine(Protocol):
         workflow: str | None = None,
         label: str | None = None,
         limit: int | None = None,
+        before: str | None = None,
         steps: bool = False,
     ) -> list[Snapshot]:
-        """The newest runs first, cells' too, as far as they fit; without their steps, which take their time, unless asked."""
+        """The newest runs first, cells' too, as far as they fit, those after the run `before`; without their steps, which take
+        their time, unless asked."""  # fmt: skip
         ...
 
     def used(self) -> list[Used]:

@@ -25,6 +25,10 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
+FINISHED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+"""Of a run: it goes on only if somebody asks for that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of a run, as it stands at the moment of asking. Times are unix seconds."""

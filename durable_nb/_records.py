@@ -144,7 +144,8 @@ class Event:
     what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end, or an event that
               was sent; `arrived`: an event or a decision came, or the wait for it timed out; `cancel`: the run's cancellation;
               `timeout`: it took too long; `dropped`: a body that was stopped; `moved`: a wait's deadline, by another boot's
-              clock; `resumed`: the run goes on before its delivery `cut`
+              clock; `resumed`: the run goes on before its delivery `cut`; `forked`: another run's log up to here, of which
+              what was asked for before `request` counts
     """
 
     what: str
@@ -600,6 +601,13 @@ def log_prefixes(scope: str, generation: int) -> tuple[str, str, str]:
     return step_prefix(scope, generation), f"timer/{scope}/{generation:06}/", f"log/{scope}/{generation:06}/"
 
 
+def log_key(scope: str, generation: int, seq: int, row: Outcome | Event) -> str:
+    """Key of the SEQth row of a workflow run's log."""
+    steps, sleeps, others = log_prefixes(scope, generation)
+    prefix = steps if isinstance(row, Outcome) else sleeps if any(one.timer for one in row.asked) else others
+    return f"{prefix}{seq:08}"
+
+
 def arguments_key(run_id: str) -> str:
     """Key of what a run was started with."""
     return f"arguments/{run_id}"
@@ -715,9 +723,14 @@ def run_of_inbox(key: str) -> str:
     return unquote(key.split("/", 2)[1])
 
 
+def saved_prefix(run_id: str) -> str:
+    """Keys of what was saved of a run by restoring; of nothing, of all runs."""
+    return f"saved/{quote(run_id, safe='')}/" if run_id else "saved/"
+
+
 def saved_key(run_id: str, process_id: str) -> str:
-    """Key of what a process has saved of a run by restoring; of nothing, their prefix."""
-    return f"saved/{quote(run_id, safe='')}/{process_id}" if run_id else "saved/"
+    """Key of what a process has saved of a run."""
+    return f"{saved_prefix(run_id)}{process_id}"
 
 
 def run_of_saved(key: str) -> str:

@@ -51,7 +51,7 @@ class Savings:
         """What was written, and what this process has counted since: (run, usage). What can't be read is left out."""
         own = {rec.saved_key(run_id, self._store.process.id): (run_id, usage) for run_id, usage in self._counted.items()}
         yield from own.values()
-        for key, row in self._store.journal.scan(rec.saved_key("", "")):
+        for key, row in self._store.journal.scan(rec.saved_prefix("")):
             if key not in own:
                 try:
                     yield rec.run_of_saved(key), unpack(self._store.signer, key, row, Saved).usage

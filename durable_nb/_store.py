@@ -21,12 +21,14 @@ import json
 import os
 import re
 import secrets
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from durable_nb._codec import Signer, load_key
 from durable_nb._disks import file_system_of
-from durable_nb._files import sync_folder, write_new
+from durable_nb._files import sync_folder, without_a_trace, write_new
 from durable_nb._journal import Commit, Journal
 from durable_nb._journal.disk import DiskJournal
 from durable_nb._journal.writer import Writer
@@ -39,6 +41,11 @@ ID_KEY = "store"
 _FOLDERS = ("locks", "values", "cells", "journal")
 _OURS = re.compile(rf"{'|'.join(_FOLDERS)}|values\.lock|\.gitignore|\.\.gitignore\..*|\.store\.json\..*")
 _IGNORE_ALL = b"*\n"
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+_AT_ONCE = 500
+ENTRY_SUFFIX = ".cell"
+ENTRY_HEAD = struct.Struct("<8sQ16s")
+"""Begins the file of a cell's entry: what it is, how many bytes what it says of itself takes, which follow, and their MAC."""
 
 
 class Store:
@@ -133,6 +140,22 @@ class Store:
         self.writer.close()
         self.journal.close()
         self.process.end()
+
+
+def values_named(text: bytes) -> set[str]:
+    """The large values that a row, or what an entry says of itself, names. Whatever looks like a name counts, in what can't be
+    read too."""  # fmt: skip
+    return {digest.decode() for digest in _DIGEST.findall(text)}
+
+
+def texts_that_name(store: Store) -> Iterator[bytes]:
+    """Every row, and what every cell's entry says of itself, as it is written: only there large values are named."""
+    keys = [key for key, _ in store.journal.sizes()]
+    for start in range(0, len(keys), _AT_ONCE):
+        yield from store.journal.get_many(keys[start : start + _AT_ONCE]).values()
+    for path in store.cells.glob(f"*/[!.]*{ENTRY_SUFFIX}"):
+        with contextlib.suppress(OSError, struct.error), open(path, "rb", opener=without_a_trace) as file:
+            yield file.read(min(ENTRY_HEAD.unpack(file.read(ENTRY_HEAD.size))[1], path.stat().st_size))
 
 
 class Process:

@@ -418,6 +418,27 @@ class Run:
         self._engine.restart(self.id)
         return self
 
+    def fork(self, at: str) -> Run:
+        """Begin a new run of the same workflow, with the same arguments, that keeps what this one did before the step `at`.
+
+        at  a step's path, as `run.steps` tells it, or its name: the first of that name. That step and all that were asked for
+            after it are executed anew, with keys of their own
+
+        This run stays as it is, whoever executes it. StepNotFoundError for a step that it hasn't asked for.
+        """
+        refuse_in_workflow("run.fork()")
+        if not isinstance(at, str):
+            raise TypeError(f"fork(at={at!r}): give a step's path or name, as in fork(at='charge'); nothing was started")
+        return Run(self._engine.fork(self.id, at), self._home)
+
+    def delete(self) -> None:
+        """Remove the run and its values, for good. Its id is free: a run started under it begins anew.
+
+        DurableError, and nothing is removed, unless the run has completed, failed or been cancelled.
+        """
+        refuse_in_workflow("run.delete()")
+        self._engine.delete(self.id)
+
     def cancel(self, reason: str = "") -> None:
         """Stop the run at its next await. Completed steps are kept; whoever waits for it gets RunCancelled."""
         refuse_in_workflow("run.cancel()")
@@ -465,13 +486,47 @@ def get_run(run_id: str) -> Run:
     return Run(run_id)
 
 
-def runs(status: str | None = None, workflow: str | None = None, label: str | None = None, limit: int = 100) -> list[Run]:
-    """The newest runs of the store, cells' too, as far as they fit. ValueError for a status that there isn't."""
+def runs(
+    status: str | None = None,
+    workflow: str | None = None,
+    label: str | None = None,
+    limit: int = 100,
+    *,
+    before: Run | str | None = None,
+) -> list[Run]:
+    """The newest runs of the store, cells' too, as far as they fit.
+
+    limit   how many at most
+    before  only runs that began before this one, a Run or its id: with the last of a page, the next page
+
+    ValueError for a status that there isn't, RunNotFoundError for an unknown `before`.
+    """
+    refuse_in_workflow("durable.runs()")
+    _check_status(status)
+    if limit < 0:
+        raise ValueError(f"durable.runs(limit={limit!r}): give how many runs at most")
+    place = before.id if isinstance(before, Run) else before
+    found = engine().snapshots(status=status, workflow=workflow, label=label, limit=limit, before=place)
+    return [Run(run.id) for run in found]
+
+
+def cancel(*, label: str | None = None, workflow: str | None = None, status: str | None = None, reason: str = "") -> list[Run]:
+    """Cancel every unfinished run of a workflow that has this label, workflow's name and status, and return these runs.
+
+    TypeError where nothing is named, ValueError for a status that there isn't; then nothing is cancelled.
+    """
+    refuse_in_workflow("durable.cancel()")
+    if label is None and workflow is None and status is None:
+        raise TypeError(
+            "durable.cancel(): name a label, a workflow or a status, as in cancel(label='shop'); nothing was cancelled"
+        )
+    _check_status(status)
+    return [Run(run) for run in engine().cancel_all(status=status, workflow=workflow, label=label, reason=reason)]
+
+
+def _check_status(status: str | None) -> None:
     if status is not None and status not in list(Status):
         raise ValueError(f"no status {status!r}; there are {', '.join(Status)}")
-    refuse_in_workflow("durable.runs()")
-    found = engine().snapshots(status=status, workflow=workflow, label=label, limit=limit)
-    return [Run(run.id) for run in found]
 
 
 def resume() -> list[Run]:

@@ -29,7 +29,15 @@ from durable_nb._events import Delivery, Waiter, came
 from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._portable import execute, portable, settled
 from durable_nb._retry import note_failure, retry_delay_s, run_timed_out, timed_out
-from durable_nb.errors import DurableError, RunCancelled, RunConflictError, RunNotFoundError, RunTimeout, StepNotFoundError
+from durable_nb.errors import (
+    DurableError,
+    NotSupportedError,
+    RunCancelled,
+    RunConflictError,
+    RunNotFoundError,
+    RunTimeout,
+    StepNotFoundError,
+)
 
 ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
@@ -277,6 +285,22 @@ class MemoryEngine:
         found.task.cancel()
         self._runs[run_id] = MemoryRun(self, run_id, found.request)
 
+    def fork(self, run_id, at):
+        raise NotSupportedError(f"fork({run_id!r}, {at!r}): what a run did is not kept here")
+
+    def cancel_all(self, *, status, workflow, label, reason):
+        found = [
+            run.id for run in self.snapshots(status=status, workflow=workflow, label=label) if not self._of(run.id).task.done()
+        ]
+        for run_id in found:
+            self.cancel(run_id, reason)
+        return found
+
+    def delete(self, run_id):
+        if not self._of(run_id).task.done():
+            raise DurableError(f"the run {run_id!r} has not ended")
+        del self._runs[run_id]
+
     def status_of(self, run_id):
         run = self._of(run_id)
         return Status.PENDING if run.is_pending and run.status is Status.RUNNING else run.status
@@ -290,8 +314,9 @@ class MemoryEngine:
         of = run.id, run.request.workflow, run.status, run.began_at, run.ended_at
         return Snapshot(*of, tuple(run.steps.values()), run.request.labels, said)
 
-    def snapshots(self, *, status=None, workflow=None, label=None, limit=None, steps=False):
-        found = [self.snapshot(run_id) for run_id in reversed(self._runs)]
+    def snapshots(self, *, status=None, workflow=None, label=None, limit=None, before=None, steps=False):
+        ids = list(reversed(self._runs))
+        found = [self.snapshot(run_id) for run_id in (ids if before is None else ids[ids.index(before) + 1 :])]
         kept = [run for run in found if status in (None, run.status) and workflow in (None, run.name)]
         kept = [run for run in kept if label is None or label in run.labels][:limit]
         return kept if steps else [replace(run, steps=()) for run in kept]

@@ -19,7 +19,6 @@ import io
 import itertools
 import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,15 +30,15 @@ import xxhash
 
 from durable_nb._cellcache.external import ExternalState
 from durable_nb._codec import Signer
-from durable_nb._files import write_file
+from durable_nb._files import without_a_trace, write_file
 from durable_nb._journal.blobs import Blobs
 from durable_nb._pickling import NO_REFERENCES, References, Unpickler
 from durable_nb._readback import pickled
+from durable_nb._store import ENTRY_HEAD, ENTRY_SUFFIX
 from durable_nb._usage import Usage
 from durable_nb.errors import CorruptStoreError, UntrustedStoreError
 
 FORMAT = 2
-SUFFIX = ".cell"
 
 MAPPED_BYTES = 1 << 20
 """Buffers from this size on are mapped; smaller ones are read."""
@@ -47,7 +46,6 @@ CHECKED_BYTES = 64 << 20
 """Buffers up to this size are compared with their digest at each restore."""
 
 _MAGIC = b"dnbcell1"
-_HEAD = struct.Struct("<8sQ16s")
 _ALIGN = 4096
 _CHUNK = 1 << 22
 _USED_NS = 60 * 10**9
@@ -99,7 +97,7 @@ class Manifest:
     @property
     def file(self) -> str:
         """The name of its file."""
-        return f"{self.key}-{self.external.digest()}{SUFFIX}"
+        return f"{self.key}-{self.external.digest()}{ENTRY_SUFFIX}"
 
     @property
     def size(self) -> int:
@@ -207,7 +205,7 @@ class Entries:
         self, manifest: Manifest, stream: bytes, outputs: bytes, raw: list[memoryview], notes: bytes
     ) -> Iterable[bytes | memoryview]:
         packed = msgspec.msgpack.encode(manifest)
-        head = _HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, manifest.key.encode(), packed))
+        head = ENTRY_HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, manifest.key.encode(), packed))
         yield head + packed
         yield stream
         yield outputs
@@ -233,7 +231,7 @@ class Entries:
     def all(self, scope: str | None = None) -> Iterator[Kept]:
         """Every entry of the store, or of one cell, in no order."""
         for folder in [self._folder / scope] if scope is not None else sorted(self._folder.glob("*")):
-            for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+            for path in sorted(folder.glob(f"[!.]*{ENTRY_SUFFIX}")):
                 try:
                     found = path.stat()
                     yield Kept(
@@ -261,7 +259,7 @@ class Entries:
     def notes(self, scope: str, manifest: Manifest) -> bytes:
         """What explains the entry; empty where there is nothing, or it is gone."""
         try:
-            with open(self._folder / scope / manifest.file, "rb", opener=_without_a_trace) as file:
+            with open(self._folder / scope / manifest.file, "rb", opener=without_a_trace) as file:
                 return _notes(file, manifest)
         except (OSError, CorruptStoreError):
             return b""
@@ -269,7 +267,7 @@ class Entries:
     def verify(self, path: Path) -> None:
         """Compare every byte of an entry with what was written; CorruptStoreError, UntrustedStoreError."""
         try:
-            with open(path, "rb", opener=_without_a_trace) as file:
+            with open(path, "rb", opener=without_a_trace) as file:
                 manifest, start = self._head(file, _key_in(path))
                 self._body(file, manifest, start, checked=None)
                 _notes(file, manifest)
@@ -279,20 +277,20 @@ class Entries:
     def sign(self, path: Path) -> None:
         """Sign an entry that another key has signed, if it is whole: whoever wrote it is trusted from here on."""
         key = _key_in(path)
-        with open(path, "rb", opener=_without_a_trace) as file:
+        with open(path, "rb", opener=without_a_trace) as file:
             manifest, start = self._head(file, key, signed=False)
             if manifest.key != key:
                 raise CorruptStoreError("its file is damaged: it is the entry of another key")
             self._body(file, manifest, start, checked=None)
             _notes(file, manifest)
-            file.seek(_HEAD.size)
-            packed = file.read(start - _HEAD.size)
-            head = _HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, key.encode(), packed))
+            file.seek(ENTRY_HEAD.size)
+            packed = file.read(start - ENTRY_HEAD.size)
+            head = ENTRY_HEAD.pack(_MAGIC, len(packed), self.signer.mac(_MAGIC, key.encode(), packed))
             write_file(path, itertools.chain([head, packed], iter(lambda: file.read(_CHUNK), b"")))
 
     def _manifest(self, path: Path) -> Manifest:
         try:
-            with open(path, "rb", opener=_without_a_trace) as file:
+            with open(path, "rb", opener=without_a_trace) as file:
                 return self._head(file, _key_in(path))[0]
         except OSError as error:
             raise CorruptStoreError(f"its file can't be read ({error.strerror})") from error
@@ -301,7 +299,7 @@ class Entries:
         """Newest first. Cells without a name share a folder, which may be large: only those asked for are looked at."""
         try:
             with os.scandir(self._folder / scope) as found:
-                names = (file for file in found if file.name.startswith(beginning) and file.name.endswith(SUFFIX))
+                names = (file for file in found if file.name.startswith(beginning) and file.name.endswith(ENTRY_SUFFIX))
                 files = [(file.stat().st_mtime_ns, file.name) for file in names]
         except FileNotFoundError:
             return []
@@ -319,11 +317,11 @@ class Entries:
 
     def _head(self, file: io.BufferedReader, key: str, *, signed: bool = True) -> tuple[Manifest, int]:
         """The authenticated manifest, and where what follows it begins."""
-        head = file.read(_HEAD.size)
+        head = file.read(ENTRY_HEAD.size)
         size = os.fstat(file.fileno()).st_size
-        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        if len(head) < ENTRY_HEAD.size or not head.startswith(_MAGIC):
             raise CorruptStoreError("its file is damaged: it does not begin as an entry")
-        _, packed_size, mac = _HEAD.unpack(head)
+        _, packed_size, mac = ENTRY_HEAD.unpack(head)
         if packed_size > size:
             raise CorruptStoreError("its file is damaged: it is cut short")
         packed = file.read(packed_size)
@@ -335,7 +333,7 @@ class Entries:
             raise CorruptStoreError("another version of durable-nb wrote it") from error
         if manifest.format != FORMAT:
             raise CorruptStoreError("another version of durable-nb wrote it")
-        start = _HEAD.size + packed_size
+        start = ENTRY_HEAD.size + packed_size
         data = start + manifest.pickle_size + manifest.outputs_size
         own = [_aligned(b.size) for b in manifest.buffers if not b.blob]  # they may all be empty
         if size != (_aligned(data) + sum(own) if own else data) + manifest.notes_size:
@@ -379,14 +377,8 @@ class Entries:
         """All of an entry's own file, or of a large value."""
         if not blob:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        with open(self._blobs.path(blob), "rb", opener=_without_a_trace) as held:
+        with open(self._blobs.path(blob), "rb", opener=without_a_trace) as held:
             return mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def heads(self) -> Iterator[bytes]:
-        """What every entry says of itself, as it is written, also of those that can't be read: large values are named there."""
-        for path in self._folder.glob(f"*/[!.]*{SUFFIX}"):
-            with contextlib.suppress(OSError, struct.error), open(path, "rb", opener=_without_a_trace) as file:
-                yield file.read(min(_HEAD.unpack(file.read(_HEAD.size))[1], path.stat().st_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,14 +411,6 @@ def _notes(file: io.BufferedReader, manifest: Manifest) -> bytes:
 
 def _key_in(path: Path) -> str:
     return path.name.partition("-")[0]
-
-
-def _without_a_trace(path: str, flags: int) -> int:
-    """Being listed is no use: the access time stays."""
-    try:
-        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
-    except PermissionError:  # somebody else's file
-        return os.open(path, flags)
 
 
 def _aligned(size: int) -> int:

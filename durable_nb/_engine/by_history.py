@@ -104,6 +104,8 @@ class History:
     def __init__(self, rows: Iterable[Row]) -> None:
         course = _course_of(rows)
         self._asked, self._deliveries = course.asked, course.deliveries
+        self._ends: dict[int, Row] = {}
+        """By request, once somebody asks."""
         self._by_activation: dict[int, list[Asked]] = {}
         self._equals: dict[tuple[str, str, str], int] = {}
         """By kind, name and digest: how many such requests there have been."""
@@ -156,6 +158,12 @@ class History:
     def undelivered(self) -> set[int]:
         """Requests whose ends are on record and were delivered to nobody: the code was done before."""
         return {delivery.id for delivery in self._deliveries[self.activation :]}
+
+    def end_of(self, request_id: int) -> Row | None:
+        """What ended that request, where it is on record."""
+        if not self._ends:
+            self._ends = {delivery.id: delivery.row for delivery in self._deliveries}
+        return self._ends.get(request_id)
 
     def recorded(self, request_id: int) -> Asked | None:
         """That request, where it is on record."""
@@ -372,6 +380,31 @@ def open_attempts(rows: Iterable[Row]) -> set[int]:
     return set(found.values())
 
 
+def ends_of(rows: Iterable[Row]) -> tuple[list[Asked], dict[int, Row]]:
+    """The requests that stand, in order, and by their numbers the rows that ended them."""
+    course = _course_of(rows)
+    return [asked for _, asked in sorted(course.asked.items())], {one.id: one.row for one in course.deliveries if one.id >= 0}
+
+
+def forked(rows: Sequence[Row], at: int) -> list[Row]:
+    """The log of a run that goes its own way from the request `at` on.
+
+    What was asked for before it stands with what it came to; that request and what followed are asked for anew. The rows are
+    those of the old log, without the values that don't count any more, and one more.
+    """
+    fork = Event("forked", at)
+    course = _course_of([*rows, fork])
+    stand = {id(delivery.row) for delivery in course.deliveries} | {id(row) for _, row in course.kept}
+    at_s = max((delivery.row.at for delivery in course.deliveries), default=0.0)
+    return [*(row if id(row) in stand else _emptied(row, at_s) for row in rows), replace(fork, at=at_s)]
+
+
+def _emptied(row: Row, at_s: float) -> Row:
+    """A row of which only the requests count. The run's time goes on from where it was."""
+    row = replace(row, form="", value=b"", blob="", at=min(row.at, at_s))
+    return replace(row, patches=b"", patches_blob="", seen=b"", shown=b"") if isinstance(row, Outcome) else row
+
+
 def _course_of(rows: Iterable[Row]) -> _Course:
     """The rows in order, with every resumption applied where it happened."""
     asked: dict[int, Asked] = {}
@@ -385,6 +418,9 @@ def _course_of(rows: Iterable[Row]) -> _Course:
                 course = replace(course, values=tuple(was for was in course.values if was is not drawn))
         if row.what == "resumed" and isinstance(row, Event):
             course = _resumed(replace(course, deliveries=tuple(deliveries)), row.cut, row.ended_by)
+            asked, deliveries = course.asked, list(course.deliveries)
+        elif row.what == "forked":
+            course = _forked(replace(course, deliveries=tuple(deliveries)), row.request)
             asked, deliveries = course.asked, list(course.deliveries)
         elif row.what == "moved" and isinstance(row, Event):
             asked[row.request] = msgspec.structs.replace(asked[row.request], timer=row.timer)
@@ -427,6 +463,31 @@ def _resumed(course: _Course, cut: int, ended_by: Sequence[int]) -> _Course:
     others = [asked for n, asked in course.asked.items() if n not in before]
     values = [asked for asked in others if asked.value is not None and asked.id not in caused]
     return _Course(before, tuple(deliveries), tuple(kept), (*course.taken, *others), (*course.values, *values))
+
+
+def _forked(course: _Course, at: int) -> _Course:
+    """A run begins with another one's history up to the request `at`, whose activation is left open.
+
+    What was asked for before it, and came to something later, is delivered after the rest; of several attempts the first, the
+    others when the code makes them. A failure then isn't: what failed is tried again. What an earlier resumption had kept is
+    kept, where it was asked for before.
+    """
+    place = course.asked[at].activation
+    before = {n: asked for n, asked in course.asked.items() if n < at}
+    deliveries = [replace(one, closed=min(one.closed, place - 1)) for one in course.deliveries[:place]]
+    delivered, more = {one.id for one in deliveries}, list[tuple[Asked, Row]]()
+    for one in course.deliveries[place:]:
+        if one.id not in before or before[one.id].kind == TIMER or one.row.failed or one.row.what == "dropped":
+            continue
+        if one.id in delivered:
+            more.append((before[one.id], one.row))
+        else:
+            deliveries.append(replace(one, closed=place - 1))
+            delivered.add(one.id)
+    others = tuple(asked for n, asked in course.asked.items() if n >= at)
+    kept = (*(pair for pair in course.kept if pair[0].id < at), *more)
+    values = tuple(asked for asked in course.values if asked.id < at)
+    return _Course(before, tuple(deliveries), kept, (*course.taken, *others), values)
 
 
 def _is_drawn(aside: Asked, asked: Asked) -> bool:

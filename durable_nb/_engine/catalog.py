@@ -9,6 +9,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,14 @@ from durable_nb import _records as rec
 from durable_nb import _usage
 from durable_nb._clock import remaining_s
 from durable_nb._codec import digest_of
-from durable_nb._engine.by_history import TIMER, open_attempts, requests_of
+from durable_nb._engine.by_history import TIMER, ends_of, open_attempts, requests_of, without_collector
 from durable_nb._engine.inbox import Received, wish
 from durable_nb._engine.performer import ended_step
 from durable_nb._engine.reporting import decoded
 from durable_nb._engine.request_tasks import key_of
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._engine.run_time import due_in_s
-from durable_nb._facts import Paths, Snapshot, Status, Step, Used, standing
+from durable_nb._facts import FINISHED, Paths, Snapshot, Status, Step, Used, standing
 from durable_nb._preview import Preview
 from durable_nb._records import (
     Asked,
@@ -43,7 +44,7 @@ from durable_nb._records import (
 )
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
-from durable_nb.errors import RunNotFoundError, StoreError
+from durable_nb.errors import RunNotFoundError, StepNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._engine.shared import Shared
@@ -80,6 +81,12 @@ class Catalog:
             )
         return found
 
+    def found(self, run_id: str) -> tuple[RunRecord, Lease | None, bytes]:
+        """The same, and its record's row: what is written on condition of it fails where the run stands otherwise by then."""
+        record, _ = self.find(run_id)
+        row = self._journal.get(rec.run_key(record.id)) or b""
+        return *self.find(record.id), row  # what has changed meanwhile is read after the row
+
     def seen(self, run_id: str) -> tuple[RunRecord, Lease | None] | None:
         """A run as it stands: what is wanted of it counts where nobody executes it."""
         found = self._ownership.read_run(run_id)
@@ -87,42 +94,64 @@ class Catalog:
             return found
         return self._heeding(found[0], self._ownership.inbox.of(run_id)), found[1]
 
-    def all(self) -> Iterator[tuple[RunRecord, Lease | None]]:
-        """Every run that can be read. One that is damaged, or that another key signed, is left out: `doctor` tells of it."""
-        leases, inboxes = dict(self._journal.scan(rec.lease_key(""))), self._ownership.inbox.all()
-        owners: dict[str, bool] = {}
-        for key, row in self._journal.scan(rec.run_key("")):
-            with contextlib.suppress(StoreError):
-                record = unpack(self._signer, key, row, RunRecord)
-                if record.status != Status.RUNNING and record.id not in inboxes:
-                    yield record, None
-                    continue
-                held = leases.get(rec.lease_key(record.id))
-                lease = unpack(self._signer, rec.lease_key(record.id), held, Lease) if held else None
-                owner = lease.owner if lease else ""
-                if owner not in owners or owner == self._shared.store.process.id:
-                    owners[owner] = self.is_owned(record.id, lease)
-                yield (
-                    record if owners[owner] else self._heeding(record, inboxes.get(record.id, [])),
-                    lease if owners[owner] else replace(lease, owner="") if lease else None,
-                )
+    def all(self) -> list[tuple[RunRecord, Lease | None]]:
+        """Every run that can be read, the newest first. One that is damaged, or that another key signed, is left out: `doctor`
+        tells of it."""  # fmt: skip
+        inboxes, found = self._ownership.inbox.all(), list[tuple[RunRecord, Lease | None]]()
+        with without_collector():
+            for key, row in self._journal.scan(rec.run_key("")):
+                with contextlib.suppress(StoreError):
+                    found.append((unpack(self._signer, key, row, RunRecord), None))
+            unfinished = [n for n, (record, _) in enumerate(found) if record.status == Status.RUNNING or record.id in inboxes]
+            leases = dict(self._journal.scan(rec.lease_key(""))) if unfinished else {}
+            owners: dict[str, bool] = {}
+            for n in unfinished:
+                found[n] = self._standing_at(found[n][0], leases, inboxes, owners)
+            found.sort(key=_newest_first)
+        return found
+
+    def _standing_at(
+        self, record: RunRecord, leases: dict[str, bytes], inboxes: dict[str, list[Received]], owners: dict[str, bool]
+    ) -> tuple[RunRecord, Lease | None]:
+        """The same as `seen`, of many runs. `owners`: which processes were found to execute theirs."""
+        lease = None
+        with contextlib.suppress(StoreError):
+            row = leases.get(key := rec.lease_key(record.id))
+            lease = unpack(self._signer, key, row, Lease) if row else None
+        owner = lease.owner if lease else ""
+        if owner not in owners or owner == self._shared.store.process.id:
+            owners[owner] = self.is_owned(record.id, lease)
+        if owners[owner]:
+            return record, lease
+        return self._heeding(record, inboxes.get(record.id, [])), replace(lease, owner="") if lease else None
+
+    def chosen(self, status: str | None, workflow: str | None, label: str | None) -> Iterator[tuple[RunRecord, Lease | None]]:
+        """Those of them that fit. How a run stands is looked up only where the rest fits, and where it may stand so."""
+        for record, lease in self.all():
+            if workflow not in (None, record.name) or (label is not None and label not in record.labels):
+                continue
+            if status is None or (self._may_stand(record, status) and self.status(record, lease) == status):
+                yield record, lease
+
+    def _may_stand(self, record: RunRecord, status: str) -> bool:
+        if record.id in self._ownership.active or self._is_started(record.id):
+            return True
+        return record.status == status if record.status != Status.RUNNING else status not in FINISHED
 
     def snapshots(
-        self, status: str | None, workflow: str | None, label: str | None, limit: int | None, *, steps: bool
+        self,
+        status: str | None,
+        workflow: str | None,
+        label: str | None,
+        limit: int | None,
+        *,
+        before: str | None = None,
+        steps: bool,
     ) -> list[Snapshot]:
-        """As `_current.Engine.snapshots` has it. How a run stands is looked up only where the rest fits."""
-        asked = [
-            (record, lease)
-            for record, lease in self.all()
-            if workflow in (None, record.name) and (label is None or label in record.labels)
-        ]
-        found: list[Snapshot] = []
-        for record, lease in sorted(asked, key=lambda pair: pair[0].started_at, reverse=True):
-            if limit is not None and len(found) >= limit:
-                break
-            if status is None or self.status(record, lease) == status:
-                found.append(self.snapshot(record.id) if steps else self.summary(record, lease))
-        return found
+        """As `_current.Engine.snapshots` has it."""
+        after = None if before is None else _newest_first(self.find(before))
+        found = (run for run in self.chosen(status, workflow, label) if after is None or _newest_first(run) > after)
+        return [self.snapshot(run[0].id) if steps else self.summary(*run) for run in islice(found, limit)]
 
     def used(self) -> list[Used]:
         """What models' answers have cost, by run, the newest first. Records that can't be read are left out."""
@@ -233,6 +262,17 @@ class Catalog:
             return Status.PENDING
         return standing(step.status for _, _, step in self._waits(record))
 
+    def said(self, record: RunRecord, lease: Lease | None) -> str:
+        """The same for a message, with the process that executes it."""
+        return f"{self.status(record, lease)}{self.executor(lease)}"
+
+    def executor(self, lease: Lease | None) -> str:
+        """Which process that is: ' in process 1234'; '' where none does."""
+        process = self._shared.store.process
+        if lease is None or not process.is_alive(lease.owner):
+            return ""
+        return " in this process" if lease.owner == process.id else f" in process {lease.owner.partition('-')[0]}"
+
     def is_owned(self, run_id: str, lease: Lease | None) -> bool:
         """Does a live process, this one or another, execute the run?"""
         return self._is_started(run_id) or self._ownership.is_owned(run_id, lease)
@@ -251,6 +291,24 @@ class Catalog:
         row = self._journal.get(key)
         return self.seen(unpack(self._signer, key, row, Generation).last_run) if row else None
 
+    def request_of(self, record: RunRecord, path: str) -> int:
+        """The number of the request at that path of a workflow's run; of those of that name, the first. StepNotFoundError."""
+        paths, known = Paths(), list[str]()
+        found = [(number, step.name, paths.take("", step.name, item)) for number, item, step in self._logged(record)]
+        for wanted in (2, 1):  # a path before a name
+            for request in found:
+                if request[wanted] == path:
+                    return request[0]
+        known = [place for _, _, place in found]
+        listed = (
+            f"it has {', '.join(map(repr, known[:20]))}" + (" and others" if len(known) > 20 else "")
+            if known
+            else "it has none"
+        )
+        raise StepNotFoundError(
+            f"the run {record.id!r} of workflow {record.name!r} has no step {path!r}; {listed}. Nothing was started"
+        )
+
     # -- steps, from the records alone: of a run that is not executed here -------------------------------------------------
 
     def _steps(self, record: RunRecord) -> tuple[Step, ...]:
@@ -268,11 +326,11 @@ class Catalog:
     def _logged(self, record: RunRecord) -> list[tuple[int, int, Step]]:
         """What a workflow's run has asked for, and how it ended: by the request's number, each with its item's."""
         rows = [row for _, _, row in read_log(self._journal, self._signer, record.scope, record.generation)]
+        requests, ends = ends_of(rows)
         waits = {number[1]: step for number, _, step in self._waits(record)}
-        ends = {row.request: row for row in rows if row.what not in ("asked", "moved", "resumed")}
         retrying = open_attempts(rows) if record.status == Status.RUNNING else set[int]()
         steps = []
-        for asked in (one for row in rows for one in row.asked if one.kind not in (TIMER, "result") and one.value is None):
+        for asked in (one for one in requests if one.kind not in (TIMER, "result") and one.value is None):
             end = ends.get(asked.id)
             of = asked.name, "", asked.kind
             child = self.child_of(record, asked) if asked.kind == "invoke" else None
@@ -345,3 +403,8 @@ class Catalog:
             for key, row in self._journal.scan(prefix):
                 timer = unpack(self._signer, key, row, Timer)
                 yield timer.sequence, timer, key[len(prefix) :]
+
+
+def _newest_first(run: tuple[RunRecord, Lease | None]) -> tuple[float, str]:
+    """Sorts runs; those that began at the same moment by their ids."""
+    return -run[0].started_at, run[0].id

@@ -21,8 +21,8 @@ message does; `Ownership` hands what is for nobody's runs to `Workflows`.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from durable_nb import _records as rec
@@ -80,6 +80,19 @@ class Inbox:
             verdict = self._store.writer.commit_and_wait(Commit(guard, inserts=(row,)))
             if verdict is not Verdict.EXISTS:  # else another sender was faster
                 return verdict is Verdict.APPLIED
+
+    def send_all(self, run_rows: Mapping[str, bytes], message: Message) -> list[str]:
+        """The same to many runs, whose records' rows these are, in few commits; those that did not get it."""
+        used = Counter[str]()
+        for key, _ in self._store.journal.sizes(rec.inbox_prefix("")):
+            run_id = rec.run_of_inbox(key)
+            used[run_id] = max(used[run_id], int(key.rpartition("/")[2]))
+        commits = []
+        for run_id, run_row in run_rows.items():
+            key = rec.inbox_key(run_id, used[run_id] + 1)
+            commits.append(Commit((rec.run_key(run_id), run_row), inserts=((key, pack(self._store.signer, key, message)),)))
+        given = [self._store.writer.hand_over(commit) for commit in commits]
+        return [run_id for run_id, done in zip(run_rows, given, strict=True) if done.result() is not Verdict.APPLIED]
 
     def next_row(self, run_id: str, message: Message) -> tuple[str, bytes]:
         """The row that a message is, to be inserted: another sender may be faster."""

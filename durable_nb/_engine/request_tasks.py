@@ -320,7 +320,7 @@ class RequestTasks:
         await self._outbox.remembered()
         try:
             if isinstance(ask.what, StartRequest):
-                workflows.start(ask.what, self._execution.record.id)
+                value = workflows.start(ask.what, self._execution.record.id)
             else:
                 value = await workflows.outcome(ask.request.name)
         except (asyncio.CancelledError, StoreError):

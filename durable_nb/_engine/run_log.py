@@ -246,7 +246,6 @@ class LinearLog:
     def __init__(self, log: RunLog) -> None:
         self._log, self._signer = log, log.signer
         self._scope, self._generation = log.record.scope, log.record.generation
-        self._prefixes = rec.log_prefixes(self._scope, self._generation)
         self._last = ""
         self._seq = 0
         self.at_s = 0.0
@@ -280,9 +279,7 @@ class LinearLog:
         self.at_s = max(self.at_s, at_s)
         row = replace(row, asked=tuple(asked), closed=closed, at=self.at_s)
         asked.clear()
-        steps, sleeps, others = self._prefixes
-        prefix = steps if isinstance(row, Outcome) else sleeps if any(one.timer for one in row.asked) else others
-        key = f"{prefix}{self._seq:08}"
+        key = rec.log_key(self._scope, self._generation, self._seq, row)
         follows, self._last = self._last or None, key
         return row, self._log.commit(inserts=(self._log.pack(key, row), *inserts), puts=puts, deletes=deletes, follows=follows)
 

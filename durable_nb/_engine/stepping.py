@@ -174,6 +174,12 @@ class Stepper:
         self._history.bind(request, before)
         return ask
 
+    def child_id(self, request: Request) -> str:
+        """Of a child that is started without an id: the same in every execution; in a fork, that of the run that it is of."""
+        begun = self._history.end_of(request.id)
+        recorded = _decoded(begun)[0] if begun is not None and not begun.failed else None
+        return recorded or self.tasks.key(request)
+
     def want(self, ask: Ask) -> None:
         """The code awaits it."""
         ask.is_wanted = True

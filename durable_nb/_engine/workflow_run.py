@@ -184,7 +184,7 @@ class WorkflowRun:
         asked = Request("start", request.workflow, functools.partial(arguments_of, request))
         ask = self._stepper.ask_now(asked, request)
         if request.run_id is None:
-            request.run_id, request.on_conflict = self._stepper.tasks.key(ask.request), "keep"
+            request.run_id, request.on_conflict = self._stepper.child_id(ask.request), "keep"
         self._starts[request.run_id] = ask
         return request.run_id
 

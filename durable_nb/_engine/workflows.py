@@ -33,6 +33,7 @@ from durable_nb._current import (
 from durable_nb._engine.branches import current_branch
 from durable_nb._engine.by_history import Row, deliveries_of, set_aside
 from durable_nb._engine.catalog import Catalog
+from durable_nb._engine.control import delete, fork_of
 from durable_nb._engine.engine import Engine, new_id
 from durable_nb._engine.events import Events
 from durable_nb._engine.execution import UNWIND_S
@@ -122,7 +123,7 @@ class Workflows:
 
     def _begin(self, starts: list[_Start], parent: str) -> bool:
         """Record new runs, and execute them; False, and none is recorded, where there is one of such an id."""
-        ownership, now = self._ownership, self._shared.clock.now()
+        now = self._shared.clock.now()
         records, rows = [], []
         for start in starts:
             self._loop_for(start.run_id)  # before anything is recorded
@@ -135,15 +136,19 @@ class Workflows:
             records.append(self._limited(record, request.limit, request.limit_key) if request.limit is not None else record)
             if len(arguments.value) >= BLOB_BYTES:
                 arguments = replace(arguments, value=b"", blob=self._store.journal.put_blob(arguments.value))
-            rows.append(ownership.pack(rec.arguments_key(start.run_id), arguments))
+            rows.append(self._ownership.pack(rec.arguments_key(start.run_id), arguments))
+        return self._begin_recorded(records, rows)
+
+    def _begin_recorded(self, records: list[RunRecord], rows: list[tuple[str, bytes]]) -> bool:
+        """The same, of runs whose records these are, and of `rows` beside."""
         try:
-            held = ownership.claim_and_wait(records, rows)
+            held = self._ownership.claim_and_wait(records, rows)
             for record, mine in zip(records, held, strict=False):
                 self._spawn(record.id, functools.partial(self._execute, record, mine))
         except BaseException:  # a KeyboardInterrupt: what was begun is nobody's, and can be resumed
             for record in records:
                 if record.id not in self._tasks:
-                    ownership.disown(record.id)
+                    self._ownership.disown(record.id)
             raise
         return bool(held)
 
@@ -158,12 +163,15 @@ class Workflows:
         if not same or (record.inputs != inputs and on_conflict != "keep"):
             raise _conflict(record.id, "the same workflow with other arguments" if same else f"{record.kind} {record.name!r}")
         if on_conflict == "fail":
-            status = self.catalog.status(record, lease)
-            raise RunConflictError(f"the run {record.id!r} was started already (it is {status}); nothing was started")
+            raise RunConflictError(
+                f"the run {record.id!r} was started already (it is {self.catalog.said(record, lease)}); nothing was started. "
+                f"Attach to it with durable.get_run({record.id!r})"
+            )
         if on_conflict == "restart" and self.catalog.is_owned(record.id, lease):
             raise RunConflictError(
-                f"the run {record.id!r} is being executed (it is {self.catalog.status(record, lease)}), so it was not "
-                "restarted; nothing was started. Cancel it first, with the run's cancel()"
+                f"the run {record.id!r} is being executed (it is {self.catalog.said(record, lease)}), so it was not restarted; "
+                f"nothing was started. Attach to it with durable.get_run({record.id!r}), or cancel it first, with the run's "
+                "cancel()"
             )
 
     def _attach(self, record: RunRecord, lease: Lease | None, on_conflict: str) -> None:
@@ -182,7 +190,7 @@ class Workflows:
 
     def restart(self, run_id: str) -> None:
         while True:
-            record, lease, row = self._found(run_id)
+            record, lease, row = self.catalog.found(run_id)
             if record.kind != "workflow":
                 raise DurableError(
                     f"{record.id!r} is a run of the cell {record.name!r}, so nothing was restarted: run the cell with --rerun"
@@ -192,6 +200,20 @@ class Workflows:
                 return
             if self._send(record.id, row, Restart(self._shared.clock.now().wall_s)):
                 return  # else it has changed hands, or ended, in this very moment
+
+    def fork(self, run_id: str, at: str) -> str:
+        record, rows = fork_of(self._shared, self.catalog, run_id, at)
+        if workflow_functions.get(record.name) is None:
+            self._say_that_it_waits(record)
+            rows.append(self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s)))
+            self._ownership.claim_for_nobody(record, None, inserts=tuple(rows))
+        else:
+            self._loop_for(record.id)  # before anything is recorded
+            self._begin_recorded([record], rows)
+        return record.id
+
+    def delete(self, run_id: str) -> None:
+        delete(self._shared, self.catalog, run_id)
 
     def resume_own(self) -> list[str]:
         resumed = []
@@ -213,7 +235,7 @@ class Workflows:
 
     def cancel(self, run_id: str, reason: str) -> None:
         while True:
-            record, lease, row = self._found(run_id)
+            record, lease, row = self.catalog.found(run_id)
             if record.status != Status.RUNNING and record.id not in self._tasks:
                 return
             # Whoever executes it reads this soon; where nobody does, it is a cancelled run from now on.
@@ -228,20 +250,30 @@ class Workflows:
             if child.parent == parent and child.is_invoked and child.status == Status.RUNNING:
                 self.cancel(child.id, f"with the run {parent!r}, which invoked it")
 
-    def _found(self, run_id: str) -> tuple[RunRecord, Lease | None, bytes]:
-        """A run as it stands, and its record's row, which a message may be conditional on."""
-        record, _ = self.catalog.find(run_id)
-        row = self._store.journal.get(rec.run_key(record.id)) or b""
-        return *self.catalog.find(record.id), row  # read after the row: what has changed meanwhile makes the message fail
+    def cancel_all(self, *, status: str | None, workflow: str | None, label: str | None, reason: str) -> list[str]:
+        chosen = [record for record, _ in self.catalog.chosen(status, workflow, label) if record.kind == "workflow"]
+        ids = [record.id for record in chosen if record.status == Status.RUNNING or record.id in self._tasks]
+        message = Cancel(reason, self._shared.clock.now().wall_s)
+        rows = self._store.journal.get_many(map(rec.run_key, ids))
+        unfinished = {run_id: rows[rec.run_key(run_id)] for run_id in ids if rec.run_key(run_id) in rows}
+        for run_id in self._ownership.inbox.send_all(unfinished, message):
+            self.cancel(run_id, reason)  # it has changed hands, or ended, in this very moment
+        inboxes = self._ownership.inbox.all()
+        for run_id in ids:
+            self._tell(run_id, inboxes.get(run_id, []))
+        return ids
 
     def _send(self, run_id: str, row: bytes, message: Message) -> bool:
         """Put it into the run's inbox, and tell the run of it where this process executes it."""
         if not self._ownership.inbox.send(run_id, row, message):
             return False
+        self._tell(run_id, self._ownership.inbox.of(run_id))
+        return True
+
+    def _tell(self, run_id: str, inbox: list[Received]) -> None:
         run = self._ownership.active.get(run_id)
         if run is not None:
-            run.hear_soon(self._ownership.inbox.of(run_id))
-        return True
+            run.hear_soon(inbox)
 
     # -- events and decisions ------------------------------------------------------------------------------------------
 
@@ -260,17 +292,20 @@ class Workflows:
         """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it. False, and it
         is told, where its workflow is not defined here."""  # fmt: skip
         if workflow_functions.get(record.name) is None:
-            log.warning(
-                "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
-                "then durable.get_run(%r).resume()",
-                *(record.id, record.name, record.id),
-            )
+            self._say_that_it_waits(record)
             return False
         inbox = self._ownership.inbox.of(record.id)
         anew = anew or isinstance(wish(record, inbox), Restart)
         stale = _stale(inbox, anew=anew)
         self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
         return True
+
+    def _say_that_it_waits(self, record: RunRecord) -> None:
+        log.warning(
+            "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
+            "then durable.get_run(%r).resume()",
+            *(record.id, record.name, record.id),
+        )
 
     def _go_or_ask(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
         """The same; where its workflow is not defined here, the run is made ready, and a process that has it is asked."""
@@ -412,8 +447,8 @@ class Workflows:
         return _Ready(record, tuple(rows), deletes, tuple(children))
 
     def _resumption(self, record: RunRecord) -> tuple[float, float, list[tuple[str, bytes]], tuple[str, ...], list[str]]:
-        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the latest that is on record, the
-        row that says so, rows that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
+        """A failed or cancelled run goes on from the failure that ended it: the run's time then, the latest on record, the row
+        that says so, rows that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
         rows = [row for _, _, row in read_log(self._store.journal, self._store.signer, record.scope, record.generation)]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
@@ -521,9 +556,10 @@ class Workflows:
         workflow: str | None = None,
         label: str | None = None,
         limit: int | None = None,
+        before: str | None = None,
         steps: bool = False,
     ) -> list[Snapshot]:
-        return self.catalog.snapshots(status, workflow, label, limit, steps=steps)
+        return self.catalog.snapshots(status, workflow, label, limit, before=before, steps=steps)
 
     def used(self) -> list[Used]:
         return self.catalog.used()
@@ -532,12 +568,8 @@ class Workflows:
         self._shared.limits.declare(limit)
 
     def interrupted(self) -> list[tuple[str, str]]:
-        waiting = [
-            record
-            for record, lease in self.catalog.all()
-            if record.kind == "workflow" and self.catalog.status(record, lease) is Status.INTERRUPTED
-        ]
-        return [(run.id, run.name) for run in sorted(waiting, key=lambda run: run.started_at, reverse=True)]
+        waiting = self.catalog.chosen(Status.INTERRUPTED, None, None)
+        return [(record.id, record.name) for record, _ in waiting if record.kind == "workflow"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import NAMELESS
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Generation, RunRecord, unpack, unpack_message
+from durable_nb._store import Store, texts_that_name, values_named
 from durable_nb.errors import StoreError
 
 LIVE_S = 30 * 86400.0
@@ -35,7 +36,6 @@ GRACE_S = 3600.0
 
 _DELETES_AT_ONCE = 500
 _OF_RUN = rec.scope_of("~run ")
-_DIGEST = re.compile(rb"[0-9a-f]{64}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -109,7 +109,7 @@ def collect(engine: Engine, max_size: int | None = None) -> Collected:
             if now - draft.stat().st_mtime > GRACE_S:
                 draft.unlink()
                 result.drafts += 1
-    result.values = store.journal.drop_blobs(now - GRACE_S, _needed(engine))
+    result.values = store.journal.drop_blobs(now - GRACE_S, _needed(store))
     if max_size is not None:
         entries = list(Entries(store.cells, store.signer).all())
         excess = size_of(store.path) - max_size
@@ -234,19 +234,15 @@ def _delete(engine: Engine, guard: _Guard, keys: Sequence[str]) -> int:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _needed(engine: Engine) -> Callable[[str], bool]:
-    """Tells whether any row or entry names a large value. Whatever looks like a name counts, in what can't be read too."""
-    named: set[bytes] | None = None
+def _needed(store: Store) -> Callable[[str], bool]:
+    """Tells whether any row or entry names a large value."""
+    named: set[str] | None = None
 
     def is_needed(digest: str) -> bool:
         nonlocal named
         if named is None:
-            journal, named = engine.store.journal, set()
-            for key, _ in journal.sizes():
-                named.update(_DIGEST.findall(journal.get(key) or b""))
-            for head in Entries(engine.store.cells, engine.store.signer).heads():
-                named.update(_DIGEST.findall(head))
-        return digest.encode() in named
+            named = set().union(*map(values_named, texts_that_name(store)))
+        return digest in named
 
     return is_needed
 

@@ -13,13 +13,12 @@ from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
-from durable_nb._facts import Snapshot, Status
+from durable_nb._facts import FINISHED, Snapshot, Status
 from durable_nb._records import Lease, RunRecord
 from durable_nb._view.listing import PAGE, CellFacts, Page, Query, RunFacts, page_of
 from durable_nb.errors import RunNotFoundError, StoreError
 
 _ASLEEP = (Status.SLEEPING, Status.WAITING, Status.RETRYING)
-_ENDED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 _OF_RUN = rec.scope_of("~run ")
 NAMELESS = "(without a name)"
 """All cells without a name, as one."""
@@ -168,7 +167,7 @@ class Inventory:
         return generations[max(generations)] if generations else 0
 
     def _wake_at(self, run: RunFacts) -> float | None:
-        if run.status in _ENDED:
+        if run.status in FINISHED:
             return None
         try:
             steps = self._workflows.snapshot(run.id).steps
