@@ -125,7 +125,7 @@ class TestFold:
         ]
         shown = timeline(steps, 0.0, 40.0)
         assert [len(list(group)) for _, group in itertools.groupby(shown)] == [12, 24, 12]
-        assert shown[0] + shown[20] + shown[40] == "c s"
+        assert shown[0] + shown[20] + shown[40] == "c p", "a sleep that is over is nothing to look at"
 
 
 class TestStatic:
@@ -600,7 +600,8 @@ class TestLive:
 
         desk.run(story)
         assert desk.shown[-1].keys() == {"text/html", "text/plain"}
-        assert desk.updates()[-1] | {"now": 0} == {"ended": "run-1", "again": "run", "now": 0}
+        ended = {"ended": "run-1", "again": "run", "offered": ["retry", "restart"], "now": 0}
+        assert desk.updates()[-1] | {"now": 0} == ended
         assert desk.orders[0] == ("retry", "run-1", None, "")
 
     def test_without_a_front_end_there_is_only_the_end(self, desk: Desk) -> None:

@@ -131,7 +131,7 @@ def timeline(steps: Sequence[Step], since: float, until: float) -> str:
         end = until if step.ended_at is None else step.ended_at
         first = min(max(int((step.started_at - since) / span * CELLS), 0), CELLS - 1)
         last = min(max(int((end - since) / span * CELLS - 1e-9), first), CELLS - 1)
-        letter = "s" if step.kind == "sleep" and step.status is Status.COMPLETED else LETTERS[word(step)]
+        letter = "p" if step.kind == "sleep" and step.status is Status.COMPLETED else LETTERS[word(step)]
         for part in parts[first : last + 1]:
             part.add(letter)
     order = "fiyrxcswp"
@@ -150,12 +150,17 @@ def _rows(families: dict[str, dict[str, list[Step]]], parent: str, depth: int) -
 
 
 def _members(families: dict[str, dict[str, list[Step]]], members: list[Step], depth: int) -> Callable[[], list[Row]]:
-    return lambda: [_one(families, step, depth) for step in members]
+    return lambda: [_one(families, step, depth, _own(step)) for step in members]
 
 
-def _one(families: dict[str, dict[str, list[Step]]], step: Step, depth: int) -> Row:
+def _one(families: dict[str, dict[str, list[Step]]], step: Step, depth: int, name: str = "") -> Row:
     below = (lambda: _rows(families, step.path, depth + 1)) if step.path in families else None
-    return Row(step.path, step.name, (step,), depth, below)
+    return Row(step.path, name or step.name, (step,), depth, below)
+
+
+def _own(step: Step) -> str:
+    """Return the end of a step's path that tells it from others of its name: `row[4711]`, `fold#2`."""
+    return step.path[max(step.path.rfind(step.name), 0) :] if step.name in step.path else step.name
 
 
 def _flat(rows: list[Row], opened: set[str]) -> Iterator[Row]:

@@ -74,7 +74,7 @@ function live(model, place) {
    beside it. */
 function offer(model, place) {
   const { ended, again, offered } = model.get("state");
-  const side = make("div", "durable-nb dnb-again dnb-buttons");
+  const side = make("div", "durable-nb dnb-again");
   const made = {};
   const press = (action, words) => () => {
     for (const name of offered) made[name].set("asked for", name === action ? words : undefined);
@@ -562,6 +562,7 @@ function rowLine(own, toggle) {
       if (row.note) notes.push(row.note);
       if (row.tokens !== undefined) notes.push(`${count(row.tokens)} tokens`);
       if (row.cost) notes.push(row.cost);
+      if (!notes.length && row.given && !row.error) notes.push(row.given);
       put(more, notes.length ? ` · ${notes.join(" · ")}` : "");
       put(error, row.error ? firstLine(row.error) : "");
       error.title = row.error ?? "";

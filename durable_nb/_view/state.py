@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from durable_nb._facts import Step
     from durable_nb._usage import Usage
 
-LIMIT = 24 * 1024
+LIMIT = 20 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
 _FOR_ROWS = LIMIT // 4
 """Of these, at least, whatever is unfolded."""
@@ -41,6 +41,8 @@ PAGE = 40
 """Rows at each end that are told unasked."""
 NAME = 160
 ERROR = 300
+HINT = 60
+"""Of what a step is given, beside its name."""
 TEXT = 2000
 """Of a panel's arguments and result."""
 TRACEBACK = 6000
@@ -276,6 +278,7 @@ def _step(step: Step, extra: Extra | None) -> State:
         "attempts": step.attempts if step.attempts > 1 else None,
         "wake": step.wake_at,
         "error": clipped(error_of(step), ERROR) if step.error else None,
+        "given": clipped(step.preview.arguments, HINT) or None,
         **_spent(step.usage),
     }
     if extra is not None:

@@ -36,6 +36,10 @@ _DETAILS = 40
 
 _QUIET = "color: var(--jp-ui-font-color2, #757575)"
 _FONT = "font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums"
+_INDENT = "16px"
+"""What the triangle of a line that unfolds takes."""
+_BELOW = f"padding-left: {_INDENT}"
+_LABEL = f"{_QUIET}; font-size: 12px"
 _CODE = (
     "margin: 2px 0 6px; padding: 0; max-height: 16em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; "
     "background: none; font: 12px/1.45 var(--jp-code-font-family, monospace)"
@@ -242,12 +246,12 @@ def _time(step: Step, now: float) -> str:
 
 
 def _row(row: Row, said: _Said, columns_: int, detail: Callable[[str], Detail] | None) -> str:
-    name = f"{escape(clipped(row.name, _NAME))}{escape(said.count)}{_strip(said.strip, 120)}"
+    name = f'{escape(clipped(row.name, _NAME))}<span style="{_QUIET}">{escape(said.count)}</span>{_strip(said.strip, 120)}'
     if row.is_group:
         broken = [step for step in row.steps if step.status in BROKEN and step.error][:10]
         below = "".join(_text_of(f"{step.path}: {error_of(step)}") for step in broken)
         summary = f"{name}{_small(plain(said.error, 110))}"
-        name = f"<details><summary>{summary}</summary>{below}</details>" if broken else name
+        name = _details(summary, below) if broken else _plain(name)
     else:
         name = _unfolds(name, row.step, detail(row.step.path) if detail is not None else Detail())
     cells = [
@@ -264,15 +268,24 @@ def _unfolds(name: str, step: Step, detail: Detail) -> str:
     error = failure(step, detail)
     first = plain(error_of(step), 110)
     texts = [("arguments", step.preview.arguments), ("result", step.preview.result), ("log", "\n".join(detail.log))]
-    below = [f'<div style="{_QUIET}">{label}</div>{_text_of(words)}' for label, words in texts if words]
     if error and (error != error_of(step) or len(error) > 110 or "\n" in error):
-        below.append(_text_of(error))
-    short = _small(first) if first else ""
-    return f"<details><summary>{name}{short}</summary>{''.join(below)}</details>" if below else f"{name}{short}"
+        texts.append(("error", error))
+    below = "".join(f'<div style="{_LABEL}">{label}</div>{_text_of(words)}' for label, words in texts if words)
+    named = f"{name}{_small(first) if first else ''}"
+    return _details(named, below) if below else _plain(named)
+
+
+def _details(summary: str, below: str) -> str:
+    return f'<details><summary>{summary}</summary><div style="{_BELOW}">{below}</div></details>'
+
+
+def _plain(name: str) -> str:
+    """Return the same where nothing unfolds: the names of a table stand below each other."""
+    return f'<div style="{_BELOW}">{name}</div>'
 
 
 def _small(error: str) -> str:
-    return f'<br><small style="color: {COLOURS["failed"]}">{escape(error)}</small>'
+    return f'<br><small style="color: {COLOURS["failed"]}; padding-left: {_INDENT}">{escape(error)}</small>'
 
 
 def _text_of(words: str) -> str:
