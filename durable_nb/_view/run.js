@@ -557,7 +557,7 @@ function rowLine(own, toggle) {
       put(name, row.n && row.name.length > 40 ? `${row.name.slice(0, 39)}…` : row.name);
       put(times, row.n ? ` × ${count(row.n)}` : "");
       label.title = row.path ?? row.name;
-      const notes = [];
+      const notes = row.for ? [`waits for ${row.for}`] : [];
       if (row.median !== undefined) notes.push(`median ${length(row.median)}`);
       if (row.note) notes.push(row.note);
       if (row.tokens !== undefined) notes.push(`${count(row.tokens)} tokens`);

@@ -146,7 +146,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
             id=clipped(snapshot.id, NAME),
             name=clipped(snapshot.name, NAME),
             status=snapshot.status.value,
-            why=clipped(why, NAME) or None,
+            why=clipped(f"waits for {snapshot.waits_for}" if snapshot.waits_for else why, NAME) or None,
             started=snapshot.started_at,
             ended=snapshot.ended_at,
         ),
@@ -279,6 +279,7 @@ def _step(step: Step, extra: Extra | None) -> State:
         "wake": step.wake_at,
         "error": clipped(error_of(step), ERROR) if step.error else None,
         "given": clipped(step.preview.arguments, HINT) or None,
+        "for": clipped(step.waits_for, HINT) if step.waits_for else None,
         **_spent(step.usage),
     }
     if extra is not None:
