@@ -291,10 +291,10 @@ class TestState:
         assert "left" not in state_of(run_of(*steps, *waiting[1:], replace(waiting[0], status=Status.SLEEPING)), now=105.0)
 
     def test_questions_and_progress(self) -> None:
-        waits = done(1, status=Status.WAITING, ended_at=None)
+        waits = done(1, kind="decision", status=Status.WAITING, ended_at=None, prompt="Publish?", wake_at=900.0)
         usage = {"gpt-5": {"requests": 1, "input_tokens": 3, "output_tokens": 4}}
         works = done(2, status=Status.RUNNING, ended_at=None, usage=usage)
-        extras = {"step 1": Extra(prompt="Publish?", deadline=900.0), "step 2": Extra(3, 10, "batch 3")}
+        extras = {"step 2": Extra(3, 10, "batch 3")}
         state = state_of(run_of(waits, works), extras=extras)
         assert state["approvals"] == [{"path": "step 1", "prompt": "Publish?", "deadline": 900.0}]
         row = state["rows"][1]
@@ -476,10 +476,14 @@ class TestLive:
         assert [row["at"] for row in scrolled["rows"]] == [*range(40), *range(5000, 5021), *range(9961, 10_001)]
 
     def test_buttons_send_once_and_only_what_can_be_asked(self, desk: Desk) -> None:
-        desk.view = desk.make(actions=Actions(retry="the run has not ended"))
-
         async def story() -> None:
+            names = ("publish", "other", "decided")
+            asked = [done(i, name=name, path=name, kind="decision", prompt="?") for i, name in enumerate(names)]
+            waiting = [replace(step, status=Status.WAITING, ended_at=None) for step in asked[:2]]
+            desk.facts = run_of(*waiting, asked[2])
             await desk.opened()
+            for step in ("decided", "unknown", None):
+                desk.view._heard(None, {"ask": "approve", "run": "run-1", "step": step}, [])
             ask = {"ask": "approve", "run": "run-1", "step": "publish", "comment": "fine" * 1000}
             for message in (ask, ask, {**ask, "ask": "reject"}, {**ask, "step": "other", "comment": ""}):
                 desk.view._heard(None, message, [])
@@ -742,13 +746,10 @@ from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source
 class Run(Source):
     def __init__(self, name, steps=(), **options):
         self.facts = Snapshot("run-1", name, Status.RUNNING, time.time(), None, tuple(steps))
-        self.waits = {}
         super().__init__(lambda: self.facts)
         said = {"send": self.send, "why": lambda: "helper clean changed"}
         self.view = RunView(self, live=True, place=Place(cell=name), **said, **options)
         self.view.open()
-    def extras(self):
-        return self.waits
     def detail(self, path):
         return Detail(("line one", "line two")) if path == "charge" else Detail()
     def actions(self, status):
@@ -756,7 +757,6 @@ class Run(Source):
     def send(self, action, run_id, step=None, comment=""):
         with open("sent", "a") as file:
             file.write(f"{action} {step} {comment}\\n")
-        self.waits = {}
         self.step(step, status=Status.COMPLETED, ended_at=time.time()) if step else None
     def step(self, name, **facts):
         """Add a step, or change it."""
@@ -775,8 +775,8 @@ run = Run("release")
 now = time.time()
 run.step("charge", status=Status.COMPLETED, started_at=now - 2, ended_at=now, preview=Preview("cart=<b>7</b>", "'paid'"))
 run.step("cool down", kind="sleep", status=Status.SLEEPING, started_at=now, wake_at=now + 300)
-run.waits = {"publish": Extra(prompt="Publish <b>it</b>?", deadline=now + 7200)}
-run.step("publish", kind="approve", status=Status.WAITING, started_at=now)
+asks = {"prompt": "Publish <b>it</b>?", "wake_at": now + 7200}
+run.step("publish", kind="decision", status=Status.WAITING, started_at=now, **asks)
 await until("release-go")
 """
 
@@ -1080,4 +1080,32 @@ if not os.path.exists("left-seen"):
         assert "1 restored" not in lab.text(f"{view} .dnb-head")
         (lab.root / "left-1").touch()
         lab.wait_text("left · completed in", ".jp-Cell:nth-child(4) .jp-OutputArea")
+        assert errors(lab) == []
+
+    def test_an_approval_outlives_its_kernel_and_later_cells_run_when_it_is_given(self, lab: Lab) -> None:
+        """With a comment; asked again with its first deadline; whoever presses twice, or after somebody else, decides once."""
+        asking = """%%durable publish
+paid = await durable.run("charge", fold, 1)
+answers = await asyncio.gather(*(durable.approve("publish", f"Publish <b>{n}</b>?", timeout="2h") for n in range(2)))
+[(answer.approved, answer.comment) for answer in answers]"""
+        name = lab.write_notebook([HELPERS, asking, "print('later', answers[0].comment)"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("Publish <b>1</b>?", VIEW)
+        assert "waiting" in lab.text(f"{VIEW} .dnb-head")
+        lab.wait_text("times out in 1:59:5", f"{VIEW} .dnb-asks")
+        lab.wait("(asks) => !document.querySelector(asks).innerText.includes('1:59:5')", 20, f"{VIEW} .dnb-asks")
+        lab.restart_kernel()
+        lab.run_all()
+        lab.wait("(asks) => /times out in 1:59:[0-4]/.test(document.querySelector(asks)?.innerText)", 30, f"{VIEW} .dnb-asks")
+        assert "later" not in lab.text(".jp-Cell:nth-child(3) .jp-Cell-outputWrapper")
+        cards = "Decision: Publish <b>{}</b>?"
+        lab.on_page(lambda page: page.get_by_label("Comment on publish", exact=True).fill("fine <i>by</i> me"))
+        lab.on_page(lambda page: page.get_by_role("group", name=cards.format(0)).get_by_text("Approve").dblclick())
+        lab.on_page(lambda page: page.get_by_role("group", name=cards.format(0)).wait_for(state="detached"))
+        lab.on_page(lambda page: page.get_by_role("group", name=cards.format(1)).get_by_text("Reject").click())
+        lab.wait_idle()
+        lab.wait_text("[(True, 'fine <i>by</i> me'), (False, '')]", f"{CELL} .jp-OutputArea-executeResult")
+        lab.wait_text("later fine <i>by</i> me", ".jp-Cell:nth-child(3) .jp-Cell-outputWrapper")
+        lab.wait_text("publish · ran in", OUTPUT)
         assert errors(lab) == []

@@ -9,7 +9,9 @@ from durable_nb._current import current_run, engine
 from durable_nb._engine.observing import Notice, Observation, Observers, log
 from durable_nb._engine.workflows import Workflows
 from durable_nb._ipython.details import DetailedSource, Details
+from durable_nb._outside import decide
 from durable_nb._view import Place, RunView
+from durable_nb._view.actions import place_of
 from durable_nb._view.place import is_live
 from durable_nb._view.state import ENDED
 from durable_nb._workflow import Run
@@ -23,16 +25,20 @@ _ELSEWHERE_S = 1.0
 """The same where another process executes it: looking reads its records."""
 
 
-def send(action: str, run_id: str, step: str | None = None, comment: str = "") -> None:  # noqa: ARG001
-    """Ask for what a button of a view says."""
-    if action == "cancel":
+def send(action: str, run_id: str, step: str | None = None, comment: str = "") -> None:
+    """Ask for what a button of a view says. `step`: the path of what is decided."""
+    if action in ("approve", "reject"):
+        found = next((one for one in engine().snapshot(run_id).steps if one.path == step), None)
+        place = place_of(found) if found is not None else step or ""
+        decide(run_id, place, approved=action == "approve", comment=comment)
+    elif action == "cancel":
         engine().cancel(run_id, comment or "cancelled in the notebook")
     elif action == "retry":
         engine().resume(run_id, take_over=False)
     elif action == "restart":
         engine().restart(run_id)
     else:
-        raise NotSupportedError(f"{action}: no step of the run {run_id!r} waits for a decision")
+        raise NotSupportedError(f"{action!r}: there is no such action; nothing was done")
 
 
 def show(run: Run) -> None:

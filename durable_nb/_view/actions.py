@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from durable_nb._facts import Status
+from durable_nb._facts import Status, Step
 
 RESUMABLE = frozenset({Status.FAILED, Status.CANCELLED, Status.INTERRUPTED})
 OF_A_CELL = "run the cell with --rerun"
@@ -21,6 +21,16 @@ class Actions:
     restart: str = ""
     """Begin it anew, without its outcomes."""
     approve: str = ""
+
+
+def waits_for_decision(step: Step) -> bool:
+    """Can it be approved or rejected now? Also where nobody executes its run: the decision waits for it, then."""
+    return step.kind == "decision" and step.ended_at is None and step.status in (Status.WAITING, Status.INTERRUPTED)
+
+
+def place_of(step: Step) -> str:
+    """Return the step's path as decisions take it: without a number, its name may mean any that bear it."""
+    return f"{step.path}#1" if step.path.endswith(step.name) else step.path
 
 
 def actions_of(status: Status, kind: str = "workflow") -> Actions:

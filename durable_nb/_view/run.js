@@ -252,6 +252,7 @@ function header(send) {
 /* Decisions that the run waits for: a card each, with a comment and two buttons. */
 function questions(send) {
   const node = make("div", "dnb-asks");
+  const more = make("div", "dnb-quiet dnb-more-asks");
   const cards = new Map();
   const card = (path) => {
     const box = make("div", "dnb-ask");
@@ -309,6 +310,9 @@ function questions(send) {
         }
         cards.get(ask.path).show(ask, state.actions.approve);
       }
+      put(more, state.more_approvals ? `${count(state.more_approvals)} more decisions are asked for after these` : "");
+      more.hidden = !state.more_approvals;
+      node.append(more);
     },
     tick: (now) => cards.forEach((card) => card.tick(now)),
   };

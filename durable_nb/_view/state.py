@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
-from durable_nb._view.actions import Actions, actions_of
+from durable_nb._view.actions import Actions, actions_of, waits_for_decision
 from durable_nb._view.costs import money, tokens, usage_of
 from durable_nb._view.fold import Group, Row, flat, fold, told
 from durable_nb._view.words import ACTIVE, clipped, counted, error_of, word
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 LIMIT = 20 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
+_QUESTIONS = 5
+"""Decisions that are asked for at once."""
+_PATH = 400
+"""Of a decision that buttons send; those of longer ones are a line of code."""
 _FOR_ROWS = LIMIT // 4
 """Of these, at least, whatever is unfolded."""
 PAGE = 40
@@ -72,9 +76,6 @@ class Extra:
     total: float | None = None
     note: str = ""
     """Of `durable.progress(done, total, note)`."""
-    prompt: str | None = None
-    """The step waits for a decision on this question."""
-    deadline: float | None = None
 
 
 class Source:
@@ -138,6 +139,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
     words = [word(step) for step in snapshot.steps]
     counts = counted(words)
     rows = flat(fold(snapshot.steps), look.opened)
+    asked = [step for step in snapshot.steps if waits_for_decision(step) and len(step.path) <= _PATH]
     state: State = {
         "version": version,
         "now": now,
@@ -155,13 +157,10 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         "saved": saved(snapshot),
         "length": len(rows),
         "approvals": [
-            _known(path=step.path, prompt=clipped(extra.prompt, TEXT), deadline=extra.deadline)
-            for step in snapshot.steps
-            if (extra := extras.get(step.path)) and extra.prompt is not None and step.status is Status.WAITING
-        ][:5]
-        if extras
-        else [],
-        "actions": asdict(source.actions(snapshot.status)),
+            _known(path=step.path, prompt=clipped(step.prompt, TEXT), deadline=step.wake_at) for step in asked[:_QUESTIONS]
+        ],
+        "more_approvals": max(len(asked) - _QUESTIONS, 0) or None,
+        "actions": asdict(source.actions(snapshot.status)) | ({"approve": ""} if asked else {}),
         "panels": [
             _panel(at, look.id_of(row.key), source, row.step)
             for at, row in enumerate(rows)
@@ -286,7 +285,6 @@ def _step(step: Step, extra: Extra | None) -> State:
         facts |= {
             "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
             "note": clipped(extra.note, ERROR) or None,
-            "wake": step.wake_at if extra.deadline is None else extra.deadline,
         }
     return facts
 

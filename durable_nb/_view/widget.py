@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from durable_nb._facts import Status
 from durable_nb._view import static, terminal
+from durable_nb._view.actions import NO_APPROVALS, waits_for_decision
 from durable_nb._view.assets import script, style
 from durable_nb._view.listening import listening
 from durable_nb._view.place import Place, is_terminal
@@ -211,8 +212,7 @@ class RunView:
 
     def _act(self, action: str, step: str | None, comment: str) -> None:
         kind = "decide" if action in {"approve", "reject"} else action
-        reasons = asdict(self._source.actions(self._source.snapshot().status))
-        reason = reasons.get(action, reasons["approve"])
+        reason = self._refusal(action, step)
         if self._send is None or reason or (kind, step or "") in self._asked:
             log.info("view of run %r: %r was not sent: %s", self._run_id, action, reason or "it was sent before")
             return
@@ -227,6 +227,14 @@ class RunView:
             if action == "cancel" and self._closed and self._again == "cell":
                 self._cancelled()
         self.changed()
+
+    def _refusal(self, action: str, step: str | None) -> str:
+        """Return why that can't be asked for now; '' where it can."""
+        snapshot = self._source.snapshot()
+        if action in ("approve", "reject"):
+            waits = any(one.path == step and waits_for_decision(one) for one in snapshot.steps)
+            return "" if waits else NO_APPROVALS
+        return str(asdict(self._source.actions(snapshot.status))[action])
 
     def _cancelled(self) -> None:
         """Nobody executes the cell's run, and from now on it is a cancelled one: no execution is there to say so."""
