@@ -67,6 +67,9 @@ class FakeClock:
         self._polling: dict[int, tuple[float, Callable[[], bool]]] = {}
         """Time-outs that wait for bodies at work: until when, and whether these still are."""
         self._count = itertools.count()
+        self.writing: list[Callable[[], bool]] = []
+        """Is a process on this clock writing? No time passes meanwhile: what has ended is about to be told."""
+        self._told_in = 0
 
     def now(self) -> Instant:
         """This moment."""
@@ -79,7 +82,11 @@ class FakeClock:
         try:
             await asyncio.sleep(0)
             # A time-out that ends before that sleeps as soon as it sees that no body is at work any more.
-            while min(self._sleepers) < mine or any(s < mine[0] and not busy() for s, busy in self._polling.values()):  # noqa: ASYNC110
+            while (  # noqa: ASYNC110
+                min(self._sleepers) < mine
+                or any(s < mine[0] and not busy() for s, busy in self._polling.values())
+                or self._is_writing()
+            ):
                 await asyncio.sleep(0)
             self._pass(max(mine[0] - self._passed_s, 0.0))
         finally:
@@ -133,6 +140,13 @@ class FakeClock:
         """The machine is started anew: what its boot clock said before means nothing now."""
         self._boot += 1
         self._boot_s = 3.0
+
+    def _is_writing(self) -> bool:
+        if any(is_writing() for is_writing in self.writing):
+            self._told_in = 5  # turns of the loop, until whoever waits for it has heard
+        elif self._told_in:
+            self._told_in -= 1
+        return self._told_in > 0
 
     def _pass(self, seconds: float) -> None:
         self.wall_s = _later(self.wall_s, seconds)
@@ -348,7 +362,9 @@ async def runtime(
     A sync step's thread can't be killed: what it does after the death is done, but is not recorded. Unfinished runs are
     interrupted at the end of the block. ValueError, before anything is done, for a crash point that there isn't.
     """
-    process = Process(store if store is not None else MemoryStore(), clock or FakeClock(), crash, nth)
+    clock = clock or FakeClock()
+    process = Process(store if store is not None else MemoryStore(), clock, crash, nth)
+    clock.writing.append(process._writer.is_writing)
     before = _current._engines[:]
     process.use()
     try:
@@ -360,6 +376,7 @@ async def runtime(
         try:
             await process._end()
         finally:
+            clock.writing.remove(process._writer.is_writing)
             _current._engines[:] = before
 
 
@@ -404,6 +421,10 @@ class _Writer(Writer):
         super().__init__(journal)
         self._waiting: set[asyncio.Future[Any]] = set()
         self._dead = False
+
+    def is_writing(self) -> bool:
+        """Has something been handed over that nobody has heard of yet?"""
+        return any(not told.done() for told in self._waiting)
 
     def die(self) -> None:
         self._dead = True
