@@ -327,6 +327,9 @@ class Body:
     idempotency_key: str
     usage: Usage = field(default_factory=dict)
     """What the models' answers that it has got so far have cost."""
+    say: Callable[[Callable[[], str]], object] = lambda _: None
+    """Tells whoever looks at the step how far it has come: the text that is asked for, a few times a second, while somebody
+    looks. From any thread; recorded nowhere."""
 
 
 def note_usage(found: Usage) -> None:

@@ -13,6 +13,7 @@ import re
 import ssl
 import time
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -423,6 +424,8 @@ class Recorder:
         """The body, decoded, once its end was checked."""
         is_events = response.headers.get("content-type", "").lower().startswith("text/event-stream")
         self._events = _Events(response.headers.get("content-encoding", "")) if is_events else None
+        body = current_body.get()
+        self._say = None if body is None else body.say
 
     @property
     def is_at_end(self) -> bool:
@@ -433,6 +436,15 @@ class Recorder:
         self._chunks.append(data)
         if self._events is not None:
             self._events.add(data)
+            if self._say is not None:
+                self._say(self._said)
+
+    def _said(self) -> str:
+        """The end of what has come so far, without credentials."""
+        text = self._events.said() if self._events is not None else ""
+        for _, value in self._credentials.values():
+            text = text.replace(value.decode("latin-1"), REDACTED)
+        return text
 
     def check_end(self, *, is_whole: bool = True) -> None:
         """There is no more. Without a length, a cut connection looks like the end: a stream of a known kind tells."""
@@ -472,6 +484,10 @@ _MAYBE_LAST = re.compile(rb'"finish_reason": ?"|^event: ?error$', re.MULTILINE)
 _KNOWN = re.compile(rb'"object": ?"chat\.completion\.chunk"|^event: ?(?:message_start|response\.created)$', re.MULTILINE)
 
 
+_SAID = 4000
+"""Characters of an answer that are shown while it comes, its last ones."""
+
+
 class _Events:
     """How far a stream of server-sent events has come, as far as its protocol is known: OpenAI's or Anthropic's."""
 
@@ -479,6 +495,8 @@ class _Events:
         self.is_at_end = False
         self._is_known = self._may_end = False
         self._buffer = b""
+        self._unsaid = deque[bytes](maxlen=_SAID)
+        self._text = ""
         self._is_readable = encoding in ("", "identity", "gzip", "deflate")
         self._decompress = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in ("gzip", "deflate") else None
 
@@ -495,11 +513,38 @@ class _Events:
             self._is_readable = False
             return
         *whole, self._buffer = (self._buffer + plain).replace(b"\r\n", b"\n").split(b"\n\n")
+        self._unsaid += whole
         for event in whole:
             self.is_at_end = self.is_at_end or _LAST.search(event) is not None
             self._may_end = self._may_end or _MAYBE_LAST.search(event) is not None
             self._is_known = self._is_known or _KNOWN.search(event) is not None
         self.is_at_end = self.is_at_end or self._buffer.startswith((b"data: [DONE]", b"data:[DONE]"))
+
+    def said(self) -> str:
+        """The end of the text that has come."""
+        while self._unsaid:
+            self._text += "".join(map(_delta, re.findall(rb"^data: ?(.*)$", self._unsaid.popleft(), re.MULTILINE)))
+        self._text = self._text[-_SAID:]
+        return self._text
+
+
+def _delta(data: bytes) -> str:
+    """The text in an event: what the model has said, as OpenAI's services and Anthropic's write it; the event where it is none
+    of these."""  # fmt: skip
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return "" if data == b"[DONE]" else f"{data.decode('utf-8', 'replace')}\n"
+    if not isinstance(event, dict) or not (isinstance(event.get("choices"), list) or "type" in event):
+        return f"{data.decode('utf-8', 'replace')}\n"
+    found = [event.get("delta"), *(one.get("delta") or one for one in event.get("choices", ()) if isinstance(one, dict))]
+    texts = [one if isinstance(one, str) else _first_text(one) for one in found if one]
+    return "".join(texts)
+
+
+def _first_text(delta: Any) -> str:
+    named = (delta.get(name) for name in ("content", "text", "partial_json", "thinking")) if isinstance(delta, dict) else ()
+    return next((text for text in named if isinstance(text, str)), "")
 
 
 # -- credentials that an answer repeats: an echo service, an error that quotes the key, a link to the next page --------------

@@ -203,6 +203,45 @@ def test_a_stream_is_recorded_whole_or_not_at_all(shared, server):
         assert server.count == before + 1
 
 
+SAYING = {
+    "the async client": "%%durable saying\nasync for chunk in await gpt.chat.completions.create(ASKED): pass",
+    "the synchronous one": "%%durable saying_now\nfor chunk in gpt_now.chat.completions.create(ASKED): pass",
+    "Anthropic's": """%%durable claude_saying
+async with claude.messages.stream(model="small", max_tokens=9, messages=SAY) as stream:
+    async for event in stream: pass""",
+    "a workflow": """
+@durable.workflow
+async def saying(url):
+    async with durable.AsyncClient() as http:
+        llm = openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http)
+        return [chunk async for chunk in await llm.chat.completions.create(ASKED)]
+run = saying.start("URL/v1")
+run""",
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", SAYING)
+def test_the_view_shows_what_a_stream_has_said_so_far(shared, server, case):
+    """Beside the step's name, before it has ended."""
+    clients(shared, server)
+    server.next(Fault(hang_after=7 if "Anthropic" in case else 4))
+    asked = "model='small', messages=SAY, stream=True"
+    cell = shared.send(SAYING[case].replace("ASKED", asked).replace("URL", server.url))
+    rows, until_s = [], time.monotonic() + 60
+    while not any(row.get("note", "").startswith("You said:") for row in rows):
+        assert time.monotonic() < until_s, rows
+        content = shared.client.get_iopub_msg(timeout=60)["content"]
+        state = content.get("data", {}).get("state", {}).get("state") if "comm_id" in content else None
+        rows = state.get("rows", rows) if state else rows
+    assert [row["status"] for row in rows] == ["running"]
+    if case == "a workflow":
+        shared.run("run.cancel()")
+    else:
+        shared.manager.interrupt_kernel()
+        shared.wait(cell)
+
+
 @pytest.mark.kernel
 def test_outside_a_run_and_in_a_steps_body_they_are_ordinary_clients(shared, server):
     """And httpx or httpx2, as `http=` says; either way they are clients of that library."""

@@ -6,6 +6,7 @@ captures what a step displays and reads, which is part of the step's record.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("durable_nb")
 """Notices of programs without a notebook. Not configured, Python writes them to stderr."""
+
+_SAYS_EVERY_S = 0.25
+"""So often at most a step says how far it has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,15 @@ class Raised:
     error: BaseException
 
 
-Observation = Changed | Notice | Raised
+@dataclass(frozen=True, slots=True)
+class Said:
+    """So far the body of a step has come that is at work: the end of a model's answer, for instance. It isn't recorded."""
+
+    path: str
+    text: str
+
+
+Observation = Changed | Notice | Raised | Said
 Observer = Callable[[Observation], object]
 
 CHANGED = Changed()
@@ -59,6 +71,10 @@ class Observers:
         self._observers.append(observer)
         return lambda: self._observers.remove(observer)
 
+    def __bool__(self) -> bool:
+        """Does anybody listen?"""
+        return bool(self._observers)
+
     def publish(self, observation: Observation) -> None:
         for observer in self._observers:
             observer(observation)
@@ -73,6 +89,35 @@ class Observers:
 
     def advise(self, text: str) -> None:
         self.publish(Notice(text, is_advice=True))
+
+
+class Sayings:
+    """What the bodies of a run's steps say while they are at work, published a few times a second for each."""
+
+    def __init__(self, observers: Observers, loop: asyncio.AbstractEventLoop) -> None:
+        self._observers, self._loop = observers, loop
+        self._texts: dict[str, Callable[[], str]] = {}
+        """By path: what is to be said next."""
+        self._silent: set[str] = set()
+        """Who has said something a moment ago."""
+
+    def say(self, path: str, text: Callable[[], str]) -> None:
+        """Publish that text, now or in a moment, where somebody listens then. From any thread."""
+        if not self._observers:
+            return
+        if asyncio._get_running_loop() is not self._loop:
+            self._loop.call_soon_threadsafe(self.say, path, text)
+            return
+        self._texts[path] = text
+        if path not in self._silent:
+            self._publish(path)
+
+    def _publish(self, path: str) -> None:
+        self._silent.discard(path)
+        if (text := self._texts.pop(path, None)) is not None:
+            self._silent.add(path)
+            self._loop.call_later(_SAYS_EVERY_S, self._publish, path)
+            self._observers.publish(Said(path, text()))
 
 
 class Host(Protocol):

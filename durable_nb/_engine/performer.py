@@ -6,6 +6,7 @@ Whoever asks decides what a step is identified by, and records what it has come 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from durable_nb._current import Body, Limit, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.in_place import Inputs, Sharing, described, packed_changes, provenance_of
 from durable_nb._engine.limits import Share
-from durable_nb._engine.observing import Host, NoHost, Observers, Raised
+from durable_nb._engine.observing import Host, NoHost, Observers, Raised, Sayings
 from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Facts, Status, Step
@@ -167,6 +168,7 @@ class Performer:
     ) -> None:
         self._shared, self._log, self._held, self._facts = shared, log, held, facts
         self._observers, self._wording, self._policy = observers, wording, policy
+        self._sayings = Sayings(observers, asyncio.get_running_loop())
         self.host: Host = NoHost()
         self.bodies: dict[str, Attempt] = {}
         """At work now for this execution, by idempotency key."""
@@ -313,7 +315,8 @@ class Performer:
         if call.request.at_most_once:  # on disk before the body: without an end, it was cut off
             await note(self._attempts(call, attempt - 1, "", began_at, 0.0, begun=True))
         context = call.context.copy() if call.context is not None else copy_context()
-        context.run(current_body.set, Body(call.request.name, call.key))
+        says = functools.partial(self._sayings.say, call.path)
+        context.run(current_body.set, Body(call.request.name, call.key, say=says))
         recording = self.host.recording(call.path, call.request, call.inputs.found)
         body = Attempt(self._run_id, call.inputs, self._shared.workers, context, recording)
         for share in call.shares:

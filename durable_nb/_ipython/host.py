@@ -12,7 +12,7 @@ from durable_nb._cellcache.watch import Watch, watching_step
 from durable_nb._current import StepRequest
 from durable_nb._engine.cell_run import CellRun
 from durable_nb._engine.muting import Muting
-from durable_nb._engine.observing import Changed, Notice, Observation
+from durable_nb._engine.observing import Changed, Notice, Observation, Said
 from durable_nb._ipython import capture
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.details import DetailedSource, Details
@@ -80,6 +80,8 @@ class NotebookHost:
                     self._status.warn(text)
             case _ if not self._quiet:
                 self._details.note(observation)
+                if isinstance(observation, Said) and self.view is not None:
+                    self.view.changed()
 
     def _show(self) -> None:
         if self._quiet:

@@ -284,7 +284,7 @@ def _step(step: Step, extra: Extra | None) -> State:
     if extra is not None:
         facts |= {
             "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
-            "note": clipped(extra.note, ERROR) or None,
+            "note": (clipped(extra.note, ERROR) or None) if step.status in ACTIVE else None,
         }
     return facts
 
