@@ -234,7 +234,7 @@ class Life:
             while not queue.empty():
                 node = queue.get_nowait()
                 value = await self.go(node)
-                await self.step("by", [number, *value])
+                await self.step("by", [number, *(value or ())])
                 queue.task_done()
 
         workers = [asyncio.create_task(worker(n)) for n in range(count)]

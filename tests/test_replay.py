@@ -162,7 +162,12 @@ def test_generated_failed_runs_come_to_their_end_when_the_world_is_set_right():
         end, error = await trial.live(nth=trial.rng.randrange(1, 9) if seed % 2 else None, resume=True)
         if end == "died":
             end, error = await trial.live(resume=True)
-        assert end == "returned", (end, error)
+        told = set[str]()
+        while end != "returned":  # a failure that came before the one that ended the run was the code's to handle: it stands
+            assert end in ("RuntimeError", "ExceptionGroup"), (end, error)
+            assert str(error) not in told, f"no progress: {error}"
+            told.add(str(error))
+            end, error = await trial.live(resume=True)
         assert not trial.others, f"answers to somebody else's question: {trial.others}"
         assert trial.again <= _compensations(trial), f"recorded, and executed again: {trial.again}"
 
