@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from durable_nb._verbs import sleep_until as sleep_until
     from durable_nb._verbs import step as step
     from durable_nb._verbs import uuid4 as uuid4
+    from durable_nb._webhook import Webhook as Webhook
+    from durable_nb._webhook import webhook as webhook
     from durable_nb._workflow import Run as Run
     from durable_nb._workflow import cancel as cancel
     from durable_nb._workflow import get_run as get_run
@@ -80,6 +82,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
     **dict.fromkeys(("Schedule", "schedule"), "durable_nb._schedule"),
+    **dict.fromkeys(("Webhook", "webhook"), "durable_nb._webhook"),
     **dict.fromkeys(("Decision", "Delivery", "Event"), "durable_nb._events"),
     **dict.fromkeys(("approve", "notify", "wait_for_event", "waiters"), "durable_nb._outside"),
     "secret": "durable_nb._secrets",

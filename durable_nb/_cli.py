@@ -6,6 +6,7 @@ A command is a function that adds its parser and says what it runs. Status 0: do
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def _serve(commands: Any) -> None:
     parser.add_argument("--store", type=Path, help="the store's folder; default DURABLE_NB_DIR, else .durable_nb")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; default 127.0.0.1")
     parser.add_argument("--port", type=int, default=8910, help="default 8910; 0 for any that is free")
+    parser.add_argument("--url", default="", help="where it is reached from outside, for webhooks; default DURABLE_NB_URL")
 
     def run(arguments: argparse.Namespace) -> int:
         from durable_nb._files import default_store
@@ -109,6 +111,8 @@ def _serve(commands: Any) -> None:
         except ImportError as error:
             raise DurableError(f"{error.name} is not installed: pip install 'durable-nb[serve]'") from None
         _log("serve")
+        if arguments.url:
+            os.environ["DURABLE_NB_URL"] = arguments.url
         serve(arguments.module, (arguments.store or default_store()).absolute(), arguments.host, arguments.port)
         return 0
 

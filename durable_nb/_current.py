@@ -343,6 +343,14 @@ current_run: ContextVar[Run | None] = ContextVar("durable_nb_run", default=None)
 current_body: ContextVar[Body | None] = ContextVar("durable_nb_body", default=None)
 
 
+class Webhooks(Protocol):
+    """The webhooks of an engine's runs: each has the same token, secret and event in every execution."""
+
+    def token(self, run_id: str, name: str) -> str: ...
+    def secret(self, run_id: str, name: str) -> str: ...
+    def event_id(self, run_id: str, name: str) -> str: ...
+
+
 class Schedules(Protocol):
     """The schedules of an engine. RunNotFoundError for a name that it doesn't know."""
 
@@ -383,6 +391,11 @@ class Engine(Protocol):
     def start(self, request: StartRequest, parent: str = "") -> str:
         """Begin a run, or attach to the one of that id; its id. What it was started with is checked before this returns.
         `parent`: the run that starts it."""  # fmt: skip
+        ...
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """What makes the addresses to which others post events for its runs."""
         ...
 
     @property

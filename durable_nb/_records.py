@@ -26,6 +26,7 @@
 | `excluded/SCOPE/GENERATION/STEP` | globals that a step's body changes itself, which are therefore no part of its identity |
 | `again/SCOPE/GENERATION/STEP` | how often the steps of this name were asked to be executed anew (`--rerun=STEP`) |
 | `saved/RUN/PROCESS` | tokens that restoring steps of this run has saved, as far as that process knows |
+| `once/RUN/NAME` | something was sent to the run under this name, and is not sent again: a webhook's post |
 | `schedule/NAME` | when a workflow is started again and again, and up to when that was done |
 | `generation/SCOPE` | how often the cell was asked to start anew (`--rerun`) |
 
@@ -676,6 +677,11 @@ def decided_prefix(run_id: str) -> str:
 def decided_key(run_id: str, wait: str) -> str:
     """Key of the row that says how that approval is decided."""
     return f"{decided_prefix(run_id)}{wait}"
+
+
+def once_key(run_id: str, name: str) -> str:
+    """Key of the row that says that a run was sent something under that name."""
+    return f"once/{quote(run_id, safe='')}/{name}"
 
 
 def event_prefix(event_id: str) -> str:

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 from lab import Lab
+from standardwebhooks.webhooks import Webhook
 from workers import until
 
 pytest_plugins = ["lab"]
@@ -48,6 +50,20 @@ async def order(item, *, amount=1):
 @durable.workflow
 async def quick(n):
     return await durable.run("once", note, f"quick {n}")
+
+@durable.workflow
+async def asks():
+    decision = await durable.approve("publish", "Publish it?")
+    news = await durable.wait_for_event("news", "headline")
+    return [decision.approved, decision.by, decision.comment, news.data]
+
+@durable.workflow
+async def listens(count):
+    hook = durable.webhook("paid")
+    async def tell():
+        note(f"{hook.url} {hook.secret}")
+    await durable.run("tell", tell)
+    return [(await hook.wait()).data for _ in range(count)]
 
 @durable.workflow
 async def fails():
@@ -182,10 +198,65 @@ def test_a_killed_server_loses_nothing_and_the_other_goes_on(folder):
     assert done(folder).count("charge tea 1") == done(folder).count("send tea") == 1
 
 
+def test_decisions_and_events_come_over_http_each_once(folder):
+    with serving(folder) as client:
+        start(client, "asks", id="a")
+        until(lambda: status(client, "a") == "waiting", "the question")
+        assert client.post("/runs/a/decisions/nothing", json={"approved": True}).status_code == 404
+        assert client.post("/runs/a/decisions/publish", json={}).status_code == 422
+        said = client.post("/runs/a/decisions/publish", json={"approved": True, "comment": "fine"})
+        assert said.json() == {"id": "a", "step": "publish", "approved": True}
+        assert client.post("/runs/a/decisions/publish", json={"approved": False}).status_code == 409
+        until(lambda: status(client, "a") == "waiting", "the wait for the event")
+        assert client.post("/events/headline", json={"data": [1, None, True]}).status_code == 202
+        told = ended(client, "a")
+        assert told["status"] == "completed"
+        assert client.post("/events/headline", json={"run_id": "a"}).status_code == 409
+        assert client.post("/events/headline", json={"run_id": "b"}).status_code == 404
+    code = "async def main():\n d.open(os.environ['DURABLE_NB_DIR'])\n print(await d.get_run('a'))\nasyncio.run(main())"
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import asyncio, os, durable_nb as d\n{code}"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "[True, 'over HTTP', 'fine', [1, None, True]]\n"
+
+
+def test_a_webhook_takes_what_is_signed_once_and_nothing_else(folder):
+    with serving(folder, "--url", "https://example.com/shop/", token="s3cret") as client:
+        authorised = {"Authorization": "Bearer s3cret"}
+        client.post("/workflows/listens/runs", json={"args": [2], "id": "l"}, headers=authorised)
+        until(lambda: done(folder), "the address")
+        url, secret = done(folder)[0].split()
+        assert url.startswith("https://example.com/shop/webhooks/")
+        path = url.removeprefix("https://example.com/shop")
+
+        def post(body, post_id, *, at=0, signed=None, path=path):
+            moment = datetime.now(UTC) + timedelta(seconds=at)
+            headers = {
+                "webhook-id": post_id,
+                "webhook-timestamp": str(int(moment.timestamp())),
+                "webhook-signature": Webhook(secret).sign(post_id, moment, signed or body),
+            }
+            return client.post(path, content=body, headers=headers).status_code
+
+        assert post('{"paid": 1}', "m1", signed='{"paid": 2}') == 401
+        assert post('{"paid": 1}', "m1", at=-400) == 401
+        assert post('{"paid": 1}', "m1", at=400) == 401
+        assert client.post(path, content="{}").status_code == 401
+        assert post('{"paid": 1}', "m1", path=path[:-1] + ("0" if path[-1] != "0" else "1")) == 404
+        assert post('{"paid": 1}', "m1", path="/webhooks/nothing") == 404
+        assert [post('{"paid": 1}', "m1"), post('{"paid": 1}', "m1"), post("cash", "m2")] == [200, 200, 200]
+        until(lambda: client.get("/runs/l", headers=authorised).json()["status"] == "completed", "both posts")
+        assert post("more", "m3") == 409
+    stored = b"".join(file.read_bytes() for file in (folder / "store").rglob("*") if file.is_file())
+    token = path.rpartition("/")[2]
+    assert token.encode() not in stored
+    assert secret.encode() not in stored
+
+
 @pytest.mark.parametrize(
     ("path", "body", "code", "says"),
     [
-        ("/workflows/nothing/runs", "{}", 404, "there are fails, order, quick"),
+        ("/workflows/nothing/runs", "{}", 404, "there are asks, fails, listens, order, quick"),
         ("/workflows/quick/runs", '{"args": [1], "colour": 3}', 422, "unknown key 'colour'"),
         ("/workflows/quick/runs", '{"args": 1}', 422, "'args' can't be 1"),
         ("/workflows/quick/runs", '{"args": [1, 2]}', 422, "too many positional"),

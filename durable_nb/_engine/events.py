@@ -51,12 +51,19 @@ class Events:
         self._last: dict[str, int] = {}
         """By prefix: the highest number that was given to a row here. Rows that are not on disk yet have theirs already."""
 
-    def send(self, request: SendRequest) -> tuple[str, ...]:
-        """Send an event; the runs that waited for it. It is on disk when this returns."""
+    def send(self, request: SendRequest, *, once: str = "") -> tuple[str, ...]:
+        """Send an event; the runs that waited for it. It is on disk when this returns. `once`: sent to that run under this name
+        before, it is not sent again."""  # fmt: skip
         while True:
             letter = self.letter(request)
-            if self._writer.commit_and_wait(Commit(letter.guard, inserts=(letter.row,))) is Verdict.APPLIED:
+            rows = [letter.row]
+            if once:
+                key = rec.once_key(letter.to, once)
+                rows.append((key, self._signer.sign(key, b"")))
+            verdict = self._writer.commit_and_wait(Commit(letter.guard, inserts=tuple(rows)))
+            if verdict is Verdict.APPLIED:
                 self.tell(letter)
+            if verdict is Verdict.APPLIED or (once and verdict is Verdict.EXISTS):
                 return letter.run_ids
 
     def letter(self, request: SendRequest) -> Letter:

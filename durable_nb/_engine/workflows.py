@@ -42,6 +42,7 @@ from durable_nb._engine.limits import next_place
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
 from durable_nb._engine.schedules import Schedules
+from durable_nb._engine.webhooks import Webhooks
 from durable_nb._engine.workflow_loop import WorkflowLoop
 from durable_nb._engine.workflow_run import WorkflowRun
 from durable_nb._events import Delivery, Waiter
@@ -79,6 +80,7 @@ class Workflows:
         self.catalog = Catalog(self._shared, self._tasks.__contains__)
         self.events = self._shared.events = Events(self._shared, self.catalog)
         self.schedules = Schedules(self)
+        self.webhooks = Webhooks(self._shared, self.events)
         self._shared.workflows = self
         self._ownership.takes = self.take
         if self._loop is not None:

@@ -98,7 +98,7 @@ async def json_of(request: Request, known: Keys, most: int = MAX_BODY) -> dict[s
     for name, value in found.items():
         if name not in known:
             raise Refused(422, f"unknown key {name[:100]!r}; there are {', '.join(known) or 'none'}")
-        if not isinstance(value, known[name]) or (isinstance(value, bool) and known[name] is not bool):
+        if not isinstance(value, known[name]) or (isinstance(value, bool) and known[name] not in (bool, object)):
             raise Refused(422, f"{name!r} can't be {json.dumps(value)[:100]}")
     return found
 

@@ -6,6 +6,7 @@ Paths are matched by their segments as they were sent, and decoded then: an id w
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -21,19 +22,21 @@ from starlette.websockets import WebSocket
 from durable_nb._current import workflow_functions
 from durable_nb._engine import WATCH_S
 from durable_nb._engine.timeline import is_behind, timeline
+from durable_nb._engine.webhooks import UnsignedError
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Snapshot, Status, Step
-from durable_nb._service.door import MAX_BODY, Door, Keys, Refused, json_of
+from durable_nb._outside import decide, request_of, send
+from durable_nb._service.door import MAX_BODY, Door, Keys, Refused, body_of, json_of
 from durable_nb._service.live import live
 from durable_nb._view.assets import script, style
 from durable_nb._workflow import Run, Workflow
-from durable_nb.errors import DurableError, RunConflictError, RunNotFoundError, StoreError
+from durable_nb.errors import DurableError, RunConflictError, RunNotFoundError, StepNotFoundError, StoreError
 
 _ALIVE_S = 15.0
 """A stream without news says so this often: what stands between may close a silent one."""
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:"
 _ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
-_STATUS = ((RunNotFoundError, 404), (RunConflictError, 409), (StoreError, 503), (DurableError, 409))
+_STATUS = ((RunNotFoundError, 404), (StepNotFoundError, 404), (RunConflictError, 409), (StoreError, 503), (DurableError, 409))
 
 Handler = Callable[..., Awaitable[Response]]
 
@@ -66,12 +69,15 @@ class Face:
             Route("POST", "/runs/{}/cancel", self._cancel),
             Route("POST", "/runs/{}/resume", self._resume),
             Route("POST", "/runs/{}/restart", self._restart),
+            Route("POST", "/runs/{}/decisions/{}", self._decide),
+            Route("POST", "/events/{}", self._notify),
+            Route("POST", "/webhooks/{}", self._receive),
             Route("GET", "/healthz", self._health),
             Route("GET", "/", self._page),
             Route("GET", "/page/{}", self._asset),
         ]
-        self._open = (self._health, self._page, self._asset)
-        """Answered without the token: the page itself asks for it."""
+        self._open = (self._health, self._page, self._asset, self._receive)
+        """Answered without the token: the page asks for it itself, and posts to webhooks are signed."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -161,6 +167,29 @@ class Face:
             return workflows.status_of(run_id)
 
         return JSONResponse({"id": run_id, "status": await asyncio.to_thread(asked)}, 202)
+
+    async def _decide(self, request: Request, run_id: str, step: str) -> Response:
+        asked = await json_of(request, {"approved": bool, "comment": str}, self._max_body)
+        if "approved" not in asked:
+            raise Refused(422, "'approved' is missing: true or false")
+        decided = functools.partial(decide, run_id, step, **asked, by="over HTTP", at=self._provider)
+        await asyncio.to_thread(decided)
+        return JSONResponse({"id": run_id, "step": step, "approved": asked["approved"]})
+
+    async def _notify(self, request: Request, event_id: str) -> Response:
+        asked = await json_of(request, {"data": object, "run_id": str}, self._max_body)
+        sent = await asyncio.to_thread(
+            lambda: send(request_of(event_id, asked.get("data"), asked.get("run_id")), self._provider)
+        )
+        return JSONResponse({"event_id": event_id, "run_ids": list(sent.run_ids), "buffered": sent.buffered}, 202)
+
+    async def _receive(self, request: Request, token: str) -> Response:
+        body = await body_of(request, self._max_body)
+        try:
+            await asyncio.to_thread(self._workflows.webhooks.receive, token, request.headers, body)
+        except UnsignedError as error:
+            raise Refused(401, str(error)) from None
+        return JSONResponse({})
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
