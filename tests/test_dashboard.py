@@ -297,11 +297,46 @@ def test_dashboard_in_a_program_is_the_table_and_its_buttons_reach_the_engine(en
             await run
         panel._heard(None, {"ask": "cancel", "run": "order-1"}, [])
         assert "refused" in panel._notice["text"]
+        await decided(panel, caplog)
 
     try:
         asyncio.run(story())
     finally:
         use_engine(None)
+
+
+async def decided(panel, caplog) -> None:
+    """A run that waits for decisions: what is asked, and who answers is believed once."""
+
+    @durable.workflow(name="board asks")
+    async def asks():
+        first = durable.approve("publish", "Publish <b>it</b>?")
+        return await asyncio.gather(first, durable.approve("publish", "And the \u202eother\u202c one?"))
+
+    run = asks.start(id="asks-1")
+    while [step.status for step in run.steps] != ["waiting", "waiting"]:  # noqa: ASYNC110  as above
+        await asyncio.sleep(0.01)
+    state = state_of(panel._source.page(Query()), actions_of, version=1)
+    (row,) = (row for row in state["runs"]["rows"] if row["id"] == "asks-1")
+    assert [(ask["path"], ask["prompt"]) for ask in row["asks"]] == [
+        ("publish#1", "Publish <b>it</b>?"),
+        ("publish#2", "And the \u202eother\u202c one?"),
+    ]
+    sent = {"ask": "approve", "run": "asks-1", "step": "publish#1", "comment": "fine <i>by</i> me"}
+    with caplog.at_level(logging.WARNING, "durable_nb"):
+        for forged in ({"step": ["publish#1"]}, {"comment": 7}, {"step": "charge"}, {"step": "publish"}, {"run": "asks-2"}):
+            caplog.clear()
+            panel._heard(None, {**sent, **forged}, [])
+            (line,) = caplog.records
+            assert line.getMessage().startswith("the dashboard refused ")
+        panel._heard(None, sent, [])
+        assert panel._notice["text"] == "publish of asks-1 is approved"
+        caplog.clear()
+        panel._heard(None, {**sent, "ask": "reject"}, [])
+        assert "was approved by" in panel._notice["text"]
+        panel._heard(None, {**sent, "ask": "reject", "step": "publish#2", "comment": ""}, [])
+    first, second = await run
+    assert (first.approved, first.comment, second.approved) == (True, "fine <i>by</i> me", False)
 
 
 SEEN_ELSEWHERE = """

@@ -8,6 +8,7 @@ from durable_nb._current import engine, refuse_in_workflow, workflow_functions
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import Inventory
+from durable_nb._outside import decide
 from durable_nb._view.actions import RESUMABLE
 from durable_nb._view.actions import actions_of as asked_of
 from durable_nb._view.dashboard import Action, Dashboard
@@ -64,8 +65,12 @@ class _Store:
     def actions(self, run: RunFacts) -> list[Action]:
         return actions_of(run)
 
-    def send(self, action: str, run_id: str) -> str:
+    def send(self, action: str, run_id: str, step: str = "", comment: str = "") -> str:
         run = self._inventory().run(run_id)
+        if action in ("approve", "reject"):
+            approved = action == "approve"
+            decide(run.id, step, approved=approved, comment=comment, at=lambda: self._workflows)
+            return f"{step.removesuffix('#1')} of {run.id} is {'approved' if approved else 'rejected'}"
         offered = {known.name: known for known in actions_of(run)}
         if action not in offered:
             raise DurableError(f"there is no such action for it as it stands ({run.status}); nothing was done")

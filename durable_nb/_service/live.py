@@ -15,7 +15,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from durable_nb._engine.workflows import Workflows
 from durable_nb._housekeeping.dashboard import source_of
 from durable_nb._service.door import Door, Refused
-from durable_nb._view.dashboard import query_of, state_of
+from durable_nb._view.actions import place_of, waits_for_decision
+from durable_nb._view.dashboard import order_of, query_of, state_of
 from durable_nb._view.listing import Query
 from durable_nb._view.state import Look, Source, State, same, whole
 from durable_nb._view.words import clipped
@@ -113,8 +114,8 @@ class _Board:
                 case {"ask": "look", "query": dict(asked)}:
                     self._query = query_of(asked)
                     return
-                case {"ask": str(action), "run": str(run_id)}:
-                    said, bad = self._source.send(action, run_id), False
+                case {"ask": str(action), "run": str(run_id), **rest} if (order := order_of(rest)) is not None:
+                    said, bad = self._source.send(action, run_id, *order), False
                 case _:
                     said = f"refused: a message that it doesn't know: {message!r:.200}"
         except (DurableError, RuntimeError, ValueError) as error:
@@ -129,7 +130,7 @@ class _OneRun:
 
     def __init__(self, workflows: Workflows, run_id: str) -> None:
         self._run = Run(run_id, workflows)
-        self._source = Source(lambda: workflows.snapshot(run_id), "run")
+        self._source = Source(lambda: workflows.snapshot(run_id), workflows.catalog.find(run_id)[0].kind)
         self._look = Look()
 
     def state(self, version: int) -> State:
@@ -141,10 +142,20 @@ class _OneRun:
                 self._look.at(first, last)
             case {"ask": "unfold", "row": int(row), "open": bool(unfolded)}:
                 self._look.toggle(row, unfolded)
+            case {"ask": "approve" | "reject", "run": self._run.id, **rest} if (order := order_of(rest)) is not None:
+                self._decide(message["ask"] == "approve", *order)
             case {"ask": str(action), "run": self._run.id}:
                 self._act(action)
             case _:
                 log.warning("the page: a message that it doesn't know was refused: %.200r", message)
+
+    def _decide(self, approved: bool, path: str, comment: str) -> None:
+        try:
+            for step in self._source.snapshot().steps:
+                if step.path == path and waits_for_decision(step):
+                    self._run.approve(place_of(step), approved, comment)
+        except DurableError as error:
+            log.warning("the page: a decision on the run %r was refused: %.300s", self._run.id, error)
 
     def _act(self, action: str) -> None:
         refusal = asdict(self._source.actions(self._source.snapshot().status)).get(action, "there is no such action")

@@ -61,9 +61,9 @@ function mount({ model, el }) {
     asked = Date.now() / 1000;
     tell({ ask: "look", query });
   };
-  const act = (run, action) => {
+  const act = (run, action, more) => {
     pressed.set(run, state.version);
-    tell({ ask: action, run });
+    tell({ ask: action, run, ...more });
     draw();
   };
   const tell = (message) => {
@@ -353,7 +353,7 @@ function runLine(key, act, unfold, pressed) {
   const steps = make("div", "dnb-unfolded");
   steps.setAttribute("role", "cell");
   const told = make("p", "dnb-quiet");
-  shown.node.append(steps);
+  shown.node.append(steps); // below what the run waits to have decided
   const name = make("span", "dnb-name");
   const id = make("span", "dnb-quiet dnb-cut", key);
   id.title = key;
@@ -363,6 +363,9 @@ function runLine(key, act, unfold, pressed) {
   const whole = make("pre", "dnb-code");
   details.append(summary, whole);
   shown.name.append(opener, name, id, labels, details);
+  const asks = questions((action, step, comment) => act(key, action, { step, comment }), ` in run ${key}`);
+  asks.node.classList.add("dnb-unfolded");
+  asks.node.setAttribute("role", "cell");
   const buttons = new Map();
   let row;
   let drawnSteps = "";
@@ -395,6 +398,9 @@ function runLine(key, act, unfold, pressed) {
           steps.replaceChildren(told, ...unfolded.rows.map((step) => stepLine(step)));
         }
       }
+      asks.show({ approvals: row.asks ?? [], actions: { approve: "" } });
+      if (row.asks && !asks.node.isConnected) shown.node.insertBefore(asks.node, steps);
+      if (!row.asks) asks.node.remove();
       sign(shown.badge, row.status);
       put(name, row.kind === "cell" ? `cell ${row.name}` : row.name);
       name.title = row.name;
@@ -413,6 +419,7 @@ function runLine(key, act, unfold, pressed) {
       const live = row.ended === undefined && row.status !== "interrupted";
       put(shown.took, row.ended !== undefined ? length(row.ended - row.started) : live ? length(now - row.started, true) : "");
       wakes(shown.wake, row, now);
+      asks.tick(now);
       drawActions(silent);
     },
   };

@@ -47,6 +47,9 @@ LIMIT = 25 * 1024
 _NAME, _ERROR, _LABELS, _STEPS = 160, 300, 8, 40
 _LONGEST = 1000
 """Characters of what a page asks for."""
+_COMMENT = 2000
+_ASKS = 3
+"""Decisions of a run that are asked for at once."""
 _EVERY_S = 1.0
 """Between two looks at the store."""
 _SHARE = 20
@@ -92,8 +95,9 @@ class Source(Protocol):
         """What may be asked of a run."""
         ...
 
-    def send(self, action: str, run_id: str) -> str:
-        """Ask it of the run; what to tell who asked. DurableError where it is refused, and nothing was sent."""
+    def send(self, action: str, run_id: str, step: str = "", comment: str = "") -> str:
+        """Ask it of the run; what to tell who asked. DurableError where it is refused, and nothing was sent. `step`: which
+        decision to `approve` or `reject`."""  # fmt: skip
         ...
 
 
@@ -162,15 +166,15 @@ class _Live:
                     self._query = query_of(asked)
                 except ValueError as error:
                     self._refuse(f"a question that it doesn't understand ({error})")
-            case {"ask": str(action), "run": str(run_id)}:
-                self._on_loop(self._do, action, run_id)
+            case {"ask": str(action), "run": str(run_id), **rest} if (order := order_of(rest)) is not None:
+                self._on_loop(self._do, action, run_id, *order)
             case _:
                 self._refuse(f"a message that it doesn't know: {plain(repr(content), 200)}")
         self._attend()
 
-    def _do(self, action: str, run_id: str) -> None:
+    def _do(self, action: str, run_id: str, step: str, comment: str) -> None:
         try:
-            told = self._source.send(action, run_id)
+            told = self._source.send(action, run_id, step, comment)
         except (DurableError, RuntimeError) as error:  # a RuntimeError where no loop could execute the run
             self._refuse(f"{action!r} of the run {run_id!r}: {error}")
         else:
@@ -238,6 +242,12 @@ class _Live:
             with contextlib.suppress(DurableError):  # it is gone, or damaged: it has none to show
                 steps = self._source.steps(page.query.open)
         return state_of(page, self._source.actions, version=version, notice=self._notice, steps=steps)
+
+
+def order_of(rest: dict[Any, Any]) -> tuple[str, str] | None:
+    """Return the step and the comment of a message; None where they are not texts."""
+    step, comment = rest.get("step", ""), rest.get("comment", "")
+    return (step, comment[:_COMMENT]) if isinstance(step, str) and isinstance(comment, str) else None
 
 
 class _Cells:
@@ -341,6 +351,7 @@ def _state(page: Page, actions: Callable[[RunFacts], Sequence[Action]], length: 
                     steps=run.steps,
                     wake=run.wake_at,
                     error=clipped(run.error, length) if run.error else None,
+                    asks=_asks(run, length) or None,
                     labels=[clipped(label, min(60, length)) for label in run.labels[:_LABELS]] or None,
                     actions=[
                         _known(name=action.name, label=action.label, refusal=clipped(_refusal(run, action), length) or None)
@@ -357,6 +368,12 @@ def _state(page: Page, actions: Callable[[RunFacts], Sequence[Action]], length: 
         "unread": page.unread,
         "trouble": clipped(page.trouble, 4 * _ERROR),
     }
+
+
+def _asks(run: RunFacts, length: int) -> list[State]:
+    """What a run waits to have decided; those that a button can send."""
+    asked = [ask for ask in run.asks if len(ask.path) <= _NAME and ask.path.isprintable() and _told_id(run) == run.id]
+    return [_known(path=ask.path, prompt=clipped(ask.prompt, length), deadline=ask.until) for ask in asked[:_ASKS]]
 
 
 def _steps(run_id: str, steps: Sequence[Step], length: int) -> State:

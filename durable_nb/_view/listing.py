@@ -15,6 +15,16 @@ KINDS = ("cell", "workflow")
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A decision that a run waits for."""
+
+    path: str
+    """As a decision names it."""
+    prompt: str
+    until: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunFacts:
     """One run: a cell's attempt or a workflow's. Times are unix seconds."""
 
@@ -31,6 +41,8 @@ class RunFacts:
     labels: tuple[str, ...]
     wake_at: float | None
     """When its next sleep or retry is due, of a run that is not finished: if a process executes it then."""
+    asks: tuple[Question, ...] = ()
+    """What it waits to have decided."""
 
 
 @dataclass(frozen=True, slots=True)

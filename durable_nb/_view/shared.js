@@ -86,6 +86,75 @@ function button(label, press, className = "", asks = "") {
   return { node, set };
 }
 
+/* Decisions that a run waits for: a card each, with a comment and two buttons. `of` tells runs apart for those who hear it. */
+function questions(send, of = "") {
+  const node = make("div", "dnb-asks");
+  const more = make("div", "dnb-quiet dnb-more-asks");
+  const cards = new Map();
+  const card = (path) => {
+    const box = make("div", "dnb-ask");
+    box.dataset.status = "waiting";
+    box.setAttribute("role", "group");
+    const prompt = make("div", "dnb-prompt");
+    const until = make("span", "dnb-until dnb-quiet");
+    const comment = make("input", "dnb-input");
+    comment.type = "text";
+    comment.maxLength = 2000;
+    comment.placeholder = "Comment (optional)";
+    comment.setAttribute("aria-label", `Comment on ${path.replace(/#1$/, "")}${of}`);
+    const decide = (action, words) => () => {
+      decided = true;
+      approve.set("the decision was sent", action === "approve" ? words : "Approve");
+      reject.set("the decision was sent", action === "reject" ? words : "Reject");
+      comment.disabled = true;
+      send(action, path, comment.value);
+    };
+    const approve = button("Approve", () => decide("approve", "Approving…")(), "dnb-primary");
+    const reject = button("Reject", () => decide("reject", "Rejecting…")());
+    const line = make("div", "dnb-decide");
+    line.append(comment, approve.node, reject.node, until);
+    box.append(prompt, line);
+    let decided = false;
+    let ask;
+    return {
+      box,
+      show(next, reason) {
+        ask = next;
+        put(prompt, ask.prompt || ask.path);
+        box.setAttribute("aria-label", `Decision: ${ask.prompt || ask.path}${of}`);
+        if (!decided) {
+          approve.set(reason);
+          reject.set(reason);
+        }
+      },
+      tick: (now) => put(until, ask.deadline === undefined ? "" : `times out in ${clock(ask.deadline - now)}`),
+    };
+  };
+  return {
+    node,
+    show(state) {
+      const wanted = new Set(state.approvals.map((ask) => ask.path));
+      for (const [path, { box }] of cards) {
+        if (!wanted.has(path)) {
+          box.remove();
+          cards.delete(path);
+        }
+      }
+      for (const ask of state.approvals) {
+        if (!cards.has(ask.path)) {
+          cards.set(ask.path, card(ask.path));
+          node.append(cards.get(ask.path).box);
+        }
+        cards.get(ask.path).show(ask, state.actions.approve);
+      }
+      put(more, state.more_approvals ? `${count(state.more_approvals)} more decisions are asked for after these` : "");
+      more.hidden = !state.more_approvals;
+      node.append(more);
+    },
+    tick: (now) => cards.forEach((card) => card.tick(now)),
+  };
+}
+
 /* 340 ms, 12.4 s, 12 min 5 s, 2 h 3 min; while it still grows whole seconds, which a reader can follow. */
 function length(seconds, growing = false) {
   const past = Math.max(seconds, 0);

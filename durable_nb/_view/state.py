@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from durable_nb._facts import Step
     from durable_nb._usage import Usage
 
-LIMIT = 20 * 1024
+LIMIT = 24 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
 _QUESTIONS = 5
 """Decisions that are asked for at once."""
