@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from workers import ForkServer, read_oracle
+from workers import until as soon
 
 import durable_nb as durable
 from durable_nb import _current, testing
@@ -395,7 +398,7 @@ def test_a_childs_failure_is_the_original_exception_with_a_note_live_and_replaye
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("owner", ["lives", "died"])
+@pytest.mark.parametrize("owner", ["lives", "died", "died, many"])
 def test_cancelling_a_parent_cancels_its_children_and_theirs(owner):
     store = MemoryStore()
 
@@ -413,7 +416,7 @@ def test_cancelling_a_parent_cancels_its_children_and_theirs(owner):
         async with runtime(store, clock=Stuck()) as process:
             run = family(leaf).start(id="42")
             await until(lambda: any(step.path == "child/leaf/long" for step in run.steps))
-            if owner == "died":
+            if owner != "lives":
                 process.kill()
             else:
                 run.cancel("enough")
@@ -426,6 +429,8 @@ def test_cancelling_a_parent_cancels_its_children_and_theirs(owner):
         async with runtime(store, clock=Stuck()):
             if owner == "died":
                 durable.get_run("42").cancel("enough")
+            elif owner == "died, many":
+                durable.cancel(workflow="order")
             assert {run.status for run in durable.runs()} == {"cancelled"}
             assert len(durable.runs()) == 3
 
@@ -807,6 +812,8 @@ def test_a_restarted_run_has_reported_nothing_and_a_thousand_reports_take_few_co
             gate.append("shut")
             await run.restart()
             assert run.facts == {"n": 999}
+            run.delete()
+            assert [key for key, _ in store.journal.scan("") if "42" in key] == []
 
     asyncio.run(main())
 
@@ -994,6 +1001,137 @@ def test_a_second_cancellation_ends_a_run_that_tidies_up_at_once():
             assert run.status == "cancelled"
 
     asyncio.run(main())
+
+
+# -- in real processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = ForkServer(tmp_path_factory.mktemp("key") / "signing.key")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def world(server, tmp_path):
+    return World(server, tmp_path)
+
+
+class World:
+    """A store, what bodies did (the oracle), and gates that they wait for."""
+
+    def __init__(self, server, path):
+        self.server, self.path = server, path
+        self.oracle = path / "oracle"
+
+    def live(self, workflow, argument, **options):
+        of = {"store": str(self.path / "store"), "oracle": str(self.oracle), "workflow": workflow, "argument": argument}
+        return self.server.start("live", **of, **options)
+
+    def regard(self, run_id="42"):
+        return self.server.do("regard", store=str(self.path / "store"), run_id=run_id)
+
+    def gate(self, name):
+        return str(self.path / name)
+
+    def open(self, name):
+        (self.path / name).touch()
+
+    def did(self, *what):
+        """What bodies began, in order."""
+        return [name for _, begun, name, _ in read_oracle(self.oracle) if begun == "begin" and (not what or name in what)]
+
+    def wait_for(self, *line):
+        soon(lambda: any(found[1:3] == line for found in read_oracle(self.oracle)), f"the oracle's line {line}")
+
+    def keys(self, name):
+        return {key for _, _, what, key in read_oracle(self.oracle) if what == name}
+
+
+def test_the_order_flow_survives_a_kill_in_its_week_and_waits_only_for_the_rest(world):
+    began = time.monotonic()
+    with world.live("shop", 3) as first:
+        soon(lambda: world.did() == ["charge", "order", "receipt"], "the receipt")
+        soon(lambda: world.regard()["status"] == "sleeping", "the week to begin")
+        assert first.kill()
+    assert world.regard()["status"] == "interrupted"
+    with world.live("shop", 3) as second:
+        assert second.result()["value"] == ["charge", "order", "review"]
+    assert 3 <= time.monotonic() - began < 30
+    assert world.did() == ["charge", "order", "receipt", "review"]
+
+
+def test_a_family_whose_process_is_killed_in_the_wait_goes_on_where_both_were(world):
+    gate = world.gate("open")
+    with world.live("family", gate) as first:
+        world.wait_for("begin", gate)
+        soon(lambda: world.regard()["facts"] == {} and len(world.regard()["steps"]) == 4, "the child's steps")
+        assert first.kill()
+    seen = world.regard()
+    assert [path for path, _ in seen["steps"]] == ["first", "child", "child/paid", "child/held"]
+    world.open("open")
+    with world.live("family", gate) as second:
+        found = second.result()
+    assert found["steps"] == ["first", "child", "child/paid", "child/held", "child/tidy"]
+    assert world.did("first", "paid", "tidy") == ["first", "paid", "tidy"]
+
+
+def test_a_cancellation_from_another_process_unwinds_a_family(world):
+    with world.live("family", world.gate("never")) as owner:
+        world.wait_for("begin", world.gate("never"))
+        world.server.do("call_off", store=str(world.path / "store"))
+        found = owner.result()
+    assert (found["error"], found["status"]) == ("RunCancelled", "cancelled")
+    soon(lambda: world.did("tidy") == ["tidy"], "the child to tidy up")
+
+
+def test_a_delayed_run_whose_process_is_killed_begins_in_the_next_one_when_it_was_to(world):
+    began = time.monotonic()
+    with world.live("later", "", delay=2.0) as first:
+        soon(lambda: world.regard()["status"] == "pending", "the run to wait")
+        assert first.kill()
+    assert world.regard() == {"status": "interrupted", "facts": {}, "steps": []}
+    with world.live("later", "") as second:
+        assert second.result()["value"] == "late"
+    assert 2 <= time.monotonic() - began < 30
+    assert world.did() == ["later", "late"]
+
+
+def test_killed_in_on_failure_the_next_process_calls_it_again_and_the_one_after_does_not(world):
+    gate = world.gate("open")
+    with world.live("failing", gate) as first:
+        world.wait_for("told", "42")
+        assert first.kill()
+    world.open("open")
+    for _ in range(2):
+        with world.live("failing", gate) as process:
+            assert process.result() | {"text": ""} == {"error": "ConnectionError", "text": "", "status": "failed"}
+    assert [name for _, what, name, _ in read_oracle(world.oracle) if what == "told"] == ["42", "42"]
+    assert world.did("broken") == ["broken"]
+
+
+def test_a_run_that_was_dead_for_longer_than_its_time_out_fails_as_soon_as_it_is_resumed(world):
+    with world.live("slow", "") as first:
+        soon(lambda: world.regard()["status"] == "sleeping", "the sleep")
+        assert first.kill()
+    time_s = time.monotonic() + 1.6
+    soon(lambda: time.monotonic() > time_s, "the time-out to pass")
+    with world.live("slow", "") as second:
+        found = second.result()
+    assert (found["error"], found["status"]) == ("RunTimeout", "failed")
+    assert world.did("tidy") == ["tidy"]
+
+
+def test_facts_are_read_in_another_process_while_the_owner_is_stopped_and_when_it_is_dead(world):
+    gate = world.gate("never")
+    with world.live("leaf", gate) as owner:
+        world.wait_for("begin", gate)
+        soon(lambda: world.regard()["facts"].get("stage") == "paid", "the facts")
+        owner.stop()
+        assert world.regard()["facts"]["pid"] == owner.pid
+        assert owner.kill()
+    assert world.regard()["facts"] == {"stage": "paid", "pid": owner.pid}
 
 
 # -- defined -------------------------------------------------------------------------------------------------------------

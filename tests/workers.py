@@ -951,3 +951,97 @@ async def many_journeys(channel, store, oracle, names):
     channel.say("open")
     await channel.hear()
     return await asyncio.gather(*(_awaited(twice.start(name, id=name)) for name in names))
+
+
+# -- what a run can do ---------------------------------------------------------------------------------------------------
+
+
+@durable.workflow
+async def shop(week_s):
+    """The order flow, with a shorter week."""
+    payment = await durable.run("charge", effect, "charge")
+    order = await durable.run("order", effect, "order")
+    await durable.run("receipt", effect, "receipt")
+    await durable.sleep("a week", week_s)
+    return payment, order, await durable.run("review", effect, "review")
+
+
+def effect(name):
+    note("begin", name, durable.idempotency_key())
+    return name
+
+
+@durable.workflow
+async def leaf(gate):
+    await durable.run("paid", effect, "paid")
+    durable.report(stage="paid", pid=os.getpid())
+    try:
+        return await durable.run("held", held, gate, gate)
+    finally:
+        await durable.run("tidy", effect, "tidy")
+
+
+@durable.workflow
+async def family(gate):
+    first = await durable.run("first", effect, "first")
+    return first, await durable.invoke("child", leaf, gate)
+
+
+@durable.workflow
+async def later(gate):
+    note("begin", "later")
+    return await durable.run("late", effect, "late")
+
+
+def tell_of_failure(run, error):
+    note("told", run.id, type(error).__name__)
+    while not Path(told_gate[0]).exists():
+        time.sleep(0.002)
+
+
+told_gate = [""]
+
+
+@durable.workflow(on_failure=tell_of_failure)
+async def failing(gate):
+    told_gate[0] = gate
+    await durable.run("broken", durable.step(break_down, retries=0))
+
+
+def break_down():
+    note("begin", "broken")
+    raise ConnectionError("down")
+
+
+@durable.workflow(timeout=1.5)
+async def slow(gate):
+    try:
+        await durable.sleep("long", 60)
+    finally:
+        await durable.run("tidy", effect, "tidy")
+
+
+async def live(channel, store, oracle, workflow, argument, run_id="42", **options):
+    """Start that run, or attach to it, and bring it to its end; what it comes to."""
+    _open_oracle(oracle)
+    durable.open(store)
+    run = globals()[workflow].start(argument, id=run_id, **options)
+    try:
+        return {"value": await run, "steps": [step.path for step in run.steps]}
+    except Exception as error:
+        return {"error": type(error).__name__, "text": str(error), "status": run.status}
+
+
+async def regard(channel, store, run_id="42"):
+    """How a run stands, as a process sees it that doesn't execute it."""
+    durable.open(store)
+    try:
+        run = durable.get_run(run_id)
+    except durable.RunNotFoundError:
+        return {"status": "", "facts": {}, "steps": []}
+    return {"status": run.status, "facts": run.facts, "steps": [(step.path, step.status) for step in run.steps]}
+
+
+async def call_off(channel, store, run_id="42"):
+    durable.open(store)
+    durable.get_run(run_id).cancel("enough")

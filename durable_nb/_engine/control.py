@@ -6,11 +6,13 @@ To cancel, resume and restart it are messages (`inbox`); here it is left as it i
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from durable_nb import _records as rec
 from durable_nb._engine.by_history import forked
 from durable_nb._engine.catalog import Catalog
 from durable_nb._engine.engine import new_id
+from durable_nb._engine.limits import next_place
 from durable_nb._engine.run_log import read_log
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import FINISHED
@@ -36,7 +38,10 @@ def fork_of(shared: Shared, catalog: Catalog, run_id: str, at: str) -> tuple[Run
     arguments = unpack(signer, rec.arguments_key(record.id), row, Arguments)
     new = new_id()
     of = new, "workflow", record.name, rec.scope_of(f"~run {new}"), 0, record.inputs, now.wall_s
-    fork = RunRecord(*of, labels=record.labels, home=record.home, since=now, since_s=log[-1].at)
+    at_s = log[-1].at
+    fork = RunRecord(*of, labels=record.labels, home=record.home, since=now, since_s=at_s, counts_from_s=at_s)
+    if record.limit:
+        fork = replace(fork, limit=record.limit, limit_key=record.limit_key, place=next_place(shared.clock))
     rows = [
         (rec.arguments_key(new), arguments),
         *((rec.log_key(fork.scope, 0, seq, one), one) for seq, one in enumerate(log, 1)),
@@ -50,7 +55,7 @@ def delete(shared: Shared, catalog: Catalog, run_id: str) -> None:
     while True:
         record, lease, row = catalog.found(run_id)
         _refuse_unless_over(shared, catalog, record, lease)
-        own = rec.run_key, rec.lease_key, rec.arguments_key, rec.result_key
+        own = rec.run_key, rec.lease_key, rec.arguments_key, rec.facts_key, rec.result_key
         rows = journal.get_many(key(record.id) for key in own)
         for prefix in (
             *(f"{kind}/{record.scope}/" for kind in ("step", "timer", "log", "try")),

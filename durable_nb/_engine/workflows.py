@@ -244,17 +244,17 @@ class Workflows:
             if self._send(record.id, row, Cancel(reason, self._shared.clock.now().wall_s)):
                 break  # else it has changed hands, or ended, in this very moment
         if not self.catalog.is_owned(record.id, lease):  # else its executor cancels them
-            self._cancel_invoked(record.id)
+            self._cancel_invoked({record.id})
 
-    def _cancel_invoked(self, parent: str) -> None:
-        """The children that a run has invoked are cancelled, since nobody waits for them any more."""
-        for child, _ in list(self.catalog.all()):
-            if child.parent == parent and child.is_invoked and child.status == Status.RUNNING:
-                self.cancel(child.id, f"with the run {parent!r}, which invoked it")
+    def _cancel_invoked(self, parents: set[str]) -> None:
+        """The children that runs have invoked are cancelled, since nobody waits for them any more."""
+        for child, _ in list(self.catalog.all()) if parents else ():
+            if child.parent in parents and child.is_invoked and child.status == Status.RUNNING:
+                self.cancel(child.id, f"with the run {child.parent!r}, which invoked it")
 
     def cancel_all(self, *, status: str | None, workflow: str | None, label: str | None, reason: str) -> list[str]:
-        chosen = [record for record, _ in self.catalog.chosen(status, workflow, label) if record.kind == "workflow"]
-        ids = [record.id for record in chosen if record.status == Status.RUNNING or record.id in self._tasks]
+        chosen = [found for found in self.catalog.chosen(status, workflow, label) if found[0].kind == "workflow"]
+        ids = [record.id for record, _ in chosen if record.status == Status.RUNNING or record.id in self._tasks]
         message = Cancel(reason, self._shared.clock.now().wall_s)
         rows = self._store.journal.get_many(map(rec.run_key, ids))
         unfinished = {run_id: rows[rec.run_key(run_id)] for run_id in ids if rec.run_key(run_id) in rows}
@@ -263,6 +263,7 @@ class Workflows:
         inboxes = self._ownership.inbox.all()
         for run_id in ids:
             self._tell(run_id, inboxes.get(run_id, []))
+        self._cancel_invoked({record.id for record, lease in chosen if not self.catalog.is_owned(record.id, lease)})
         return ids
 
     def _send(self, run_id: str, row: bytes, message: Message) -> bool:
@@ -318,7 +319,7 @@ class Workflows:
         for child in ready.children:
             self.resume(child, take_over=False)
         if anew:
-            self._cancel_invoked(record.id)
+            self._cancel_invoked({record.id})
         asked = self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s))
         self._ownership.claim_for_nobody(ready.record, lease, deletes=ready.deletes, inserts=(*ready.rows, asked))
 
@@ -415,7 +416,7 @@ class Workflows:
         for child in ready.children:
             self.resume(child, take_over=False)
         if anew:
-            self._cancel_invoked(record.id)
+            self._cancel_invoked({record.id})
         held = await self._ownership.claim(ready.record, lease, deletes=ready.deletes, inserts=ready.rows)
         if held is None:
             return  # another process was faster: it executes the run, and who waits here hears of it by the journal
