@@ -121,6 +121,32 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server
     assert len(set(moments)) > min(KILLS / 4, 30), "the kills came at many different moments"
 
 
+def test_parallel_steps_that_end_in_any_order_are_killed_and_resumed_and_go_the_way_they_went(server, store, tmp_path):
+    """`gather` and `TaskGroup`: each task gets its own values, in the order in which the code saw them at first."""
+    chance = random.Random(SEED)
+    killed, runs, orders = 0, 0, set()
+    while killed < max(KILLS // 5, 12):
+        runs += 1
+        how, oracle = ("gather", "group")[runs % 2], tmp_path / f"oracle-{runs}"
+        args = {"store": store, "oracle": str(oracle), "workflow": "parallel", "argument": how, "run_id": f"run-{runs}"}
+        for life in range(6):
+            with server.start("live", **args, more=[8]) as process:
+                if life < 5:
+                    lines = len(read_oracle(oracle)) + chance.randrange(1, 30)
+                    while len(read_oracle(oracle)) < lines and process.exit_code() is None:
+                        pass
+                    if process.kill():
+                        killed += 1
+                        continue
+                values, seen, seen_before = process.result()["value"]
+            break
+        assert broken_promises(read_oracle(oracle), values) == [], f"seed {SEED}, run {runs}"
+        assert seen == seen_before
+        assert sorted(seen) == [f"{how}-{n}" for n in range(8)]
+        orders.add(tuple(seen))
+    assert len(orders) > runs / 2, "they ended in many orders"
+
+
 @pytest.fixture
 def memory(tmp_path):
     """A folder in memory where there is one: fsync takes no time there, and a kill doesn't need it."""

@@ -577,6 +577,42 @@ def test_a_run_that_takes_too_long_fails_when_it_has_tidied_up_and_the_time_in_w
     asyncio.run(main())
 
 
+async def order_flow():
+    payment = await durable.run("charge", work, "charge")
+    await durable.run("order", work, payment)
+    await durable.run("receipt", work, "receipt")
+    await durable.sleep("a week", "7d")
+    return await durable.run("ask for a review", work, "review")
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_order_flow_dead_at_any_write_charges_once_and_asks_after_a_week(side):
+    async def main():
+        nth = 0
+        while True:
+            nth += 1
+            store, clock = MemoryStore(), FakeClock()
+            done.clear()
+            began = clock.wall_s
+            order = define(order_flow)
+            async with runtime(store, clock=clock, crash=f"{side}:write", nth=nth) as process:
+                await order.start(id="order-42")
+            recorded = {outcome.name for outcome in testing.outcomes(store)}
+            before = len(done)
+            clock.advance("1d")
+            async with runtime(store, clock=clock):
+                assert await order.start(id="order-42") == "review done"
+            again = {{"charge done": "order"}.get(what, what) for what in done[before:]}
+            assert not recorded & again, nth
+            slept = next(one for one in testing.outcomes(store) if one.name == "receipt").ended_at
+            assert clock.wall_s - max(slept, began) >= 7 * 86400
+            if not process.crashed:
+                break
+        assert done == ["charge", "charge done", "receipt", "review"]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_dead_at_any_write_a_run_times_out_once_and_tidies_up(side):
     async def main():

@@ -953,6 +953,46 @@ async def many_journeys(channel, store, oracle, names):
     return await asyncio.gather(*(_awaited(twice.start(name, id=name)) for name in names))
 
 
+async def wander(name):
+    """Takes another while each time."""
+    note("begin", name)
+    await asyncio.sleep(random.SystemRandom().random() * 0.02)
+    value = secrets.token_hex(8)
+    note("end", name, value)
+    return value
+
+
+def wander_in_thread(name):
+    note("begin", name)
+    time.sleep(random.SystemRandom().random() * 0.02)
+    value = secrets.token_hex(8)
+    note("end", name, value)
+    return value
+
+
+@durable.workflow
+async def parallel(how, count):
+    """Steps that end in any order; each value with its step's name, and the order in which the code saw them."""
+    seen = []
+
+    async def one(n):
+        name = f"{how}-{n}"
+        value = await durable.run(name, wander_in_thread if n % 3 == 0 else wander, name)
+        seen.append(name)
+        note("ack", name, value)
+        return await durable.run(f"{name}-after", wander, f"{name}-after"), value
+
+    if how == "gather":
+        found = await asyncio.gather(*map(one, range(count)))
+    else:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(n)) for n in range(count)]
+        found = [task.result() for task in tasks]
+    values = {f"{how}-{n}": value for n, (_, value) in enumerate(found)}
+    values |= {f"{how}-{n}-after": value for n, (value, _) in enumerate(found)}
+    return values, seen, await durable.run("last", lambda: list(seen))
+
+
 # -- what a run can do ---------------------------------------------------------------------------------------------------
 
 
@@ -1021,11 +1061,11 @@ async def slow(gate):
         await durable.run("tidy", effect, "tidy")
 
 
-async def live(channel, store, oracle, workflow, argument, run_id="42", **options):
+async def live(channel, store, oracle, workflow, argument, run_id="42", more=(), **options):
     """Start that run, or attach to it, and bring it to its end; what it comes to."""
     _open_oracle(oracle)
     durable.open(store)
-    run = globals()[workflow].start(argument, id=run_id, **options)
+    run = globals()[workflow].start(argument, *more, id=run_id, **options)
     try:
         return {"value": await run, "steps": [step.path for step in run.steps]}
     except Exception as error:
