@@ -200,6 +200,52 @@ def test_the_magics_notify_and_approve(tmp_path):
         assert k.run(ASKS).result == "'not today'"
 
 
+def answered(k, source, *answers, **options):
+    """Execute a cell, and answer its questions; the prompts, and what it showed."""
+    message, prompts = k.send(source, **options), []
+    for answer in answers:
+        asked = k.client.get_stdin_msg(timeout=30)["content"]
+        prompts.append(asked["prompt"])
+        k.client.input(answer)
+    return prompts, k.wait(message)
+
+
+def test_the_answer_to_input_is_recorded_and_getpass_asks_every_time(tmp_path):
+    """A killed kernel doesn't ask again; another prompt is another question; the cell is restored, headless too."""
+    asks = "%%durable asks\nname = input('Name? ')\nother = input('Name? ')\n"
+    asks += "town = input('Town? ')\n1 / divisor, name, other, town"
+    secret = "%%durable secret\nfrom getpass import getpass\nlength = len(getpass('Key? '))\nlength"
+    with kernel(tmp_path) as k:
+        k.run("divisor = 0")
+        cell = k.send(asks)
+        assert k.client.get_stdin_msg(timeout=30)["content"]["prompt"] == "Name? "
+        k.client.input("jane")
+        assert k.client.get_stdin_msg(timeout=30)["content"]["prompt"] == "Name? "
+        assert cell
+        k.kill()
+        k.run("divisor = 0")
+        prompts, shown = answered(k, asks, "joe", "york")
+        assert prompts == ["Name? ", "Town? "]
+        assert "ZeroDivisionError" in shown.error
+        k.run("divisor = 1")
+        prompts, shown = answered(k, asks)
+        assert shown.result == "(1.0, 'jane', 'joe', 'york')"
+        k.restart()
+        k.run("divisor = 1")
+        assert k.run(asks, front_end=False).result == shown.result
+        assert "restored" in k.run(asks).told[-1]
+        prompts, shown = answered(k, asks.replace("Town", "Which town"), "leeds")
+        assert (prompts, shown.result) == (["Which town? "], "(1.0, 'jane', 'joe', 'leeds')")
+        prompts, shown = answered(k, asks.replace("asks", "asks --rerun", 1), "a", "b", "c")
+        assert shown.result == "(1.0, 'a', 'b', 'c')"
+        for key in ("secret", "longer secret"):
+            prompts, shown = answered(k, secret, key)
+            assert (prompts, shown.result) == (["Key? "], str(len(key)))
+            assert "not stored: it calls getpass(), which asks at every execution" in shown.told[-1]
+        prompts, shown = answered(k, "%%durable step\nawait durable.run('ask', lambda: input('In a step? '))", "yes")
+        assert shown.result == "'yes'"
+
+
 def _notebook(folder, name):
     cells = [LOAD, "amount = 1", ASKS, "open('later', 'a').write('x\\n')"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

@@ -97,9 +97,8 @@ def key_of(
         if ways - EVALUATING or (ways and function.__globals__.get("__name__") != "__main__"):
             unknown.append(f"{describe(label)} may look names up dynamically, which can't be followed")
     words, asks = _words(tree, found), _INPUT in print_.components and "input" not in namespace
-    if asks or ("getpass" in words and "getuser" not in words):
-        once = "input(), whose answer nobody knows beforehand; a step that calls it asks once"
-        unknown.append(f"it calls {once if asks else 'getpass(), whose answer nobody knows beforehand'}")
+    if "getpass" in words and "getuser" not in words:
+        unknown.append("it calls getpass(), which asks at every execution")
     unknown += [
         f"{describe(o.label)} holds a {o.type_name}, which can't be compared" + _way_out(o.label)
         for o in print_.opaque

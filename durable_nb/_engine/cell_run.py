@@ -386,6 +386,15 @@ class CellRun:
         self._facts.add(ended_step(Step(request.event_id, path, "notify", Status.PENDING), outcome, restored=restored))
         return Delivery(request.event_id, tuple(_codec.decode(outcome.form, outcome.value)))
 
+    def answer(self, prompt: str, ask: Callable[[], str]) -> str:
+        """The answer to a question of the cell's own code. `ask` gets it, and blocks meanwhile; once in all executions."""
+        self.scope.check_open("input")
+        branch = branch_name()
+        outcome, restored = self.recording.answer(prompt, ask, branch)
+        path = self._facts.take(branch, outcome.name)
+        self._facts.add(ended_step(Step(outcome.name, path, "input", Status.PENDING), outcome, restored=restored))
+        return str(_codec.decode(outcome.form, outcome.value))
+
     # -- recorded in passing -------------------------------------------------------------------------------------------
 
     def record(self, request: RecordRequest) -> Recorded:

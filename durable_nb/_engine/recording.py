@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from durable_nb import _codec, _usage
 from durable_nb import _records as rec
@@ -19,7 +20,7 @@ from durable_nb._facts import Status
 from durable_nb._journal import Commit, Verdict
 from durable_nb._records import Again, Attempts, Outcome, Passing, StepKey
 from durable_nb._usage import Usage
-from durable_nb.errors import CorruptStoreError, DurableError, UnserializableError
+from durable_nb.errors import CorruptStoreError, UnserializableError
 
 
 class Recording:
@@ -92,36 +93,63 @@ class Recording:
         rows, self._unrecorded = tuple(self._unrecorded), []
         return rows
 
-    # -- events ----------------------------------------------------------------------------------------------------------
+    # -- what plain calls ask for -----------------------------------------------------------------------------------------
 
     def send(self, request: SendRequest, branch: str) -> tuple[Outcome, bool]:
         """Send an event, once in all executions: it goes in the commit of its outcome. Was it sent before?"""
-        store, held, events = self._shared.store, self._execution.held, self._shared.events
-        asked = StepRequest("notify", request.event_id, _nothing, described=("notify", sent(request)))
+        events = self._shared.events
+        letters = []
+
+        def write() -> tuple[list[str], tuple[str, bytes]]:
+            letters.append(events.letter(request))
+            return list(letters[-1].run_ids), letters[-1].row
+
+        outcome, was_sent = self._at_once("notify", request.event_id, sent(request), branch, write)
+        if not was_sent:
+            events.tell(letters[-1])
+        return outcome, was_sent
+
+    def answer(self, prompt: str, ask: Callable[[], str], branch: str) -> tuple[Outcome, bool]:
+        """The answer to a question, which is asked for once in all executions. Was it given before?"""
+        return self._at_once("input", rec.plain(prompt).strip() or "input", prompt, branch, lambda: (ask(), None))
+
+    def _at_once(
+        self, kind: str, name: str, of: str, branch: str, make: Callable[[], tuple[Any, tuple[str, bytes] | None]]
+    ) -> tuple[Outcome, bool]:
+        """The outcome of what is done now, unless it was before, and recorded when this returns. `make` gives its value, and a
+        row that goes in the same commit. Known by `of`, as a step is by its arguments."""  # fmt: skip
+        store, held, now_s = self._shared.store, self._execution.held, self._execution.now_s
+        asked = StepRequest(kind, name, _nothing, described=(kind, of))
         key, found = self.identity.step(asked, branch)
         while (recorded := self.records.outcome(key.outcome)) is None:
+            began, sequence = now_s(), held.next_sequence()
             try:
-                letter = events.letter(request)
-            except DurableError:
+                value, more = make()
+            except BaseException:
                 self.identity.give_back(key)
                 raise
-            form, data = _codec.encode(list(letter.run_ids))
-            now_s, sequence = self._execution.now_s(), held.next_sequence()
-            of = "notify", request.event_id, branch, self._execution.record.id, form, data, 1, now_s, now_s
-            outcome = Outcome(*of, provenance_of(Inputs(asked, found)), sequences=(sequence, sequence))
-            row, riding = self._log.pack(key.outcome, outcome), self._riding()
-            verdict = store.writer.commit_and_wait(Commit(held.guard, inserts=(row, letter.row), puts=riding))
+            form, data = _codec.encode(value)
+            run_id, ended = self._execution.record.id, held.next_sequence()
+            of_it = kind, name, branch, run_id, form, data, 1, began, now_s(), provenance_of(Inputs(asked, found))
+            row = self._log.pack(key.outcome, Outcome(*of_it, sequences=(sequence, ended)))
+            riding = self._riding()
+            inserts = (row,) if more is None else (row, more)
+            verdict = store.writer.commit_and_wait(Commit(held.guard, inserts=inserts, puts=riding))
             if verdict is Verdict.GUARD_FAILED:
                 raise self._give_way()
-            if verdict is Verdict.EXISTS:  # an execution with other inputs was faster
+            if verdict is Verdict.EXISTS:  # an execution with other inputs was faster: its outcome stands
                 self._unrecorded = [*riding, *self._unrecorded]
                 row = key.outcome, store.journal.get(key.outcome) or b""
-            for records in self._shared.records[self._execution.record.id]:
+            for records in self._shared.records[run_id]:
                 records.outcomes[key.outcome] = row[1]
             if verdict is Verdict.APPLIED:
-                events.tell(letter)
-                return outcome, False
+                return self._recorded(key), False
         return recorded, True
+
+    def _recorded(self, key: StepKey) -> Outcome:
+        outcome = self.records.outcome(key.outcome)
+        assert outcome is not None  # noqa: S101  it was put there just now
+        return outcome
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

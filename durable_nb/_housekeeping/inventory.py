@@ -190,7 +190,7 @@ def nearest(said: str, *known: Iterable[str]) -> str:
     if meant:
         return f"; did you mean {meant[0]!r}?"
     return (
-        f"; there are {', '.join(names[:12])}" + (" and others" if len(names) > 12 else "") if names else "; it holds none yet"
+        f"; there are {', '.join(names[:16])}" + (" and others" if len(names) > 16 else "") if names else "; it holds none yet"
     )
 
 

@@ -33,6 +33,7 @@ from durable_nb._ipython.host import NotebookHost
 from durable_nb._ipython.interrupts import interruptible
 from durable_nb._ipython.notebook import file_of, origin_of
 from durable_nb._ipython.options import Options, max_wait_s
+from durable_nb._ipython.questions import durable_questions
 from durable_nb._ipython.settings import settings_of
 from durable_nb._ipython.status import StatusLine
 from durable_nb.errors import RunSuspended, StoreError
@@ -213,7 +214,7 @@ class CellExecution:
         body = self._body(parts)
         with interruptible(run):
             try:
-                with self.recorder.recording(), watching(before.watch), before.effects.noticing():
+                with self.recorder.recording(), watching(before.watch), before.effects.noticing(), durable_questions():
                     try:
                         await run.execute(body)
                     finally:
