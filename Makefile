@@ -30,7 +30,8 @@ test: $(VENV)/test browser
 SEED ?= 1
 stress: $(VENV)/test
 	DURABLE_NB_KILLS=2000 DURABLE_NB_OPENINGS=4000 DURABLE_NB_PROGRAMS=2000 DURABLE_NB_KILLED_PROGRAMS=200 DURABLE_NB_SECONDS=60 DURABLE_NB_SEED=$(SEED) \
-	$(BIN)/pytest --installed tests/test_processes.py tests/test_replay.py tests/test_schedule.py $(ARGS)
+	DURABLE_NB_LIMITED_RUNS=1000 \
+	$(BIN)/pytest --installed tests/test_processes.py tests/test_replay.py tests/test_schedule.py tests/test_limits_of_processes.py $(ARGS)
 
 # The tests on Python 3.11 to 3.14, with pandas 2 and 3, numpy 1.26 and 2, ipykernel 6 and 7, SDKs on httpx and httpx2, as far as
 # the Pythons are there; as root on Debian 3.14 is fetched. By hand, before a release: about an hour. ONLY=3.14 chooses, ARGS are pytest's.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from durable_nb._events import Decision as Decision
     from durable_nb._events import Delivery as Delivery
     from durable_nb._events import Event as Event
+    from durable_nb._facts import Progress as Progress
     from durable_nb._fanout import map as map  # noqa: A004
     from durable_nb._fingerprint import identify as identify
     from durable_nb._housekeeping.dashboard import dashboard as dashboard
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from durable_nb._outside import notify as notify
     from durable_nb._outside import wait_for_event as wait_for_event
     from durable_nb._outside import waiters as waiters
+    from durable_nb._progress import last_progress as last_progress
+    from durable_nb._progress import progress as progress
     from durable_nb._schedule import Schedule as Schedule
     from durable_nb._schedule import schedule as schedule
     from durable_nb._secrets import secret as secret
@@ -98,6 +101,8 @@ _HOMES = {
     **dict.fromkeys(
         ("Run", "cancel", "current_run", "get_run", "invoke", "resume", "runs", "workflow"), "durable_nb._workflow"
     ),
+    **dict.fromkeys(("last_progress", "progress"), "durable_nb._progress"),
+    "Progress": "durable_nb._facts",
     **dict.fromkeys(
         ("idempotency_key", "now", "patched", "random", "report", "run", "sleep", "sleep_until", "step", "uuid4"),
         "durable_nb._verbs",

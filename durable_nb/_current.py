@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from durable_nb import _usage
 from durable_nb._clock import Clock, Instant
 from durable_nb._events import Delivery, Waiter
-from durable_nb._facts import ScheduleFacts, Snapshot, Status, Used
+from durable_nb._facts import Progress, ScheduleFacts, Snapshot, Status, Used
 from durable_nb._retry import USUAL, RetryPolicy
 from durable_nb._secrets import call_revealed, holds_secret
 from durable_nb._usage import Usage
@@ -319,6 +319,18 @@ class Run(Protocol):
         ...
 
 
+class Heartbeat(Protocol):
+    """What the body of a step reports of its progress, and what was reported before. For whatever thread."""
+
+    def report(self, progress: Progress, form: str, data: bytes) -> None:
+        """It has come so far. `form`, `data`: the state, encoded."""
+        ...
+
+    def last(self) -> Progress | None:
+        """What the attempt before this one has reported last."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """The step whose body is being executed."""
@@ -330,6 +342,8 @@ class Body:
     say: Callable[[Callable[[], str]], object] = lambda _: None
     """Tells whoever looks at the step how far it has come: the text that is asked for, a few times a second, while somebody
     looks. From any thread; recorded nowhere."""
+    heartbeat: Heartbeat | None = None
+    """None: nobody wants to know how far it has come."""
 
 
 def note_usage(found: Usage) -> None:

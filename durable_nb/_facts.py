@@ -30,6 +30,17 @@ FINISHED = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step has come, as its body has reported it."""
+
+    done: float
+    total: float | None = None
+    note: str = ""
+    state: dict[str, Any] = field(default_factory=dict, hash=False)
+    """What the next attempt needs to go on from there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step of a run, as it stands at the moment of asking. Times are unix seconds."""
 
@@ -55,6 +66,8 @@ class Step:
     """What models' answers have cost it."""
     waits_for: str | None = None
     """Pending: the limit of which it has no share, as views say it."""
+    progress: Progress | None = field(default=None, repr=False)
+    """Running, or to be tried again: how far it has come, as its body says."""
     prompt: str = field(default="", repr=False)
     """Of a decision: the question."""
     child: str | None = None

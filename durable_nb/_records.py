@@ -14,6 +14,7 @@
 | `value/RUN/KIND/N` | a time, a UUID or a random number that a cell has got |
 | `inbox/RUN/SEQ` | what somebody wants of the run, a message: it goes in the commit that records its delivery |
 | `event/EVENT/SEQ` | an event for whichever run waits for it, or will; it goes when no unfinished run is older |
+| `progress/RUN/STEP` | how far a step has come, as its body has reported; it goes with its outcome |
 | `limit/NAME` | the figures of a limit, as they were declared last |
 | `shares/NAME/KEY` | who holds shares of a limit, and when it let the last one begin |
 | `waiting/NAME/KEY/PROCESS/PLACE` | that process waits for a share, and since when |
@@ -414,6 +415,21 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """How far a step has come, as its body has reported it last."""
+
+    done: float
+    total: float | None
+    note: str
+    form: str
+    """Of `state`; '' where there is none."""
+    state: bytes
+    path: str
+    """As views call the step."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """Of a limit."""
 
@@ -514,6 +530,7 @@ Record = (
     | Outcome
     | Passing
     | Reports
+    | Checkpoint
     | Result
     | Restart
     | Resume
@@ -747,6 +764,16 @@ def run_of_saved(key: str) -> str:
 def schedule_key(name: str) -> str:
     """Key of a schedule; of nothing, their prefix."""
     return f"schedule/{quote(name, safe='')}"
+
+
+def progress_prefix(run_id: str) -> str:
+    """Keys of what bodies of a run have reported of their progress."""
+    return f"progress/{quote(run_id, safe='')}/"
+
+
+def progress_key(run_id: str, step: str) -> str:
+    """The same of one step, by its idempotency key."""
+    return f"{progress_prefix(run_id)}{step}"
 
 
 def limit_key(name: str) -> str:

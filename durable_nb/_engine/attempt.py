@@ -10,6 +10,7 @@ from inspect import isawaitable
 from typing import Any
 
 from durable_nb._current import current_body
+from durable_nb._engine.heartbeats import Heartbeat
 from durable_nb._engine.in_place import Inputs
 from durable_nb._engine.task_scope import enters_user_code
 from durable_nb._engine.workers import Workers
@@ -43,6 +44,7 @@ class Attempt:
         """Nobody waits for it: its last time-out is over."""
         self.owner: Callable[[Attempt], object] | None = None
         """Who is told of the end where nobody waits for it any more."""
+        self.heartbeat: Heartbeat | None = None
         body = context.get(current_body)
         self.used: Usage = body.usage if body is not None else {}
         """What the models' answers that it got have cost."""

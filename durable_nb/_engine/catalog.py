@@ -24,12 +24,13 @@ from durable_nb._engine.reporting import decoded
 from durable_nb._engine.request_tasks import key_of
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._engine.run_time import due_in_s
-from durable_nb._facts import FINISHED, Paths, Snapshot, Status, Step, Used, standing
+from durable_nb._facts import FINISHED, Paths, Progress, Snapshot, Status, Step, Used, standing
 from durable_nb._preview import Preview
 from durable_nb._records import (
     Asked,
     Attempts,
     Cancel,
+    Checkpoint,
     Decided,
     Event,
     Generation,
@@ -312,7 +313,9 @@ class Catalog:
     # -- steps, from the records alone: of a run that is not executed here -------------------------------------------------
 
     def _steps(self, record: RunRecord) -> tuple[Step, ...]:
-        return tuple(step for _, step in self._with_paths(record))
+        rows = self._journal.scan(rec.progress_prefix(record.id))
+        reported = {found.path: found for found in (unpack(self._signer, *row, Checkpoint) for row in rows)}
+        return tuple(_with_progress(step, reported.get(step.path)) for _, step in self._with_paths(record))
 
     def _with_paths(self, record: RunRecord) -> list[tuple[Any, Step]]:
         """The steps, each with when it was asked for."""
@@ -408,3 +411,9 @@ class Catalog:
 def _newest_first(run: tuple[RunRecord, Lease | None]) -> tuple[float, str]:
     """Sorts runs; those that began at the same moment by their ids."""
     return -run[0].started_at, run[0].id
+
+
+def _with_progress(step: Step, found: Checkpoint | None) -> Step:
+    if found is None or step.ended_at is not None:
+        return step
+    return replace(step, progress=Progress(found.done, found.total, found.note))

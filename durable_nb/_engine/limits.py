@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -28,6 +27,7 @@ from durable_nb import _records as rec
 from durable_nb._clock import RECHECK_S, Clock, Instant, parse_rate, remaining_s
 from durable_nb._current import Limit
 from durable_nb._engine.observing import log
+from durable_nb._engine.ticker import Ticker
 from durable_nb._journal import Commit, Verdict
 from durable_nb._locks import let_go_in_children, process_state
 from durable_nb._records import Figures, RunRecord, Shares, pack, unpack
@@ -45,8 +45,6 @@ _STOPPED_S, _PATIENCE_S = 0.25, 5.0
 """There is room, and who is next doesn't take it: passed over after so long where its process is stopped, and in any case."""
 _AGAIN_S = 1.0
 """After a disk that refused."""
-_IDLE_S = 5.0
-"""The thread ends when it had nothing to do for so long."""
 
 _T = TypeVar("_T")
 
@@ -207,12 +205,9 @@ class Limits:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store, self._clock = store, clock
         self._pools: dict[tuple[str, str], _Pool] = {}
-        self._due: dict[_Pool, float] = {}
-        """When each is to be looked at."""
         self._declared: dict[str, float] = {}
         """By name, which declaration of this process the store knows of."""
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._ticker = Ticker("durable_nb limits", self._work)
         let_go_in_children(self)
 
     # -- figures -------------------------------------------------------------------------------------------------------
@@ -237,10 +232,10 @@ class Limits:
                     log.warning(said, limit.name, before.figures, limit.figures)
             break
         self._declared[limit.name] = limit.declared_at
-        with self._changed:
+        with self._ticker.lock:
             for pool in self._pools.values():
                 if pool.name == limit.name:
-                    self._look_soon(pool)
+                    self._ticker.soon(pool)
 
     # -- shares --------------------------------------------------------------------------------------------------------
 
@@ -292,107 +287,82 @@ class Limits:
     async def _enter(
         self, name: str, key: str, waiter: _Waiter, pause: Callable[[float, str], object], *, is_shown: bool = False
     ) -> Share:
-        with self._changed:
+        with self._ticker.lock:
             pool = self._pools.setdefault((name, key), _Pool(name, key))
             bisect.insort(pool.waiting, waiter, key=lambda one: one.place)
             if is_shown:
                 pool.rows.add(waiter.place)
-            self._look_soon(pool)
+            self._ticker.soon(pool)
         try:
             while (left_s := await waiter.future) > 0:
                 waiter.future = waiter.loop.create_future()
                 pause(left_s, f"waits for the limit {name!r}")
                 await self._clock.sleep(min(left_s, RECHECK_S))
-                with self._changed:
+                with self._ticker.lock:
                     waiter.is_told = False
-                    self._look_soon(pool)
+                    self._ticker.soon(pool)
         except BaseException:
-            with self._changed:
+            with self._ticker.lock:
                 if waiter.is_granted:
                     pool.using.remove(waiter.run_id)
                 elif waiter in pool.waiting:
                     pool.waiting.remove(waiter)
-                self._look_soon(pool)
+                self._ticker.soon(pool)
             raise
         return Share(self, pool, waiter.run_id)
 
     def begun(self, pool: _Pool) -> None:
         """One that was let in is at work."""
-        with self._changed:
+        with self._ticker.lock:
             if pool.beginning:
                 pool.beginning.pop()
-                self._look_soon(pool)
+                self._ticker.soon(pool)
 
     def left(self, pool: _Pool, run_id: str) -> None:
         """A share is given back."""
-        with self._changed:
+        with self._ticker.lock:
             pool.using.remove(run_id)
-            self._look_soon(pool, 0.0 if pool.waiting or run_id else LINGER_S)
+            self._ticker.soon(pool, 0.0 if pool.waiting or run_id else LINGER_S)
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def let_go(self) -> None:
-        """In a forked child, which has no such thread and holds nothing."""
-        self._changed, self._thread = threading.Condition(), None
-        self._pools, self._due = {}, {}
+        """In a forked child, which holds nothing."""
+        self._pools = {}
 
-    def _look_soon(self, pool: _Pool, delay_s: float = 0.0) -> None:
-        """Under the lock."""
-        due_s = time.monotonic() + delay_s
-        if self._due.get(pool, math.inf) > due_s:
-            self._due[pool] = due_s
-            self._changed.notify()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="durable_nb limits", daemon=True)
-            self._thread.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                now_s = time.monotonic()
-                next_s = min(self._due.values(), default=math.inf)
-                if next_s > now_s:
-                    self._changed.wait(min(next_s - now_s, _IDLE_S))
-                    if not self._due:
-                        self._thread = None
-                        return
-                    continue
-                due = [pool for pool, due_s in self._due.items() if due_s <= now_s]
-                for pool in due:
-                    del self._due[pool]
-            plans = [plan for pool in due if (plan := self._tried(pool, lambda pool=pool: self._planned(pool)))]  # type: ignore[misc]
-            for plan in plans:  # handed over together, they share one fsync
-                if plan.commit is not None:
-                    plan.written = self._tried(plan.pool, lambda plan=plan: self._store.writer.hand_over(plan.commit))  # type: ignore[misc]
-            for plan in plans:
-                if plan.commit is None:
+    def _work(self, due: list[_Pool]) -> None:
+        plans = [plan for pool in due if (plan := self._tried(pool, lambda pool=pool: self._planned(pool)))]  # type: ignore[misc]
+        for plan in plans:  # handed over together, they share one fsync
+            if plan.commit is not None:
+                plan.written = self._tried(plan.pool, lambda plan=plan: self._store.writer.hand_over(plan.commit))  # type: ignore[misc]
+        for plan in plans:
+            if plan.commit is None:
+                self._done(plan)
+            elif plan.written is not None:
+                verdict = self._tried(plan.pool, plan.written.result)
+                if verdict is Verdict.APPLIED:
                     self._done(plan)
-                elif plan.written is not None:
-                    verdict = self._tried(plan.pool, plan.written.result)
-                    if verdict is Verdict.APPLIED:
-                        self._done(plan)
-                    elif verdict is not None:  # another process was faster
-                        with self._changed:
-                            self._look_soon(plan.pool)
+                elif verdict is not None:  # another process was faster
+                    self._ticker.soon(plan.pool)
 
     def _tried(self, pool: _Pool, do: Callable[[], _T]) -> _T | None:
         """None where the disk refuses. Whoever waits is told; what is to be given back is tried again."""
         try:
             return do()
         except Exception as error:  # a StoreError, or one of our own: none may end the thread, and leave all waiting
-            with self._changed:
+            with self._ticker.lock:
                 waiting, pool.waiting = pool.waiting, []
                 for waiter in waiting:
                     waiter.refuse(error)
                 if not (self._store.writer.closed or pool.is_idle):
-                    self._look_soon(pool, _AGAIN_S)
+                    self._ticker.soon(pool, _AGAIN_S)
             return None
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def _planned(self, pool: _Pool) -> _Plan:
         """Look at what stands on disk, and say what is to be done."""
-        with self._changed:
+        with self._ticker.lock:
             waiting, using, rows = list(pool.waiting), list(pool.using), set(pool.rows)
         ours = {waiter.run_id for waiter in waiting} | set(using)
         seen, now = self._look(pool, ours, is_waited_for=bool(waiting)), self._clock.now()
@@ -488,7 +458,7 @@ class Limits:
     def _done(self, plan: _Plan) -> None:
         """What was planned is on disk."""
         pool = plan.pool
-        with self._changed:
+        with self._ticker.lock:
             pool.rows = (pool.rows - plan.gone) | plan.shown
             for waiter in plan.granted:
                 if waiter in pool.waiting:
@@ -497,7 +467,7 @@ class Limits:
                     waiter.is_granted = True
                     waiter.tell(0.0)
                 else:  # it has given up meanwhile: what was taken for it is given back
-                    self._look_soon(pool)
+                    self._ticker.soon(pool)
             for waiter in pool.waiting:
                 waiter.say_so()
             now_s = time.monotonic()
@@ -506,13 +476,13 @@ class Limits:
                 until_s = now_s + min(max(plan.left_s / 4, _BEGINS_S[0]), _BEGINS_S[1])
                 pool.beginning += [until_s] * len(plan.granted)
             if pool.waiting and plan.left_s is not None and pool.beginning:
-                self._look_soon(pool, min(pool.beginning) - now_s)
+                self._ticker.soon(pool, min(pool.beginning) - now_s)
             elif pool.waiting and plan.left_s is not None and not pool.waiting[0].is_told:
                 pool.waiting[0].is_told = True
                 pool.waiting[0].tell(plan.left_s)
             if pool.waiting and plan.look_s is not None:
-                self._look_soon(pool, plan.look_s)
-            if pool.is_idle and pool not in self._due:
+                self._ticker.soon(pool, plan.look_s)
+            if pool.is_idle and not self._ticker.is_due(pool):
                 self._pools.pop((pool.name, pool.key), None)
 
 

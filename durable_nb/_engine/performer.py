@@ -18,12 +18,13 @@ from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
 from durable_nb._current import Body, Limit, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
+from durable_nb._engine.heartbeats import Heartbeat
 from durable_nb._engine.in_place import Inputs, Sharing, described, packed_changes, provenance_of
 from durable_nb._engine.limits import Share
 from durable_nb._engine.observing import Host, NoHost, Observers, Raised, Sayings
 from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
-from durable_nb._facts import Facts, Status, Step
+from durable_nb._facts import Facts, Progress, Status, Step
 from durable_nb._fingerprint import Unhashable
 from durable_nb._preview import Preview, names_of, preview, preview_call
 from durable_nb._records import Attempts, Outcome
@@ -69,6 +70,7 @@ class StepCall:
         "context",
         "failures",
         "has_returned",
+        "heartbeat",
         "is_admitted",
         "is_at_work",
         "key",
@@ -93,6 +95,8 @@ class StepCall:
         """Its limit counts it."""
         self.has_returned = False
         """Its limit knows that what it came to is being written."""
+        self.heartbeat: Heartbeat | None = None
+        """Of the last attempt."""
         self.is_at_work = False
         """Its body has begun, and what that came to is not on disk."""
         self.shares: list[Share] = []
@@ -126,6 +130,11 @@ class StepCall:
         if self.is_admitted and self.request.pace is not None:
             self.has_returned = True
             self.request.pace.returned()
+
+    @property
+    def progress_rows(self) -> tuple[str, ...]:
+        """Rows that go with its outcome: it needs no checkpoint any more."""
+        return self.heartbeat.rows() if self.heartbeat is not None else ()
 
     def give_back(self) -> None:
         """No body is at work for it any more: others that are under the same limits may begin."""
@@ -295,6 +304,9 @@ class Performer:
             earlier.owner, earlier.run_id = None, self._run_id
             self._shared.bodies.pop(call.key, None)
             call.is_at_work = True
+            call.heartbeat = earlier.heartbeat
+            if call.heartbeat is not None:
+                call.heartbeat.moves_to(self._log, call.path, self._shows(call.path))
             if not earlier.is_over:
                 self._at_work(call, earlier)
         return earlier
@@ -315,20 +327,28 @@ class Performer:
         if call.request.at_most_once:  # on disk before the body: without an end, it was cut off
             await note(self._attempts(call, attempt - 1, "", began_at, 0.0, begun=True))
         context = call.context.copy() if call.context is not None else copy_context()
+        before = call.heartbeat.latest if call.heartbeat is not None else None
+        call.heartbeat = Heartbeat(self._shared.heartbeats, self._log, call.key, call.path, before, self._shows(call.path))
         says = functools.partial(self._sayings.say, call.path)
-        context.run(current_body.set, Body(call.request.name, call.key, say=says))
+        context.run(current_body.set, Body(call.request.name, call.key, say=says, heartbeat=call.heartbeat))
         recording = self.host.recording(call.path, call.request, call.inputs.found)
         body = Attempt(self._run_id, call.inputs, self._shared.workers, context, recording)
         for share in call.shares:
             body.when_begun(share.begun)
+        body.heartbeat = call.heartbeat
         self._at_work(call, body)
         return body
+
+    def _shows(self, path: str) -> Callable[[Progress], object]:
+        return lambda progress: self._facts.update(path, progress=progress)
 
     def _at_work(self, call: StepCall, body: Attempt) -> None:
         key = call.key
         self.bodies[key] = self._shared.bodies[key] = body
 
         def over() -> None:
+            if body.heartbeat is not None:
+                body.heartbeat.close(has_value=body.error is None)
             if self.bodies.get(key) is body:
                 del self.bodies[key]
             is_left = body.owner is not None and self.is_over and self._run_id in self._shared.ownership.active

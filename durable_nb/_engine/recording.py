@@ -206,7 +206,7 @@ class Recording:
             excluded_key = rec.excluded_prefix(record.scope, record.generation) + digest_of(*of)
             more = (self._log.pack(excluded_key, settled.excluded),)
         row = self._log.pack(settled.key.outcome, outcome)
-        stale = (key.attempts,) if key.attempts in self.records.attempts else ()
+        stale = (*((key.attempts,) if key.attempts in self.records.attempts else ()), *call.progress_rows)
         riding = self._riding()
         verdict = await self._log.commit(inserts=(row,), puts=(*riding, *more), deletes=stale)
         if verdict is Verdict.GUARD_FAILED:

@@ -234,6 +234,7 @@ class RequestTasks:
             value = None
             outcome, error = self._performer.failure_of(call, ended)
         gone = (self._log.attempts_key(number),) if self.attempts.pop(number, None) is not None else ()
+        gone = gone if outcome.failed else (*gone, *call.progress_rows)  # resumed, a failed step goes on from there
         done = self._outbox.append(replace(outcome, request=number), value, error, deletes=gone)
         done.add_done_callback(lambda _: call.leave())
 

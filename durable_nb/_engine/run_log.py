@@ -141,6 +141,7 @@ class RunLog:
             pass
         elif record.status == "completed":
             deletes.append(rec.lease_key(record.id))
+            deletes += [key for key, _ in self.store.journal.sizes(rec.progress_prefix(record.id))]
         else:
             puts.append(self.pack(rec.lease_key(record.id), Lease(self.held.epoch, "")))
         return self.commit(puts=tuple(puts), deletes=tuple(deletes), sweeps=sweeps)

@@ -12,6 +12,7 @@ from weakref import WeakSet
 from durable_nb._clock import Clock, SystemClock
 from durable_nb._current import Engine
 from durable_nb._engine.attempt import Attempt
+from durable_nb._engine.heartbeats import Heartbeats
 from durable_nb._engine.in_place import Changed
 from durable_nb._engine.limits import Limits
 from durable_nb._engine.muting import Muting
@@ -34,6 +35,7 @@ class Shared:
         self.workers = Workers()
         self.savings = Savings(store)
         self.limits = Limits(store, self.clock)
+        self.heartbeats = Heartbeats()
         self.ownership = Ownership(store, self.is_at_work)
         self.ownership.waiting_row = self.limits.waiting_row
         self.bodies: dict[str, Attempt] = {}

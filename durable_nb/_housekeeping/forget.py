@@ -38,7 +38,14 @@ def forget(engine: Engine, name: str) -> Forgotten:
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:
             rows += [rec.run_key(run_id), rec.lease_key(run_id)]
-            own = (rec.inbox_prefix, rec.timer_prefix, rec.arrived_prefix, rec.decided_prefix, rec.value_prefix)
+            own = (
+                rec.inbox_prefix,
+                rec.timer_prefix,
+                rec.arrived_prefix,
+                rec.decided_prefix,
+                rec.value_prefix,
+                rec.progress_prefix,
+            )
             rows += [key for prefix in own for key, _ in journal.sizes(prefix(run_id))]
         number = unpack(store.signer, counter, begun, Generation).number if begun else 0
         put = counter, pack(store.signer, counter, Generation(number + 1))

@@ -153,7 +153,7 @@ def size_of(folder: Path) -> int:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 _Guard = tuple[str, bytes | None] | None
-_BY_QUOTED_RUN = ("timer/", "arrived/", "decided/", "value/", "inbox/", "saved/", "once/")
+_BY_QUOTED_RUN = ("timer/", "arrived/", "decided/", "value/", "inbox/", "saved/", "once/", "progress/")
 """Prefixes that the run's id follows as one part of the key."""
 
 

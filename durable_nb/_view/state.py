@@ -247,7 +247,8 @@ def _row(at: int, row: Row, look: Look, extras: Mapping[str, Extra]) -> State:
         "open": True if row.key in look.opened else None,
     }
     if row.is_group:
-        return _known(**common, **_group(told(row), len(row.steps)))
+        waits = next((step.waits_for for step in row.steps if step.waits_for is not None), None)
+        return _known(**common, **_group(told(row), len(row.steps)), **{"for": waits and clipped(waits, HINT)})
     return _known(**common, **_step(row.step, extras.get(row.step.path)), parent=True if row.below else None)
 
 
@@ -286,6 +287,8 @@ def _step(step: Step, extra: Extra | None) -> State:
             "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
             "note": (clipped(extra.note, ERROR) or None) if step.status in ACTIVE else None,
         }
+    if step.progress is not None and step.status in ACTIVE:
+        facts |= {"progress": [step.progress.done, step.progress.total], "note": clipped(step.progress.note, ERROR) or None}
     return facts
 
 

@@ -17,7 +17,20 @@ from durable_nb._view.costs import money, tokens
 from durable_nb._view.fold import LETTERS, Group, Row, fold, strip, timeline, told
 from durable_nb._view.state import Detail, Source, failure, saved, since
 from durable_nb._view.terminal import Block
-from durable_nb._view.words import ACTIVE, BROKEN, COLOURS, ICONS, TERMINAL, clipped, columns, counted, error_of, plain, word
+from durable_nb._view.words import (
+    ACTIVE,
+    BROKEN,
+    COLOURS,
+    ICONS,
+    TERMINAL,
+    clipped,
+    columns,
+    counted,
+    error_of,
+    plain,
+    waits_for,
+    word,
+)
 
 if TYPE_CHECKING:
     from durable_nb._usage import Usage
@@ -71,7 +84,8 @@ def headline(snapshot: Snapshot, now: float | None = None) -> str:
         counts.pop("completed", None)
     steps = ", ".join([f"{total:,} step{'' if total == 1 else 's'}", *_told(counts)])
     took = say_duration(max((snapshot.ended_at or now) - snapshot.started_at, 0.0))
-    return " · ".join([plain(snapshot.name, _NAME), f"{status.value} {link} {took}", steps])
+    parts = plain(snapshot.name, _NAME), f"{status.value} {link} {took}", waits_for(snapshot), steps
+    return " · ".join(filter(None, parts))
 
 
 def text(snapshot: Snapshot, *, line: str = "", now: float | None = None, note: str = "") -> str:
@@ -131,6 +145,15 @@ def html(
     return "\n".join([*lines, "</details>"])
 
 
+def _how_far(step: Step) -> str:
+    """What the step's body says of its progress, or what keeps it from beginning."""
+    found, waits = step.progress, waits_for(step)
+    if found is None or step.status not in ACTIVE:
+        return f" · {waits}" if waits else ""
+    far = f"{found.done:,} of {found.total:,}" if found.total is not None else f"{found.done:,}"
+    return " · ".join(["", far, *filter(None, [plain(found.note, _NAME)])])
+
+
 class _Said:
     """What one row says, in either form."""
 
@@ -143,7 +166,7 @@ class _Said:
             self.word = word(step)
             self.status, self.time, self.error = self.word, _time(step, now), error_of(step)
             self.attempts = str(step.attempts) if step.attempts > 1 else ""
-            self.count = _spent(step.usage)
+            self.count = _spent(step.usage) + _how_far(step)
             return
         self.word, self.error = group.status, group.error or ""
         middle = f" · median {say_duration(group.median_s)}" if group.median_s is not None else ""

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from durable_nb._clock import say_duration
-from durable_nb._facts import Status, Step
+from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._preview import redacted
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ _ORDER = ("restored", *Status)
 def word(step: Step) -> str:
     """Return what a reader is told of a step: its status, or `restored` where no body ran to complete it."""
     return "restored" if step.restored and step.status is Status.COMPLETED else step.status.value
+
+
+def waits_for(what: Step | Snapshot) -> str:
+    """Return what keeps a run or a step from beginning; '' where nothing does."""
+    return f"waits for {what.waits_for}" if what.waits_for is not None and what.status is Status.PENDING else ""
 
 
 def counted(words: Iterable[str]) -> dict[str, int]:
