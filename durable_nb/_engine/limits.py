@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from durable_nb import _current
 from durable_nb import _records as rec
@@ -238,6 +239,20 @@ class Limits:
                     self._ticker.soon(pool)
 
     # -- shares --------------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[dict[str, Any]]:
+        """The limits of the store by name: their figures, how many shares living processes hold, and places that wait."""
+        journal, signer, alive = self._store.journal, self._store.signer, dict[str, bool]()
+        found = []
+        for key, row in journal.scan(rec.limit_key("")):
+            figures, scope = unpack(signer, key, row, Figures), key.partition("/")[2]
+            shares = [unpack(signer, key, row, Shares) for key, row in journal.scan(f"shares/{scope}/")]
+            held = sum(self._is_alive(owner, alive) for one in shares for owner, _ in one.held)
+            places = [rec.place_of_waiting(key)[0] for key, _ in journal.sizes(f"waiting/{scope}/")]
+            waiting = sum(self._is_alive(process_id, alive) for process_id in places)
+            of = {"concurrency": figures.concurrency, "rate": figures.rate, "held": held, "waiting": waiting}
+            found.append({"name": unquote(scope), **of})
+        return found
 
     async def enter(
         self,

@@ -15,7 +15,7 @@ from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._files import default_store
-from durable_nb._housekeeping import doctor, gc
+from durable_nb._housekeeping import control, doctor, gc
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._housekeeping.listings import gc_table, steps_table
 from durable_nb._housekeeping.tables import Table, count, say_when
@@ -30,6 +30,7 @@ def add_to(commands: Any) -> None:
     """Add the parsers of all of them."""
     for add in (_ls, _show, _schedule, _gc, _doctor, _trust):
         add(commands)
+    control.add_to(commands, _listing, _opened)
 
 
 def _ls(commands: Any) -> None:

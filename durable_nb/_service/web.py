@@ -69,6 +69,7 @@ class Face:
             Route("POST", "/runs/{}/cancel", self._cancel),
             Route("POST", "/runs/{}/resume", self._resume),
             Route("POST", "/runs/{}/restart", self._restart),
+            Route("POST", "/runs/{}/fork", self._fork),
             Route("POST", "/runs/{}/decisions/{}", self._decide),
             Route("POST", "/events/{}", self._notify),
             Route("POST", "/webhooks/{}", self._receive),
@@ -157,6 +158,17 @@ class Face:
     async def _restart(self, request: Request, run_id: str) -> Response:
         await json_of(request, {}, self._max_body)
         return await self._control(run_id, lambda run: run.restart())
+
+    async def _fork(self, request: Request, run_id: str) -> Response:
+        asked = await json_of(request, {"at": str}, self._max_body)
+        if "at" not in asked:
+            raise Refused(422, "'at' is missing: a step's path")
+
+        def fork() -> str:
+            self._workflows.check(run_id)
+            return Run(run_id, self._workflows).fork(at=asked["at"]).id
+
+        return JSONResponse({"id": await asyncio.to_thread(fork)}, 202)
 
     async def _control(self, run_id: str, ask: Callable[[Run], object]) -> Response:
         workflows = self._workflows
