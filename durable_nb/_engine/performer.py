@@ -530,4 +530,4 @@ def ended_step(of: Step, outcome: Outcome, *, restored: bool) -> Step:
     status = Status.RETRYING if outcome.is_attempt else Status.FAILED if outcome.failed else Status.COMPLETED
     times = outcome.attempts, outcome.started_at, outcome.ended_at
     told = outcome.preview, outcome.usage
-    return Step(of.name, of.path, of.kind, status, *times, restored, outcome.error or None, None, *told, of.child)
+    return Step(of.name, of.path, of.kind, status, *times, restored, outcome.error or None, None, *told, child=of.child)

@@ -6,14 +6,14 @@ import contextlib
 import difflib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
-from durable_nb._facts import FINISHED, Snapshot, Status, Step
+from durable_nb._facts import FINISHED, Snapshot, Status
 from durable_nb._records import Lease, RunRecord
 from durable_nb._view.actions import place_of, waits_for_decision
 from durable_nb._view.listing import PAGE, CellFacts, Page, Query, Question, RunFacts, page_of
@@ -100,7 +100,7 @@ class Inventory:
             sum(entry.size for entry in kept),
             last.ended_at - last.started_at if last and last.ended_at else None,
             manifest.took_s if manifest else None,
-            _wake_of(self._steps_of(last)) if last else None,
+            _wake_of(self._snapshot_of(last)) if last else None,
         )
 
     def unread(self) -> int:
@@ -160,8 +160,9 @@ class Inventory:
 
     def _whole(self, run: RunFacts) -> RunFacts:
         steps = self._outcomes(_OF_RUN + rec.scope_of(run.id)) if run.kind == "workflow" else None
-        found = self._steps_of(run)
-        asks = [Question(place_of(step), step.prompt, step.wake_at) for step in found if waits_for_decision(step)]
+        found = self._snapshot_of(run)
+        waiting = [step for step in found.steps if waits_for_decision(step)] if found is not None else []
+        asks = [Question(place_of(step), step.prompt, step.wake_at) for step in waiting]
         return replace(run, steps=steps, wake_at=_wake_of(found), asks=tuple(asks))
 
     def _outcomes(self, scope: str) -> int:
@@ -169,18 +170,21 @@ class Inventory:
         generations = Counter(key.split("/", 3)[2] for key, _ in self._journal.sizes(f"step/{scope}/"))
         return generations[max(generations)] if generations else 0
 
-    def _steps_of(self, run: RunFacts) -> Sequence[Step]:
-        """The steps of a run that is not finished, as far as they can be read."""
+    def _snapshot_of(self, run: RunFacts) -> Snapshot | None:
+        """Of a run that is not finished, where it can be read."""
         if run.status in FINISHED:
-            return ()
+            return None
         try:
-            return self._workflows.snapshot(run.id).steps
+            return self._workflows.snapshot(run.id)
         except StoreError:  # `show` tells of it
-            return ()
+            return None
 
 
-def _wake_of(steps: Sequence[Step]) -> float | None:
-    return min((step.wake_at for step in steps if step.wake_at and step.status in _ASLEEP), default=None)
+def _wake_of(found: Snapshot | None) -> float | None:
+    if found is None:
+        return None
+    wakes = [step.wake_at for step in found.steps if step.status in _ASLEEP]
+    return min((at for at in (found.wake_at, *wakes) if at), default=None)
 
 
 def nearest(said: str, *known: Iterable[str]) -> str:
