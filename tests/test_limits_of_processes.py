@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from workers import ForkServer, read_oracle
+from workers import until as until_true
 
 from durable_nb._locks import process_state
 
@@ -101,3 +103,136 @@ def check(lines, pool, most):
                 same = name.split("-")[0] == later.split("-")[0]
                 if after < before and not (was_killed or is_killed) and (same or most == 1):
                     assert first[name] < first[later], f"{later} began before {name}, which was started earlier"
+
+
+# -- one at a time --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = ForkServer(tmp_path_factory.mktemp("key") / "signing.key")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def oracle(tmp_path):
+    return tmp_path / "oracle"
+
+
+def begins(oracle, name):
+    return any(line[1:3] == ("begin", name) for line in read_oracle(oracle))
+
+
+def wait_for(condition, what):
+    """Returns after how many seconds it holds."""
+    began = time.monotonic()
+    until_true(condition, what)
+    return time.monotonic() - began
+
+
+def bodies_of(oracle, worker):
+    return sum(line[0] == worker.pid for line in read_oracle(oracle))
+
+
+@pytest.fixture
+def run_of(server, tmp_path, oracle):
+    """Starts a run in a process of its own; it ends when the file of its name is there."""
+
+    def start(name, **more):
+        args = {"store": str(tmp_path / "store"), "oracle": str(oracle), "gate": str(tmp_path / f"{name} ends")}
+        return server.start("limited_run", name=name, **args, **more)
+
+    return start
+
+
+def test_what_a_stopped_process_holds_is_not_free_and_what_a_dead_one_held_is_at_once(run_of, oracle, tmp_path):
+    with run_of("first") as first:
+        wait_for(lambda: begins(oracle, "first"), "the first one begins")
+        with run_of("second") as second:
+            assert second.said() == "pending"
+            first.stop()
+            watched_until = time.monotonic() + 1
+            while time.monotonic() < watched_until:
+                assert not begins(oracle, "second")
+                time.sleep(0.02)
+            first.kill()
+            assert wait_for(lambda: begins(oracle, "second"), "the second one begins") < 2
+            (tmp_path / "second ends").touch()
+            assert second.result() == "second"
+
+
+def test_a_stopped_process_that_is_next_keeps_nobody_waiting(run_of, oracle, tmp_path):
+    with run_of("first") as first:
+        assert first.said() in ("pending", "running")
+        wait_for(lambda: begins(oracle, "first"), "the first one begins")
+        with run_of("second") as second:
+            assert second.said() == "pending"
+            with run_of("third") as third:
+                assert third.said() == "pending"
+                second.stop()
+                (tmp_path / "first ends").touch()
+                assert first.result() == "first"
+                wait_for(lambda: begins(oracle, "third"), "the third one begins")
+                assert not begins(oracle, "second")
+                second.signal(signal.SIGCONT)
+                (tmp_path / "third ends").touch()
+                (tmp_path / "second ends").touch()
+                assert (second.result(), third.result()) == ("second", "third")
+
+
+def test_a_run_that_is_taken_over_from_a_stopped_process_brings_its_share_along(run_of, oracle, tmp_path):
+    with run_of("first") as first:
+        wait_for(lambda: begins(oracle, "first"), "the first one begins")
+        first.stop()
+        with run_of("heir", resume="first", take_over=True) as heir:
+            (tmp_path / "first ends").touch()
+            assert heir.said() in ("pending", "running")
+            assert heir.result() == "first"
+
+
+# -- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_several_processes_share_a_limit(server, tmp_path, oracle):
+    """One of them is stopped, and killed."""
+    args = {"store": str(tmp_path / "store"), "oracle": str(oracle), "count": 60}
+    with (
+        server.start("limited_steps", **args) as one,
+        server.start("limited_steps", **args) as two,
+        server.start("limited_steps", **args) as three,
+    ):
+        for worker in (one, two, three):
+            worker.said()
+        for worker in (one, two, three):
+            worker.tell("go")
+        wait_for(lambda: all(bodies_of(oracle, worker) > 5 for worker in (one, two, three)), "all are at work")
+        two.stop()
+        with oracle.open("a") as file:  # before its shares are free
+            file.write(f"{two.pid}\tkilled\t\t\n")
+        two.kill()
+        assert (one.result(), three.result()) == (60, 60)
+    at_work, most = set(), 0
+    for pid, what, name, _ in read_oracle(oracle):
+        match what:
+            case "begin":
+                at_work.add((pid, name))
+                most = max(most, len(at_work))
+            case "end":
+                at_work.discard((pid, name))
+            case "killed":
+                at_work = {holder for holder in at_work if holder[0] != pid}
+    assert most == 3
+
+
+def test_a_rate_is_kept_by_several_processes(server, tmp_path, oracle):
+    args = {"store": str(tmp_path / "store"), "oracle": str(oracle), "count": 10}
+    with server.start("paced_steps", **args) as one, server.start("paced_steps", **args) as two:
+        for worker in (one, two):
+            worker.said()
+        began = time.monotonic()
+        for worker in (one, two):
+            worker.tell("go")
+        assert (one.result(60), two.result(60)) == (10, 10)
+        took = time.monotonic() - began
+    assert took >= 1.9  # twenty of them, a tenth of a second apart

@@ -1085,3 +1085,51 @@ async def regard(channel, store, run_id="42"):
 async def call_off(channel, store, run_id="42"):
     durable.open(store)
     durable.get_run(run_id).cancel("enough")
+
+
+# -- limits -------------------------------------------------------------------------------------------------------------
+
+
+@durable.workflow(limit=durable.limit("one at a time", concurrency=1))
+async def alone(name, gate):
+    note("run begins", name)
+    await durable.run("held", held, name, gate)
+    note("run ends", name)
+    return name
+
+
+async def limited_run(channel, store, oracle, name, gate, resume="", take_over=False):
+    """Start a run under a limit of one, or go on with another process's, and wait for its end."""
+    _open_oracle(oracle)
+    durable.open(store)
+    run = durable.get_run(resume).resume(take_over=take_over) if resume else alone.start(name, gate, id=name)
+    channel.say(run.status)
+    return await run
+
+
+@durable.workflow
+async def limited_map(oracle, count):
+    limit = durable.limit("three at a time", concurrency=3)
+    return await durable.map("m", durable.step(quick, retries=0), [f"{os.getpid()}-{n}" for n in range(count)], limit=limit)
+
+
+async def limited_steps(channel, store, oracle, count):
+    _open_oracle(oracle)
+    durable.open(store)
+    channel.say("open")
+    await channel.hear()
+    return len(await limited_map.start(oracle, count, id=f"{os.getpid()}"))
+
+
+@durable.workflow
+async def paced(count):
+    step = durable.step(quick, limit=durable.limit("paced", rate="10/s"))
+    return await asyncio.gather(*(durable.run("s", step, f"{n}") for n in range(count)))
+
+
+async def paced_steps(channel, store, oracle, count):
+    _open_oracle(oracle)
+    durable.open(store)
+    channel.say("open")
+    await channel.hear()
+    return len(await paced.start(count))
