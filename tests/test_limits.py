@@ -375,6 +375,27 @@ async def test_a_pending_run_is_cancelled_and_never_begins():
 
 
 @on_loop
+async def test_the_time_that_a_run_is_pending_counts_for_its_time_out():
+    limit = durable.limit("orders", concurrency=1)
+
+    @workflow(limit=limit)
+    async def long(n):
+        await durable.sleep("a while", "3h")
+
+    @workflow(limit=limit, timeout="1h")
+    async def short(n):
+        done.append(n)
+
+    async with runtime() as process:
+        first, second = long.start(1, id="1"), short.start(2, id="2")
+        with pytest.raises(durable.RunTimeout):
+            await second
+        await first
+        assert (second.status, done) == ("failed", [])
+        await until(lambda: not process._store.journal.scan("shares/") + process._store.journal.scan("waiting/"))
+
+
+@on_loop
 async def test_a_run_that_goes_on_stands_where_it_was_started():
     """And a dead process's shares are free at once."""
     limit, store, clock = durable.limit("orders", concurrency=1), MemoryStore(), FakeClock()

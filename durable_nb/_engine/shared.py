@@ -65,6 +65,10 @@ class Shared:
         """Does a body of any run live?"""
         return any(not body.is_over for body in self.bodies.values())
 
+    def has_bodies(self) -> bool:
+        """Does a body of any run live?"""
+        return any(not body.is_over for body in self.bodies.values())
+
     def left_over(self, run_id: str) -> list[str]:
         """Keys of bodies of the run that have ended and that nobody has taken over."""
         return [key for key, body in self.bodies.items() if body.run_id == run_id and body.is_over]

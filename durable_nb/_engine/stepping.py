@@ -144,9 +144,11 @@ class Stepper:
             self.loop.call_soon(self._begin_main, function, args, kwargs, context=context)
 
     def go(self) -> None:
-        """Step the code; one that was cancelled before its first line has ended."""
+        """Step the code; one that was cancelled before its first line, or took too long before it, has ended."""
         if self.cancelled is not None and self._history.is_empty:
             self.end(Over(Status.CANCELLED, error=self.cancelled))
+        elif self._timeout is not None and self._history.is_empty:
+            self.end(Over(Status.FAILED, error=self._timeout))
         else:
             self._schedule()
 

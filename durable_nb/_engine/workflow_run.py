@@ -261,17 +261,21 @@ class WorkflowRun:
 
     @contextlib.asynccontextmanager
     async def _in_limit(self) -> AsyncIterator[Share | None]:
-        """Hold a share of the run's limit, sleeping and waiting included. One that is stopped or cancelled waits for none."""
+        """Hold a share of the run's limit, sleeping and waiting included. One that has ended, or is to end, waits for none."""
         record, share = self._execution.record, None
         if record.limit and not self._stepper.is_over:
             self._shared.ownership.changing.discard(self.id)
             entering = asyncio.ensure_future(self._shared.limits.enter_run(record, self._say_that_it_waits))
+            timeout = asyncio.ensure_future(self._time_out(self._shared.has_bodies))
             self._entering, whatever = entering, set[asyncio.Future[Any]]((entering, self._stepper.ended))
+            if self._options.timeout_s is not None:
+                whatever.add(timeout)
             try:
                 await asyncio.wait(whatever, return_when=asyncio.FIRST_COMPLETED)
                 if entering.done() and not entering.cancelled():
                     share = entering.result()
             finally:
+                timeout.cancel()
                 self._entering = self._waits_for = None
                 if share is None:
                     entering.add_done_callback(_given_back)
@@ -297,7 +301,7 @@ class WorkflowRun:
             stepper.go()
             if share is not None:
                 self._host_loop.call_soon(share.begun)
-        timeout = asyncio.ensure_future(self._time_out())
+        timeout = asyncio.ensure_future(self._time_out(stepper.is_busy))
         try:
             try:
                 over = await asyncio.shield(stepper.ended)
@@ -331,11 +335,11 @@ class WorkflowRun:
         self._shared.ownership.changing.discard(self.id)
         self.hear(self._held.row, self._shared.ownership.inbox.of(self.id))
 
-    async def _time_out(self) -> None:
+    async def _time_out(self, is_busy: Callable[[], bool]) -> None:
         """Tell the code when the run has taken too long."""
         limit_s, stepper = self._options.timeout_s, self._stepper
         if limit_s is not None:
-            await stepper.run_time.until(self._execution.record.counts_from_s + limit_s, stepper.is_busy)
+            await stepper.run_time.until(self._execution.record.counts_from_s + limit_s, is_busy)
             stepper.time_out(run_timed_out(self._label, self.id, limit_s))
 
     def stop(self, why: BaseException) -> None:
