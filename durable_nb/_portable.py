@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from durable_nb import _codec, _pickling
 from durable_nb._arguments import apply, changeable, changed, difference, fingerprint_of
-from durable_nb._current import Body, StepRequest, current_body, current_run
+from durable_nb._current import Body, Heartbeat, StepRequest, current_body, current_run
 from durable_nb._fingerprint import Unhashable
 from durable_nb._retry import USUAL
 
@@ -37,11 +37,14 @@ def portable(request: StepRequest) -> bytes:
     return _pickling.portable(replace(request, policy=USUAL, pace=None, limits=(), items=None))
 
 
-async def execute(packed: bytes, idempotency_key: str) -> Returned:
-    """Call the function that `portable` has packed, once. A plain one in a worker thread, where the request says so."""
+async def execute(packed: bytes, idempotency_key: str, heartbeat: Heartbeat | None = None) -> Returned:
+    """Call the function that `portable` has packed, once. A plain one in a worker thread, where the request says so.
+
+    heartbeat  hears of the body's progress, and knows what the attempt before has reported
+    """
     request = cast("StepRequest", pickle.loads(packed))
     current_run.set(None)
-    current_body.set(Body(request.name, idempotency_key))
+    current_body.set(Body(request.name, idempotency_key, heartbeat=heartbeat))
     before = _looked_at(request)
     try:
         value = await asyncio.to_thread(request.body) if request.thread else request.body()

@@ -71,7 +71,8 @@ class MemoryRun:
                 timeout = self.loop.create_task(self._time_out(options.timeout_s))
                 self._closing.append(partial(_cancelled, timeout))
             args, kwargs = copy.deepcopy((self.request.args, self.request.kwargs))
-            self.value = await workflow_functions[self.request.workflow](*args, **kwargs)
+            async with self.runs.shares(self.request.limit, self.request.limit_key):
+                self.value = await workflow_functions[self.request.workflow](*args, **kwargs)
             status = Status.COMPLETED
         except asyncio.CancelledError:
             self.error = self.cancelled or RunCancelled(f"{self.label} ended with a CancelledError of its own code")
@@ -152,12 +153,16 @@ class MemoryRun:
         return await asyncio.shield(body)
 
     async def _perform(self, request, tell):
+        checkpoint = Checkpoint()
         for attempt in itertools.count(1):
             if request.pace is not None:
                 await request.pace.enter(self.clock)
+            shares = [self.runs.shares(limit) for limit in sorted(request.limits, key=lambda limit: limit.name)]
             try:
+                for share in shares:
+                    await share.acquire()
                 tell(Status.RUNNING, attempts=attempt)
-                returned = await self._attempt(request)
+                returned = await self._attempt(request, checkpoint)
                 value = settled(request, returned)
             except asyncio.CancelledError:
                 tell(Status.CANCELLED)
@@ -175,15 +180,17 @@ class MemoryRun:
                 tell(Status.COMPLETED)
                 return value
             finally:
+                for share in shares:
+                    share.release()
                 if request.pace is not None:
                     request.pace.leave(returned=False)
             await self.clock.sleep(delay_s)
         return None
 
-    async def _attempt(self, request):
+    async def _attempt(self, request, checkpoint):
         try:
             async with asyncio.timeout(request.timeout_s):
-                return await asyncio.create_task(execute(portable(request), f"{self.id} {request.name}"))
+                return await asyncio.create_task(execute(portable(request), f"{self.id} {request.name}", checkpoint.next()))
         except TimeoutError:
             raise timed_out(request.name, self.label, request.timeout_s) from None
 
@@ -238,6 +245,22 @@ class MemoryRun:
             self.facts.update(published.facts)
 
 
+class Checkpoint:
+    """What a step's body has reported. Implements `_current.Heartbeat`."""
+
+    latest = given = None
+
+    def next(self):
+        self.given = self.latest
+        return self
+
+    def report(self, progress, form, data):
+        self.latest = copy.deepcopy(progress)
+
+    def last(self):
+        return self.given
+
+
 class MemoryEngine:
     """Implements `_current.Engine`."""
 
@@ -246,6 +269,15 @@ class MemoryEngine:
     def __init__(self, clock):
         self.clock, self._runs, self._sent = clock, {}, []
         self.running_loop = asyncio.get_running_loop()
+        self._shares = {}
+
+    def declare(self, limit):
+        """Its figures come with each request."""
+
+    def shares(self, limit, key=""):
+        if limit is None or limit.concurrency is None:
+            return asyncio.Semaphore()
+        return self._shares.setdefault((limit.name, key), asyncio.Semaphore(limit.concurrency))
 
     def start(self, request, parent=""):
         run_id = request.run_id or f"run {len(self._runs)}"

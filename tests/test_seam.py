@@ -71,6 +71,28 @@ def count(counts, *, word):
     counts[word] = counts.get(word, 0) + 1
 
 
+at_work: list[object] = []
+
+
+async def busy(what):
+    """How many of its kind are at work."""
+    kind = what if isinstance(what, str) else "number"
+    at_work.append(kind)
+    await asyncio.sleep(0.005)
+    found = at_work.count(kind)
+    at_work.remove(kind)
+    return found
+
+
+def long():
+    before = durable.last_progress()
+    tries.append(before.state["n"] if before is not None else None)
+    durable.progress(len(tries), 3, n=len(tries))
+    if len(tries) < 3:
+        raise ConnectionError("again")
+    return before.done
+
+
 async def endless():
     await asyncio.Event().wait()
 
@@ -225,6 +247,25 @@ async def cancelled():
         await durable.run("tidy", double, 1)
 
 
+async def limited(n):
+    limit = durable.limit("two at a time", concurrency=2)
+    step = durable.step(busy, limit=limit)
+    found = await asyncio.gather(*(durable.run("busy", step, k) for k in range(n)))
+    return max(found), max(await durable.map("many", busy, range(n), limit=limit))
+
+
+async def limited_children():
+    return [await child for child in [limited_child.start(k, k % 2) for k in range(6)]]
+
+
+async def one_at_a_time(k, key):
+    return await durable.run("busy", busy, f"key {key}")
+
+
+async def goes_on():
+    return await durable.run("long", durable.step(long, backoff=1))
+
+
 async def not_run():
     raise LookupError("its own")
 
@@ -250,16 +291,22 @@ CORPUS = [
     (parent_of_a_failure, (), "completed"),
     (recorded, (), "completed"),
     (sends, (), "completed"),
+    (limited, (7,), "completed"),
+    (limited_children, (), "completed"),
+    (goes_on, (), "completed"),
     (not_run, (), "failed"),
 ]
 
 
-child_of = failing_child = None
+child_of = failing_child = limited_child = None
 
 
 def define():
-    global child_of, failing_child
+    global child_of, failing_child, limited_child
     child_of, failing_child = redefine(child), redefine(not_retried)
+    redefine("one_at_a_time")
+    limit = durable.limit("one at a time", concurrency=1)
+    limited_child = durable.workflow(limit=limit, key=lambda k, key: key)(one_at_a_time)
 
 
 @asynccontextmanager
