@@ -166,3 +166,11 @@ def say_duration(seconds: float) -> str:
             rest = whole % size // small_size
             return f"{whole // size} {big}" + (f" {rest} {small}" if rest else "")
     return f"{whole} s"
+
+
+def say_when(at: float | None) -> str:
+    """A moment, in unix seconds: the time where it is today, else the day too; '' where there is none."""
+    if at is None:
+        return ""
+    then, today = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
+    return f"{then:%H:%M:%S}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"

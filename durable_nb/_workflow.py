@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from durable_nb._clock import parse_duration, say_duration
+from durable_nb._clock import parse_duration, say_duration, say_when
 from durable_nb._current import (
     Engine,
     InvokeRequest,
@@ -463,7 +463,12 @@ class Run:
 
     def __repr__(self) -> str:
         found = self._snapshot()
-        return f"<run {self.id!r} of {found.name!r}: {found.status}>"
+        said = [found.status.value]
+        if found.status is Status.INTERRUPTED:  # and nothing wakes without a process
+            wakes = [step.wake_at for step in found.steps if step.wake_at is not None]
+            said += [f"next wake {say_when(min(wakes))}"] if wakes else []
+            said.append("no process is running this")
+        return f"<run {self.id!r} of {found.name!r}: {', '.join(said)}>"
 
 
 def this_run() -> Run:

@@ -37,6 +37,7 @@ from durable_nb._disks import FileSystem
 from durable_nb._journal import Commit, database
 from durable_nb._journal.disk import DiskJournal
 from durable_nb._store import Store
+from durable_nb.testing import redefine
 
 PATIENCE_S = 30.0
 """After so long a condition that a test waits for counts as never coming."""
@@ -56,6 +57,7 @@ class ForkServer:
     """The process whose children the workers are. With `tmpfs`, it and they see a small file system of their own there."""
 
     def __init__(self, key_file, *, tmpfs="", kilobytes=0):
+        self.key_file = key_file
         ours, theirs = socket.socketpair()
         self._requests = ours
         self._process = subprocess.Popen(
@@ -573,6 +575,76 @@ async def attach(channel, store, oracle, run_id, gates, thread):
         return await task
     except durable.RunCancelled as cancelled:
         return {"cancelled": str(cancelled)}
+
+
+@durable.workflow
+async def controlled(gate, fails):
+    """Three steps, of which one waits for the file `gate`; fails behind them where the file `fails` isn't there."""
+    one = await durable.run("one", quick, "one")
+    await durable.run("held", held, "held", gate)
+    two = await durable.run("two", quick, "two")
+    if fails:
+        await durable.run("needs", needs, fails)
+    return {"one": one, "two": two}
+
+
+def needs(file):
+    if not Path(file).exists():
+        raise ValueError("not yet")
+
+
+async def own(channel, store, oracle, gate, busy_until="", fails=""):
+    """Own a run of `controlled`; in code that blocks the loop until the file `busy_until` is there."""
+    _open_oracle(oracle)
+    durable.open(store)
+    run = controlled.start(gate, fails, id="r", labels=["mine"])
+    while len(run.steps) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.002)
+    channel.say("owns it")
+    while busy_until and not os.path.exists(busy_until):  # noqa: ASYNC240, PTH110
+        time.sleep(0.005)  # noqa: ASYNC251  the loop is to be blocked
+    ended = await _ended(run)
+    if fails:
+        channel.say(ended)
+        await channel.hear()
+    return ended
+
+
+async def act(channel, store, oracle, what, lacks_workflow=False):
+    """Do something about the run that another process may execute; then wait for what comes of it."""
+    _open_oracle(oracle)
+    durable.open(store)
+    if lacks_workflow:
+        redefine("controlled")
+    run, began = durable.get_run("r"), time.monotonic()
+    try:
+        other = {
+            "cancel": run.cancel,
+            "cancel all": lambda: durable.cancel(label="mine"),
+            "resume": run.resume,
+            "take over": lambda: run.resume(take_over=True),
+            "restart": run.restart,
+            "fork": lambda: run.fork(at="one"),
+            "fork late": lambda: run.fork(at="two"),
+            "delete": run.delete,
+        }[what]()
+    except durable.DurableError as refused:
+        return {"refused": str(refused)}
+    took = time.monotonic() - began
+    run = other if isinstance(other, durable.Run) else run
+    channel.say({"took": took, "status": run.status, "says": repr(run)})
+    await channel.hear()
+    if lacks_workflow:
+        while run.status not in ("completed", "failed"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return await _ended(run)
+
+
+async def _ended(run):
+    try:
+        return {"value": await run}
+    except (durable.RunCancelled, durable.LeaseLost, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 async def rear(channel, store, oracle, kind, gate):

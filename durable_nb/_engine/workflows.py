@@ -206,7 +206,7 @@ class Workflows:
     def fork(self, run_id: str, at: str) -> str:
         record, rows = fork_of(self._shared, self.catalog, run_id, at)
         if workflow_functions.get(record.name) is None:
-            self._say_that_it_waits(record)
+            self._say_that_it_is_asked(record)
             rows.append(self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s)))
             self._ownership.claim_for_nobody(record, None, inserts=tuple(rows))
         else:
@@ -291,29 +291,34 @@ class Workflows:
 
     # -- executing -----------------------------------------------------------------------------------------------------
 
-    def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> bool:
-        """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it. False, and it
-        is told, where its workflow is not defined here."""  # fmt: skip
+    def _go(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
+        """Execute a run in a task of its own, which belongs to no cell; `anew`, with nothing of it behind it. Where its
+        workflow is not defined here, that is told."""  # fmt: skip
         if workflow_functions.get(record.name) is None:
-            self._say_that_it_waits(record)
-            return False
+            log.warning(
+                "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
+                "then durable.get_run(%r).resume()",
+                *(record.id, record.name, record.id),
+            )
+            return
         inbox = self._ownership.inbox.of(record.id)
         anew = anew or isinstance(wish(record, inbox), Restart)
         stale = _stale(inbox, anew=anew)
         self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
-        return True
 
-    def _say_that_it_waits(self, record: RunRecord) -> None:
+    def _say_that_it_is_asked(self, record: RunRecord) -> None:
         log.warning(
-            "the run %r waits: its workflow %r is not defined here. Run the cell or import the module that defines it, "
-            "then durable.get_run(%r).resume()",
+            "the run %r waits: its workflow %r is not defined here. A live process that defines it executes the run; where "
+            "there is none, run the cell or import the module that defines it, then durable.get_run(%r).resume()",
             *(record.id, record.name, record.id),
         )
 
     def _go_or_ask(self, record: RunRecord, lease: Lease | None, *, anew: bool = False) -> None:
         """The same; where its workflow is not defined here, the run is made ready, and a process that has it is asked."""
-        if self._go(record, lease, anew=anew) or self.catalog.is_owned(record.id, lease):
+        if record.name in workflow_functions or self.catalog.is_owned(record.id, lease):
+            self._go(record, lease, anew=anew)
             return
+        self._say_that_it_is_asked(record)
         stale = _stale(self._ownership.inbox.of(record.id), anew=anew)
         ready = self._ready(record, stale, anew=anew)
         for child in ready.children:

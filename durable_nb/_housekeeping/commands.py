@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from durable_nb._clock import say_when
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
@@ -18,7 +19,7 @@ from durable_nb._files import default_store
 from durable_nb._housekeeping import control, doctor, gc
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._housekeeping.listings import gc_table, steps_table
-from durable_nb._housekeeping.tables import Table, count, say_when
+from durable_nb._housekeeping.tables import Table, count
 from durable_nb._store import Store
 from durable_nb._view import terminal
 from durable_nb._view.listing import Query

@@ -1,4 +1,4 @@
-"""The command line's part for runs: `resume`, `cancel`, `restart`, `fork`, `notify`, `approve`, and what `limit` lists.
+"""The command line's part for runs: `resume`, `cancel`, `restart`, `fork`, `delete`, `notify`, `approve`, and `limit`.
 
 It sends, and executes nothing: what it asks for is on disk when it returns, and a line says who does it.
 """
@@ -57,6 +57,8 @@ def add_to(commands: Any, listing: Listing, opened: Opened) -> None:
     parser = add("fork", "begin a new run that keeps what this one did before a step", _fork, recorded)
     parser.add_argument("of", metavar="RUN", help="a run's id")
     parser.add_argument("at", metavar="STEP", help="a step's path; it and what was asked for after it are executed anew")
+    parser = add("delete", "remove a run that has ended, with its values", _delete, "Its id is free then.")
+    parser.add_argument("of", metavar="RUN", help="a run's id")
     parser = add("notify", "send an event to the runs that wait for it, or will", _notify, "")
     parser.add_argument("event", metavar="EVENT", help="the event's id")
     parser.add_argument("data", metavar="JSON", nargs="?", default="null", type=_json, help="what the runs get; default null")
@@ -107,6 +109,11 @@ def _cancel(arguments: argparse.Namespace, workflows: Workflows) -> tuple[str, d
 def _fork(arguments: argparse.Namespace, workflows: Workflows) -> tuple[str, dict[str, Any]]:
     fork = _found(arguments, workflows).fork(at=arguments.at)
     return _told(workflows, fork.id, f"is a fork of {arguments.of} at {arguments.at}: it begins")
+
+
+def _delete(arguments: argparse.Namespace, workflows: Workflows) -> tuple[str, dict[str, Any]]:
+    _found(arguments, workflows).delete()
+    return f"{arguments.of} · is deleted, and its values with it", {"id": arguments.of}
 
 
 def _notify(arguments: argparse.Namespace, _: Workflows) -> tuple[str, dict[str, Any]]:

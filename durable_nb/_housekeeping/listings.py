@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from durable_nb._clock import say_when
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
 from durable_nb._housekeeping.inventory import Inventory
-from durable_nb._housekeeping.tables import Table, count, say_when
+from durable_nb._housekeeping.tables import Table, count
 from durable_nb._view.listing import RunFacts
 from durable_nb._view.words import say_seconds, say_size
 
@@ -29,9 +30,10 @@ def steps_table(run: RunFacts, inventory: Inventory) -> Table:
         for step in inventory.steps_of(run).steps
     ]
     notes = [run.error] if run.error else []
-    if run.wake_at is not None:
-        nobody = ", no process is running this" if run.status == Status.INTERRUPTED else ""  # and nothing wakes without one
-        notes.append(f"next wake {say_when(run.wake_at)}{nobody}")
+    if run.wake_at is not None or run.status == Status.INTERRUPTED:
+        wake = [f"next wake {say_when(run.wake_at)}"] if run.wake_at is not None else []
+        nobody = ["no process is running this"] if run.status == Status.INTERRUPTED else []  # and nothing wakes without one
+        notes.append(", ".join((*wake, *nobody)))
     notes = notes if rows else ["no steps recorded", *notes]
     return Table(f"{run.id} · {of} · {run.status}", columns, rows, notes, ("arguments", "result", "kind", "began"))
 

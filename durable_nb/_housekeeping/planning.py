@@ -20,8 +20,8 @@ from durable_nb._cellcache.forecast import (
     differences_now,
 )
 from durable_nb._cellcache.keys import describe
-from durable_nb._clock import say_duration
-from durable_nb._housekeeping.tables import Table, count, say_when
+from durable_nb._clock import say_duration, say_when
+from durable_nb._housekeeping.tables import Table, count
 from durable_nb._records import scope_of
 from durable_nb._view.words import say_seconds
 

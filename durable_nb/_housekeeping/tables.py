@@ -61,14 +61,6 @@ def _cell(tag: str, text: str, align: str) -> str:
     return f'<{tag} style="text-align:{align}">{html.escape(text)}</{tag}>'
 
 
-def say_when(at: float | None) -> str:
-    """A moment: the time where it is today, else the day too; '' where there is none."""
-    if at is None:
-        return ""
-    then, today = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()
-    return f"{then:%H:%M:%S}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"
-
-
 def say_past(at: float) -> str:
     """A moment of the past and how long ago it is: '05:10, 12 min ago'; before today with the day."""
     then, now = datetime.fromtimestamp(at).astimezone(), datetime.now().astimezone()

@@ -107,7 +107,10 @@ class Extension:
         %durable runs              the runs, newest first
         %durable show RUN          a run's steps; RUN is an id, or the name of a cell or workflow
         %durable resume [RUN]      resume a workflow's run, or all interrupted ones
+        %durable restart RUN       begin a workflow's run anew
+        %durable fork RUN STEP     begin a new run that keeps what this one did before that step
         %durable cancel RUN        stop a workflow's run
+        %durable delete RUN        remove a finished run of a workflow
         %durable notify EVENT [JSON]   send an event to the runs that wait for it, or will
         %durable approve RUN STEP [--reject] [--comment=TEXT]   decide an approval that waits
         %durable gc [--max-size 2GB]   remove what nothing refers to, and the entries worth least above that size

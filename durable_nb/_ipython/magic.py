@@ -13,9 +13,9 @@ from IPython.core.error import UsageError
 
 from durable_nb._cellcache.cache import CellCode
 from durable_nb._cellcache.forecast import Executed, Forecast, Notebook, Planned, order_of, run_all
-from durable_nb._current import workflow_functions
 from durable_nb._facts import Status
 from durable_nb._housekeeping import gc
+from durable_nb._housekeeping.acts import Acts
 from durable_nb._housekeeping.dashboard import dashboard_of
 from durable_nb._housekeeping.forget import forget
 from durable_nb._housekeeping.inventory import NAMELESS, Inventory, nearest
@@ -28,7 +28,7 @@ from durable_nb._ipython.notebook import durable_cells, file_of
 from durable_nb._ipython.options import Options, split
 from durable_nb._outside import decide, notify
 from durable_nb._view.dashboard import Dashboard
-from durable_nb._view.listing import Query, RunFacts
+from durable_nb._view.listing import Query
 from durable_nb.errors import DurableError
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class LineMagic:
     @property
     def _engine(self) -> Engine:
         return self._session.engine()
+
+    @property
+    def _acts(self) -> Acts:
+        return Acts(self._session.workflows())
 
     def help(self, _: list[str]) -> Table:
         return Table("", notes=inspect.cleandoc(self._usage).splitlines())
@@ -158,34 +162,23 @@ class LineMagic:
         return Table(f"{name} · forgot {what}; variables in the kernel stay")
 
     def resume(self, arguments: list[str]) -> Table:
-        inventory, workflows = Inventory(self._engine), self._session.workflows()
-        if arguments:
-            run = inventory.find_run(arguments[0])
-            self._check_workflow(run, "run the cell again to resume it")
-            if run.status == Status.COMPLETED:
-                return Table(f"{run.id} · is completed; nothing to do")
-            waiting = [run]
-        else:
-            waiting = [run for run in inventory.runs() if run.kind != "cell" and run.status == Status.INTERRUPTED]
-        lines = []
-        for run in waiting:
-            if run.name in workflow_functions:
-                try:
-                    workflows.resume(run.id, take_over=False)
-                except RuntimeError as error:  # a terminal has no loop that runs between inputs
-                    raise UsageError(f"%durable resume: {error}") from None
-                lines.append(f"{run.id} · resumes ({run.name})")
-            else:
-                lines.append(f"{run.id} · waits: its workflow {run.name!r} is not defined here. Run the cell that defines it")
+        try:
+            lines = [self._acts.resume(arguments[0])] if arguments else self._acts.resume_all()
+        except RuntimeError as error:  # a terminal has no loop that runs between inputs
+            raise UsageError(f"%durable resume: {error}") from None
         return Table("", notes=lines or ["no interrupted run"])
 
+    def restart(self, arguments: list[str]) -> Table:
+        return Table(self._acts.restart(arguments[0]))
+
+    def fork(self, arguments: list[str]) -> Table:
+        return Table(self._acts.fork(*arguments))
+
     def cancel(self, arguments: list[str]) -> Table:
-        run = Inventory(self._engine).find_run(arguments[0])
-        self._check_workflow(run, f"interrupt the kernel to stop it, or '%durable forget {run.name}' to drop what it kept")
-        if run.status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
-            return Table(f"{run.id} · is {run.status} already")
-        self._session.workflows().cancel(run.id, "by %durable cancel")
-        return Table(f"{run.id} · is being cancelled; its completed steps are kept")
+        return Table(self._acts.cancel(arguments[0], "by %durable cancel"))
+
+    def delete(self, arguments: list[str]) -> Table:
+        return Table(self._acts.delete(arguments[0]))
 
     def notify(self, arguments: list[str]) -> Table:
         event_id, text = arguments[0], arguments[1] if len(arguments) > 1 else "null"
@@ -239,11 +232,6 @@ class LineMagic:
             named = [cell for cell in known if cell != NAMELESS]
             raise DurableError(f"no durable cell {name!r}, so nothing was done{nearest(name, named)}")
 
-    @staticmethod
-    def _check_workflow(run: RunFacts, instead: str) -> None:
-        if run.kind == "cell":
-            raise DurableError(f"{run.id} is a run of the cell {run.name!r}: {instead}; nothing was done")
-
 
 _COMMANDS = {
     "": _Command(LineMagic.table, ""),
@@ -254,7 +242,10 @@ _COMMANDS = {
     "runs": _Command(LineMagic.runs, "runs"),
     "show": _Command(LineMagic.show, "show RUN", 1, 1),
     "resume": _Command(LineMagic.resume, "resume [RUN]", 0, 1),
+    "restart": _Command(LineMagic.restart, "restart RUN", 1, 1),
+    "fork": _Command(LineMagic.fork, "fork RUN STEP", 2, 2),
     "cancel": _Command(LineMagic.cancel, "cancel RUN", 1, 1),
+    "delete": _Command(LineMagic.delete, "delete RUN", 1, 1),
     "notify": _Command(LineMagic.notify, "notify EVENT [JSON]", 1, 2),
     "approve": _Command(LineMagic.approve, "approve RUN STEP [--reject] [--comment=TEXT]", 2, 4),
     "gc": _Command(LineMagic.gc, "gc [--max-size 2GB]", 0, 2),

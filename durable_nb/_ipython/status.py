@@ -6,9 +6,9 @@ from __future__ import annotations
 import html
 import sys
 
-from durable_nb._clock import say_duration
+from durable_nb._clock import say_duration, say_when
 from durable_nb._facts import Snapshot, Status
-from durable_nb._housekeeping.tables import count, say_when
+from durable_nb._housekeeping.tables import count
 from durable_nb._view import Place, RunView
 from durable_nb._view.words import say_size
 
