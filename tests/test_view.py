@@ -1021,6 +1021,16 @@ class TestBrowser:
         lab.restart_kernel()
         lab.wait("() => document.querySelectorAll('.dnb-again button').length === 0")
         assert "week · stopped after" in lab.text(".jp-Cell:nth-child(3) .jp-OutputArea")
+        lab.run_all()
+        lab.wait_text("sleeping", ".jp-Cell:nth-child(3) .dnb-run")
+        lab.restart_kernel()
+        head = ".jp-Cell:nth-child(3) .dnb-run .dnb-head"
+        lab.wait_text("the kernel was restarted: run the cell again", head)
+        lab.on_page(lambda page: page.locator(".jp-Cell").nth(0).locator(".jp-InputArea").click())
+        lab.command("notebook:run-cell")
+        lab.wait_idle()
+        press(lab, "Retry", 2)
+        lab.wait_text("sleeping", head)
 
     def test_a_workflows_run_is_live_between_cells(self, lab: Lab) -> None:
         flow = """

@@ -195,7 +195,8 @@ function header(send) {
   const press = (action, words) => () => {
     pressed[action] = Date.now();
     act[action].set("asked for", words);
-    send(action);
+    if (!state.gone) send(action);
+    else if (!runCell(node)) act[action].set("run the cell again to resume it");
   };
   const act = {
     cancel: button("Cancel", () => press("cancel", "Cancelling…")()),
@@ -223,7 +224,8 @@ function header(send) {
       bar.style.width = `${total ? (100 * done) / total : 0}%`;
       for (const action of ["cancel", "retry"]) {
         if (state.gone) {
-          act[action].set("the kernel was restarted");
+          const may = action === "retry" && state.again === "cell" && !pressed.retry;
+          act[action].set(may ? "" : "the kernel was restarted");
           continue;
         }
         if (!pressed[action] || state.actions[action]) act[action].set(state.actions[action]);

@@ -1,6 +1,6 @@
 """What the live view is told of a run, and where that comes from: the one module of the views that meets the engine's facts.
 
-    {"version": 7, "now": 1700000000.0, "since": 1699999990.0,
+    {"version": 7, "now": 1700000000.0, "since": 1699999990.0, "again": "run",
      "run": {"id": "run-1", "name": "nightly", "status": "running", "why": "first run", "started": 1699999990.0},
      "total": 30, "done": 12, "rate": 3.1, "left": 5.8, "counts": {"restored": 2, "completed": 10, "running": 18},
      "saved": "2 steps were restored, which saved 41 s",
@@ -133,7 +133,7 @@ class Look:
         self.windows = [(first, min(last, first + 3 * PAGE)), *self.windows[:1]]
 
 
-def whole(source: Source, look: Look, *, version: int, now: float, why: str = "") -> State:
+def whole(source: Source, look: Look, *, version: int, now: float, why: str = "", again: str = "run") -> State:
     """Return all that a view needs; rows that nobody looks at are left out until it fits into `LIMIT` bytes."""
     snapshot, extras = source.snapshot(), source.extras()
     words = [word(step) for step in snapshot.steps]
@@ -144,6 +144,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         "version": version,
         "now": now,
         "since": since(snapshot),
+        "again": again,
         "run": _known(
             id=clipped(snapshot.id, NAME),
             name=clipped(snapshot.name, NAME),

@@ -135,7 +135,7 @@ class RunView:
             if self._closed:
                 return
             now = time.time()
-            self._state = whole(self._source, self._look, version=0, now=now, why=self._why())
+            self._state = whole(self._source, self._look, version=0, now=now, why=self._why(), again=self._again)
             self._panel = panel_class()(self._anchor, self._state)
             self._appeared = self._loop.time()
             self._panel.on_msg(self._heard)
@@ -163,7 +163,7 @@ class RunView:
 
     def _tell(self) -> None:
         old = self._state
-        new = whole(self._source, self._look, version=old["version"] + 1, now=time.time(), why=self._why())
+        new = whole(self._source, self._look, version=old["version"] + 1, now=time.time(), why=self._why(), again=self._again)
         if same(old, new) and not self._beating:
             return
         self._beating = False
