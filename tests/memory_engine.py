@@ -58,7 +58,7 @@ class MemoryRun:
         context = copy_context()
         context.run(current_run.set, self)
         context.run(current_body.set, None)
-        self.facts, self._invoked, self.is_pending = {}, {}, request.delay_s > 0
+        self.facts, self._invoked, self.is_pending = {}, set(), request.delay_s > 0
         self.task = self.loop.create_task(self._drive(), context=context)
 
     async def _drive(self):
@@ -95,7 +95,7 @@ class MemoryRun:
     def cancel(self, why):
         self.cancelled = self.cancelled or why
         self.task.cancel()
-        for child in self._invoked.values():
+        for child in self._invoked:
             self.runs.cancel(child, "")
         for body in self._bodies:
             body.cancel()
@@ -129,9 +129,9 @@ class MemoryRun:
     async def _invoke(self, request, tell):
         body = Body(request.name, f"{self.id}/{request.name}/{next(self._children)}")
         current_body.set(body)
-        self._invoked[request.name] = body.idempotency_key
+        self._invoked.add(body.idempotency_key)
         try:
-            tell(Status.RUNNING, attempts=1)
+            tell(Status.RUNNING, attempts=1, child=body.idempotency_key)
             value = await request.body()
         except asyncio.CancelledError:
             tell(Status.CANCELLED)
@@ -141,7 +141,7 @@ class MemoryRun:
             tell(Status.FAILED, error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            del self._invoked[request.name]
+            self._invoked.discard(body.idempotency_key)
         tell(Status.COMPLETED)
         return value
 
@@ -344,7 +344,12 @@ class MemoryEngine:
         run = self._of(run_id)
         said = f"{type(run.error).__name__}: {run.error}" if run.error is not None else None
         of = run.id, run.request.workflow, run.status, run.began_at, run.ended_at
-        return Snapshot(*of, tuple(run.steps.values()), run.request.labels, said)
+        steps = tuple(one for step in run.steps.values() for one in (step, *self._of_child(step)))
+        return Snapshot(*of, steps, run.request.labels, said)
+
+    def _of_child(self, step):
+        steps = self.snapshot(step.child).steps if step.child in self._runs else ()
+        return [replace(one, path=f"{step.path}/{one.path}") for one in steps]
 
     def snapshots(self, *, status=None, workflow=None, label=None, limit=None, before=None, steps=False):
         ids = list(reversed(self._runs))

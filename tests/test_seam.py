@@ -219,6 +219,18 @@ async def parent_of_a_failure():
         return str(error)
 
 
+async def invoking():
+    one = await durable.invoke("one", child_of, 1)
+    return one, await asyncio.gather(*(durable.invoke("more", child_of, n) for n in range(3)))
+
+
+async def invoking_a_failure():
+    try:
+        await durable.invoke("failing", failing_child)
+    except ValueError as error:
+        return str(error), len(error.__notes__)
+
+
 async def recorded():
     first = durable.now(), durable.uuid4(), durable.random(), durable.patched("x")
     return (durable.now() - first[0]).days, first[1] != durable.uuid4(), 0 <= first[2] < 1, first[3]
@@ -266,6 +278,21 @@ async def goes_on():
     return await durable.run("long", durable.step(long, backoff=1))
 
 
+async def cancelled_with_a_child():
+    try:
+        await durable.invoke("endless", endless_child)
+    finally:
+        await durable.run("tidy", double, 1)
+
+
+async def too_long():
+    try:
+        await durable.sleep("long", "7d")
+    finally:
+        durable.report(stage="tidies up")
+        await durable.run("tidy", double, 1)
+
+
 async def not_run():
     raise LookupError("its own")
 
@@ -289,6 +316,8 @@ CORPUS = [
     (collected, (), "completed"),
     (parent, (), "completed"),
     (parent_of_a_failure, (), "completed"),
+    (invoking, (), "completed"),
+    (invoking_a_failure, (), "completed"),
     (recorded, (), "completed"),
     (sends, (), "completed"),
     (limited, (7,), "completed"),
@@ -298,12 +327,12 @@ CORPUS = [
 ]
 
 
-child_of = failing_child = limited_child = None
+child_of = failing_child = limited_child = endless_child = None
 
 
 def define():
-    global child_of, failing_child, limited_child
-    child_of, failing_child = redefine(child), redefine(not_retried)
+    global child_of, failing_child, limited_child, endless_child
+    child_of, failing_child, endless_child = redefine(child), redefine(not_retried), redefine(cancelled, name="endless")
     redefine("one_at_a_time")
     limit = durable.limit("one at a time", concurrency=1)
     limited_child = durable.workflow(limit=limit, key=lambda k, key: key)(one_at_a_time)
@@ -377,6 +406,55 @@ def test_two_engines_cancel_alike():
     assert status == "cancelled"
     assert "enough" in error
     assert [(name, ended) for name, _, ended, _ in steps] == [("endless", "cancelled"), ("tidy", "completed")]
+
+
+def test_two_engines_cancel_children_with_their_parents():
+    async def cancel(run):
+        while not any(step.path == "endless/endless" and step.status == "running" for step in run.steps):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        run.cancel("enough")
+        while durable.runs(workflow="endless")[0].status != "cancelled":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    outcome, _, _, steps, *_ = both(cancelled_with_a_child, (), cancel)
+    assert outcome[0] == RunCancelled.__name__
+    assert [(path, status) for path, _, status, _ in steps] == [
+        ("endless", "cancelled"),
+        ("endless/endless", "cancelled"),
+        ("endless/tidy", "completed"),
+        ("tidy", "completed"),
+    ]
+
+
+def test_two_engines_begin_runs_later_and_many_at_once_and_end_them_in_time_alike():
+    async def lived(engine):
+        async with engine() as clock:
+            told = []
+
+            def on_failure(run, error):
+                told.append((run.id, type(error).__name__, str(error)))
+
+            define()
+            began = clock.wall_s
+            runs = child_of.start_many(
+                [(1,), {"args": (2,), "id": "two", "labels": ["x"], "delay": "2h"}, {"kwargs": {"n": 3}}]
+            )
+            assert runs[1].status == "pending"
+            values = [await run for run in runs]
+            assert [run.id for run in durable.runs(label="x")] == ["two"]
+            assert clock.wall_s - began >= 7200
+            redefine("slow")
+            slow = durable.workflow(name="slow", timeout="1h", on_failure=on_failure)(too_long).start(id="slow")
+            with pytest.raises(durable.RunTimeout) as raised:
+                await slow
+            steps = [(step.path, step.kind, step.status) for step in slow.steps if step.name == "tidy"]
+            return values, str(raised.value), slow.status, slow.facts, steps, told
+
+    one, other = (asyncio.run(lived(engine)) for engine in (embedded, in_memory))
+    assert one == other
+    assert one[0] == [2, 4, 6]
+    assert one[2:4] == ("failed", {"stage": "tidies up"})
+    assert one[5] == [("slow", "RunTimeout", one[1])]
 
 
 def test_two_engines_deliver_events_and_decisions_alike():
