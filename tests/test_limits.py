@@ -414,6 +414,8 @@ async def test_a_run_that_goes_on_stands_where_it_was_started():
             await until(lambda: late[0]._snapshot().waits_for)
             first.use()
             assert [run.status for run in (*early, *late)] == ["running", *["pending"] * 4]
+            assert {run.id for run in durable.runs(status="pending")} == {"1", "2", "3", "4"}
+            assert durable.get_run("4")._snapshot().waits_for == "limit 'orders'"
             second.use()
             first.kill()
             assert [run.status for run in early] == ["interrupted"] * 3

@@ -33,6 +33,7 @@ from durable_nb._journal import Commit, Verdict
 from durable_nb._locks import let_go_in_children, process_state
 from durable_nb._records import Figures, RunRecord, Shares, pack, unpack
 from durable_nb._store import Store
+from durable_nb.errors import StoreError
 
 LINGER_S = 0.1
 """A step's share that nobody here wants stays so long with the process: the next step may want it."""
@@ -377,6 +378,8 @@ class Limits:
 
     def _planned(self, pool: _Pool) -> _Plan:
         """Look at what stands on disk, and say what is to be done."""
+        if self._store.writer.closed:  # looking would open the journal again
+            raise StoreError("the store is closed; nothing was run. Load the extension, or open the store, again")
         with self._ticker.lock:
             waiting, using, rows = list(pool.waiting), list(pool.using), set(pool.rows)
         ours = {waiter.run_id for waiter in waiting} | set(using)
