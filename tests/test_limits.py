@@ -511,3 +511,29 @@ async def test_a_limit_survives_pickling_and_is_no_part_of_an_identity():
     again = pickle.loads(pickle.dumps(one))
     assert (again.name, again.figures) == ("model", "8 at once")
     assert hash_value(one) == hash_value(durable.limit("model", concurrency=4))
+
+
+@on_loop
+async def test_rows_that_say_nothing_any_more_are_outdated():
+    """Of dead processes, and of keys of which nobody holds a share."""
+    store, clock = MemoryStore(), FakeClock()
+    gates["open"] = asyncio.Event()
+
+    @workflow(limit=durable.limit("orders", concurrency=1, rate="1/min"), key=lambda n: n % 2)
+    async def order(n):
+        done.append(n)
+        await durable.run("wait", gates["open"].wait)
+
+    async with runtime(store, clock=clock) as first, runtime(store, clock=clock) as second:
+        first.use()
+        for n in range(4):
+            order.start(n, id=f"{n}")
+        await until(lambda: done == [0, 1])
+        limits = second.engine.shared.limits
+        assert list(limits.outdated()) == []
+        first.kill()
+        assert {key.split("/")[0] for key, _ in limits.outdated()} == {"waiting"}  # the rate is still to be kept
+        clock.advance("1m")
+        assert {key for key, _ in limits.outdated()} == {
+            key for p in ("waiting/", "shares/") for key, _ in store.journal.scan(p)
+        }

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -340,6 +341,19 @@ class Limits:
             pool.using.remove(run_id)
             self._ticker.soon(pool, 0.0 if pool.waiting or run_id else LINGER_S)
 
+    def outdated(self) -> Iterator[tuple[str, bytes]]:
+        """Rows that say nothing any more: of keys of which nobody holds a share, and of processes that are dead."""
+        journal, signer, alive = self._store.journal, self._store.signer, {self._store.process.id: True}
+        for key, row in journal.scan("waiting/"):
+            if not self._is_alive(rec.place_of_waiting(key)[0], alive):
+                yield key, row
+        for key, row in journal.scan("shares/"):
+            with contextlib.suppress(StoreError):
+                shares, figures = unpack(signer, key, row, Shares), self._figures(unquote(key.split("/")[1]))
+                is_due = grant(figures, 0, shares.last, 1, self._clock.now()).count > 0
+                if is_due and not any(self._is_alive(owner, alive) for owner, _ in shares.held):
+                    yield key, row
+
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def let_go(self) -> None:
@@ -408,10 +422,8 @@ class Limits:
 
     def _look(self, pool: _Pool, ours: set[str], *, is_waited_for: bool) -> _Seen:
         journal, signer = self._store.journal, self._store.signer
-        row, key = journal.get(pool.shares_key), rec.limit_key(pool.name)
+        row, figures = journal.get(pool.shares_key), self._figures(pool.name)
         shares = unpack(signer, pool.shares_key, row, Shares) if row else Shares()
-        figures_row = journal.get(key)
-        figures = unpack(signer, key, figures_row, Figures) if figures_row else None
         alive: dict[str, bool] = {self._store.process.id: True}
         others = tuple(
             (owner, run_id)
@@ -427,6 +439,11 @@ class Limits:
         if (row, first) != pool.seen:
             pool.seen, pool.changed_s = (row, first), time.monotonic()
         return _Seen(row, shares, figures, others, first, tuple(dead))
+
+    def _figures(self, name: str) -> Figures | None:
+        key = rec.limit_key(name)
+        row = self._store.journal.get(key)
+        return unpack(self._store.signer, key, row, Figures) if row else None
 
     def _first_elsewhere(self, pool: _Pool, alive: dict[str, bool], *, has_room: bool) -> tuple[str, list[str]]:
         """Who of the others is to be let go first, and rows of dead ones."""

@@ -199,6 +199,8 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
         if run not in runs:
             yield (run, None), [key]
     yield None, _outdated_events(engine, runs)
+    for key, row in engine.shared.limits.outdated():
+        yield (key, row), [key]
 
 
 def _outdated_events(engine: Engine, runs: dict[str, bytes]) -> list[str]:
