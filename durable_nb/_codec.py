@@ -29,6 +29,7 @@ JSON, PICKLE, PACKED = "json", "pickle", "packed"
 _MAGIC = b"dnb1"
 _ID_BYTES, _MAC_BYTES, _KEY_BYTES = 4, 16, 32
 _HEADER = len(_MAGIC) + _ID_BYTES + _MAC_BYTES
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _MAX_DEPTH = 50
 _MAX_INT_BITS = 4096
 
@@ -37,7 +38,7 @@ def encode(value: object) -> tuple[str, bytes]:
     """(`json`, `pickle` or `packed`, bytes). Raises whatever the value's own pickling raises, and PicklingError where it would
     come back as another value."""  # fmt: skip
     if not _pickling.is_bulk(value) and _json_exact(value, set(), 0):
-        return JSON, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return JSON, _compact(value).encode()
     try:
         done = _readback.pickled(value, apart=True)
     except DriftError as error:

@@ -69,13 +69,16 @@ class StepKey:
         """Key of the row that holds the failed attempts so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class _Row(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Of which there is one for each step: made, written and read in a third of the time that a dataclass takes."""
+
+
+class Provenance(_Row, frozen=True):
     """What an identity was made of, so that a change can be explained and an old format recognised."""
 
     fingerprint_format: int
     components: dict[str, str]
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = {}
     python: str = ""
     digest: str = ""
     """Of the whole fingerprint."""
@@ -83,8 +86,7 @@ class Provenance:
     """Of a workflow's step: digest of its function's own code, as this Python compiles it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(_Row, frozen=True):
     """A step that has ended."""
 
     kind: str
@@ -130,17 +132,16 @@ class Outcome:
     """Failed: the same request, made next by the same task, goes on with this one."""
     preview: Preview = NONE
     """Arguments and result as short texts, without secrets: for people, not for the run."""
-    usage: dict[str, dict[str, int]] = field(default_factory=dict)
+    usage: dict[str, dict[str, int]] = {}
     """What models' answers have cost, as `_usage` has it."""
     item: int = -1
     """Of a fan-out: which of its items it was given."""
-    format: int = FORMAT
+    format: int = msgspec.field(default_factory=lambda: FORMAT)  # never left out, unlike other defaults
 
     what: ClassVar[str] = "ended"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(_Row, frozen=True):
     """A row of a run's log that is no step's outcome.
 
     what      `asked`: requests only; `fired`: a sleep or timer is over; `ended`: a child run's start or end, or an event that
@@ -168,7 +169,7 @@ class Event:
     source: str = ""
     """Of what arrived: the row that brought it. None: the wait timed out, or the process's policy has decided."""
     timed_out: bool = False
-    format: int = FORMAT
+    format: int = msgspec.field(default_factory=lambda: FORMAT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -191,7 +191,8 @@ _WHERE = frozenset(
 _DECIMAL = frozenset({"decimal", "Decimal", "getcontext", "localcontext", "setcontext"})
 
 
-def settings_used(packages: Iterable[str], words: frozenset[str]) -> frozenset[str]:
+@lru_cache(maxsize=1024)
+def settings_used(packages: tuple[str, ...], words: frozenset[str]) -> frozenset[str]:
     """The settings that count for code that uses these packages and has these words."""
     behind = frozenset().union(*(_required(package) for package in packages))
     found = {what for what, (module, _) in _SETTINGS.items() if module.partition(".")[0] in behind}

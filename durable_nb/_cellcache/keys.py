@@ -241,7 +241,7 @@ def _draws(tree: ast.Module, found: Fingerprinter) -> bool:
     """May the cell use the figures that pyplot keeps?"""
     packages, words = {*found.packages, *packages_imported(tree)}, _words(tree, found)
     by_pandas = "pandas" in packages and not words.isdisjoint({"plot", "hist", "boxplot"})
-    return by_pandas or RCPARAMS in settings_used(packages, words)
+    return by_pandas or RCPARAMS in settings_used(tuple(packages), frozenset(words))
 
 
 _uses = lru_cache(maxsize=256)(attribute_uses)  # a cell's tree is kept as long as its text is executed again and again

@@ -34,7 +34,8 @@ _MOST_OBJECTS = 200_000
 
 _PIECES = re.compile(r"""[\s'"`(),;=<>|&\[\]{}]+""")
 _NAMES = re.compile(r"[^\W\d]\w*")
-_PLAIN = frozenset({int, float, bool, complex, type(None), types.BuiltinFunctionType, types.GetSetDescriptorType, type(...)})
+PLAIN = frozenset({int, float, bool, complex, type(None), types.BuiltinFunctionType, types.GetSetDescriptorType, type(...)})
+"""Types of what mentions nothing."""
 _MANY = (list, tuple, set, frozenset, deque)
 _TABULAR = ("numpy", "pandas", "polars", "pyarrow")
 
@@ -107,7 +108,7 @@ class _Collector:
             if kind is str:
                 self.add((obj,))
                 continue
-            if kind in _PLAIN or id(obj) in self._seen:
+            if kind in PLAIN or id(obj) in self._seen:
                 continue
             self._seen.add(id(obj))
             self._keep.append(obj)  # or its id could become another's
@@ -116,10 +117,10 @@ class _Collector:
                     self.add((os.fsdecode(obj),))
             elif kind in _MANY:
                 left -= len(obj) // 8  # passing over a number costs little
-                waiting.extend(itertools.islice((one for one in list(obj) if type(one) not in _PLAIN), left))
+                waiting.extend(itertools.islice((one for one in list(obj) if type(one) not in PLAIN), left))
             elif kind in (dict, types.MappingProxyType):
                 left -= len(obj) // 8
-                waiting.extend(one for pair in list(obj.items())[:left] for one in pair if type(one) not in _PLAIN)
+                waiting.extend(one for pair in list(obj.items())[:left] for one in pair if type(one) not in PLAIN)
             else:
                 with contextlib.suppress(Exception):  # an odd object: what it would lead to isn't mentioned
                     waiting.extend(self._parts(obj, kind))

@@ -17,9 +17,10 @@ import msgspec
 from durable_nb._cellcache.external import Around, ExternalState
 from durable_nb._cellcache.files import CODE, LISTED, LOOKED_FOR, MATCHED, READ, here, looking_away
 from durable_nb._cellcache.generators import generators, set_generator
-from durable_nb._cellcache.mentions import NOWHERE, Mentions, Places, mentions_of, places_of
+from durable_nb._cellcache.mentions import NOWHERE, PLAIN, Mentions, Places, mentions_of, places_of
 from durable_nb._cellcache.watch import Watch, prepare
 
+_NOTHING = Mentions()
 _SEEN = (READ, LISTED, LOOKED_FOR, MATCHED, CODE)
 """Files that a step made are its doing, and no condition for taking its result; the cell's result depends on them."""
 
@@ -43,7 +44,7 @@ class StepWatches:
             args, function = (*function.args, *function.keywords.values(), *args), function.func
         with looking_away():
             mentions, places = self._of_function(function)
-            given = mentions_of(args)
+            given = _NOTHING if PLAIN.issuperset(map(type, args)) else mentions_of(args)
             if given.texts or given.words:
                 more = places_of(given, here())
                 prepare(more)
@@ -62,6 +63,8 @@ class StepWatches:
 
 def seen_by(watch: Watch) -> bytes:
     """What it has seen, encoded; empty where there is nothing that could change."""
+    if watch.has_seen_nothing:
+        return b""
     try:
         external, problems = watch.external()
         states = watch.moved_states(external)

@@ -120,6 +120,8 @@ class Watch:
         self._position = self._watcher.position() if self._watcher is not None else (0, 0)
         self._events: list[inotify.FileEvent] | None = None
         self._began_ns = time.time_ns() - _TICK_NS
+        self._is_certain = not (mentions.texts or self._names or self._settings or draws or places.files or places.folders)
+        """Only what happens from now on can make its outcome depend on anything."""
         self.alone = True
         """No other step was at work meanwhile, which may have drawn random numbers as well."""
 
@@ -225,6 +227,14 @@ class Watch:
             self._given_settings |= external.settings
 
     # -- what came of it -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_seen_nothing(self) -> bool:
+        """Is it known without a look at anything that the outcome depends on nothing external?"""
+        events = self._first or self._listed or self._looked_for or self._imported or self._events
+        variables = self._variables or self._is_passed or self._is_inherited or self._set
+        given = self._given or self._given_variables or self._given_settings
+        return self._is_certain and not (events or variables or given)
 
     def external(self, results: Iterable[Any] = ()) -> tuple[ExternalState, list[str]]:
         """What was seen, now that it has ended; and why the outcome can't be kept, if it can't. `results`: displayed values."""

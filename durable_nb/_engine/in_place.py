@@ -42,7 +42,7 @@ class Inputs:
 
     def given(self, after: dict[str, str]) -> set[str]:
         """The arguments, and the object whose method is called, as far as they are something else now."""
-        return _arguments.changed(self.components, after)
+        return set() if after is self.components else _arguments.changed(self.components, after)
 
     def objects_of(self, label: str) -> list[Any]:
         """What may change of that component."""
@@ -163,7 +163,9 @@ def described(label: str) -> str:
 def packed_changes(asked: Inputs, given: set[str], value: Any) -> bytes | None:
     """The arguments that the body has changed, to be changed again when the step is restored, and which of its inputs it
     returned. None where there is nothing of both, or where it can't be done again."""  # fmt: skip
-    return None if asked.shared else difference(asked.objects, given, value)  # shared: whose change is whose can't be told
+    if asked.shared or not asked.objects:  # shared: whose change is whose can't be told
+        return None
+    return difference(asked.objects, given, value)
 
 
 def fixed(asked: Inputs) -> tuple[str, str, dict[str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+
+from msgspec import structs
 
 from durable_nb._engine.by_history import Row
 from durable_nb._engine.run_log import LinearLog
@@ -65,7 +66,7 @@ class Outbox:
     ) -> asyncio.Future[Verdict]:
         """Commit a row; when that is done, it is delivered with `value` or `error`."""
         if isinstance(row, Event):
-            row = replace(row, wall_s=self._wall_s())
+            row = structs.replace(row, wall_s=self._wall_s())
         self._last_commit_s = time.monotonic()
         at_s = max(self._run_s(), at_s)
         has_values, self.has_values = self.has_values, False

@@ -481,9 +481,11 @@ class Performer:
             names = ", ".join(sorted(map(described, given)))
             self._observers.advise(f"step {request.name!r} changes {names}: restoring the step won't")
         changes = tuple(sorted(map(described, given)))
-        outcome = self._outcome(call, ended, form, data)
-        return replace(
-            outcome,
+        return self._outcome(
+            call,
+            ended,
+            form,
+            data,
             blob=blob,
             changes=changes,
             patches=patches,
@@ -500,14 +502,14 @@ class Performer:
         form, data, shown = _codec.encode_error(error)
         goes_on_after, told = call.request.goes_on_after, Preview(call.arguments)
         is_attempt = goes_on_after is not None and goes_on_after(error)
-        outcome = replace(self._outcome(call, ended, form, data), is_attempt=is_attempt, preview=told)
-        return replace(outcome, failed=True, error=say(error)), shown
+        more = {"failed": True, "error": say(error), "is_attempt": is_attempt, "preview": told}
+        return self._outcome(call, ended, form, data, **more), shown
 
-    def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes) -> Outcome:
+    def _outcome(self, call: StepCall, ended: Ended, form: str, data: bytes, **more: Any) -> Outcome:
         of = call.request.kind, call.request.name, call.branch, self._run_id
         times = ended.attempt, ended.began_at, self._now_s()
         provenance, sequences = provenance_of(ended.inputs), (call.began, self._held.next_sequence())
-        return Outcome(*of, form, data, *times, provenance, sequences=sequences, item=call.request.item)
+        return Outcome(*of, form, data, *times, provenance, sequences=sequences, item=call.request.item, **more)
 
     def _now_s(self) -> float:
         return self._shared.clock.now().wall_s

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from durable_nb import _codec, _usage
 from durable_nb import _records as rec
 from durable_nb._codec import digest_of
@@ -196,7 +198,8 @@ class Recording:
         outcome = await self._execution.performer.outcome_of(call, ended, after)
         # What can't be stored has raised by now: nothing is settled that will not be on disk.
         settled = self.identity.settle(key, ended.inputs, after)
-        outcome = replace(outcome, changes=tuple(sorted({*outcome.changes, *map(described, settled.own)})))
+        if settled.own:
+            outcome = structs.replace(outcome, changes=tuple(sorted({*outcome.changes, *map(described, settled.own)})))
         more: tuple[tuple[str, bytes], ...] = ()
         if settled.excluded is not None:
             names = ", ".join(sorted(map(described, settled.own)))

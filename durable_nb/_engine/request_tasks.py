@@ -10,6 +10,8 @@ from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from durable_nb import _codec
 from durable_nb._codec import digest_of
 from durable_nb._current import InvokeRequest, StartRequest
@@ -235,7 +237,7 @@ class RequestTasks:
             outcome, error = self._performer.failure_of(call, ended)
         gone = (self._log.attempts_key(number),) if self.attempts.pop(number, None) is not None else ()
         gone = gone if outcome.failed else (*gone, *call.progress_rows)  # resumed, a failed step goes on from there
-        done = self._outbox.append(replace(outcome, request=number), value, error, deletes=gone)
+        done = self._outbox.append(structs.replace(outcome, request=number), value, error, deletes=gone)
         done.add_done_callback(lambda _: call.leave())
 
     def _drop(self, ask: Ask) -> None:

@@ -10,8 +10,10 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
+
+from msgspec import structs
 
 from durable_nb import _codec
 from durable_nb import _records as rec
@@ -278,7 +280,7 @@ class LinearLog:
         """
         self._seq += 1
         self.at_s = max(self.at_s, at_s)
-        row = replace(row, asked=tuple(asked), closed=closed, at=self.at_s)
+        row = structs.replace(row, asked=tuple(asked), closed=closed, at=self.at_s)
         asked.clear()
         key = rec.log_key(self._scope, self._generation, self._seq, row)
         follows, self._last = self._last or None, key
@@ -308,7 +310,8 @@ class LinearLog:
 def read_log(journal: Journal, signer: Signer, scope: str, generation: int) -> list[tuple[int, str, Row]]:
     """The rows of a run's log in order, each with its number and its key. CorruptStoreError where one is missing."""
     found: list[tuple[int, str, Row]] = []
-    for prefix, kind in zip(rec.log_prefixes(scope, generation), (Outcome, Event, Event), strict=True):
+    kinds: tuple[type[Row], ...] = (Outcome, Event, Event)
+    for prefix, kind in zip(rec.log_prefixes(scope, generation), kinds, strict=True):
         for key, packed in journal.scan(prefix):
             if not key[len(prefix) :].isdecimal():
                 raise CorruptStoreError(f"the record {key!r} was written by an unpublished durable_nb; begin the run anew")

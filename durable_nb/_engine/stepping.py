@@ -16,8 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from durable_nb import _codec
 from durable_nb._current import Run, StepRequest, WaitRequest, current_run
@@ -424,7 +426,7 @@ class Stepper:
             return
         kept = self._history.kept(ask.request)
         if kept is not None:
-            row = replace(kept, request=ask.request.id, again=True)
+            row = structs.replace(kept, request=ask.request.id, again=True)
             value, error = _decoded(row)
             self.outbox.append(row, _as_asked(ask, row, value), error)
             return

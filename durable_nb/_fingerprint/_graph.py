@@ -632,6 +632,10 @@ def digest_of(components: Mapping[str, str]) -> str:
 
 def joined(components: Mapping[str, str]) -> bytes:
     """The bytes that a fingerprint's digest is of. A call comes first: what follows it are its arguments."""
+    if len(components) == 1:
+        ((label, value),) = components.items()
+        if "|" not in value and value[0] != "~":  # what the general way gives
+            return b"%b%b;" % (text(label), value.encode())
     numbers = numbers_of(components)
     out: list[bytes] = []
     for label in numbers:

@@ -49,21 +49,25 @@ def _of_known(fn: Any, args: tuple[Any, ...]) -> Fingerprint | None:
     known = _memo.KNOWN.get(id(fn))
     if known is None or known.fn is not fn or type(fn) is not types.FunctionType:
         return None
-    code, parts = fn.__code__, {}
-    for number, value in enumerate(args):
+    given: dict[str, str] = {}
+    for label, value in zip(_labels_of(fn.__code__, len(args)), args, strict=True):
         write = SCALARS.get(type(value))
         if write is None:
             return None
-        named = code.co_posonlyargcount <= number < code.co_argcount
-        label = f"arg {code.co_varnames[number] if named else number}"
-        parts[label] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON)
-    if len(parts) != len(args) or not known.holds(Fingerprinter(memory=False)):
+        given[label] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
+    if len(given) != len(args) or not known.holds(Fingerprinter(memory=False) if known.installed else None):
         return None
-    given = {label: part.hexdigest() for label, part in parts.items()}
     digest = blake2b(known.joined + joined(given), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()  # a call comes first
     components = given | known.said
     versions = {name: found for name in sorted(known.packages) if (found := version(name))} if known.packages else {}
     return Fingerprint(digest, components, (), versions, known.lasting, dict)
+
+
+@functools.lru_cache(maxsize=4096)
+def _labels_of(code: types.CodeType, count: int) -> tuple[str, ...]:
+    """What the components of so many positional arguments are called."""
+    named = range(code.co_posonlyargcount, code.co_argcount)
+    return tuple(f"arg {code.co_varnames[number] if number in named else number}" for number in range(count))
 
 
 _VARIABLE_KEYWORDS = 0x08

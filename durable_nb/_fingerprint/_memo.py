@@ -100,14 +100,15 @@ class Known:
     """The components as `digest_of` puts them together."""
     lasting: bool
 
-    def holds(self, graph: Graph) -> bool:
+    def holds(self, graph: Graph | None) -> bool:
+        """Is all of it what it was? `graph` is needed only where something `installed` is among it."""
         return (
             all(
                 fn.__code__ is code and fn.__defaults__ is defaults and not (fn.__kwdefaults__ or fn.__dict__)
                 for fn, code, defaults in self.functions
             )
             and all(look_up(name, namespace) is value for namespace, name, value in self.names)
-            and all(graph.by_name(obj) == token for obj, token in self.installed)
+            and all(graph is not None and graph.by_name(obj) == token for obj, token in self.installed)
         )
 
 

@@ -12,6 +12,7 @@ import contextlib
 import html
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Recorder:
     def __init__(self, shell: Any) -> None:
         self._shell = shell
         self._outputs: list[Output] = []
+        self._by_step: defaultdict[str, list[Output]] = defaultdict(list)
         self._lock = threading.Lock()
         self._paused = False
         self.problems: list[str] = []
@@ -57,7 +59,11 @@ class Recorder:
             if last is not None and kind in (STDOUT, STDERR) and (last.kind, last.step) == (kind, step):
                 last.content += content
             else:
-                self._outputs.append(Output(kind, content, step))
+                self._add(Output(kind, content, step))
+
+    def _add(self, output: Output) -> None:
+        self._outputs.append(output)
+        self._by_step[output.step].append(output)
 
     @contextlib.contextmanager
     def result(self, value: Any, number: int) -> Iterator[None]:
@@ -74,7 +80,7 @@ class Recorder:
             finally:
                 self._paused = True
             with self._lock:
-                self._outputs.append(Output(RESULT, (number, *found)))
+                self._add(Output(RESULT, (number, *found)))
             return found
 
         try:
@@ -91,21 +97,30 @@ class Recorder:
     def outputs(self) -> list[Output]:
         """All so far, in order. Progress bars show how far they have come."""
         _flush()
+        return self._noted(self._outputs)
+
+    def _noted(self, outputs: list[Output]) -> list[Output]:
         with self._lock:
             for shown, widget in self._bars:
                 shown["text/plain"] = _text_of_bar(widget)
-            return list(self._outputs)
+            return list(outputs)
 
     def written_by(self, path: str) -> list[str]:
         """What the step `path` has written so far, as far as it was sent."""
         with self._lock:
-            return [o.content for o in self._outputs if o.step == path and o.kind in (STDOUT, STDERR)]
+            return [o.content for o in self._by_step.get(path, ()) if o.kind in (STDOUT, STDERR)]
 
     @contextlib.contextmanager
     def step(self, path: str) -> Iterator[Callable[[], bytes]]:
         """What the calling task shows meanwhile belongs to the step `path`; the callable gives it, encoded."""
-        with _marked(self._shell, path):
-            yield lambda: encode([o for o in self.outputs() if o.step == path])
+        with _marked(self._shell, path) as may_have_written:
+
+            def shown() -> bytes:
+                if may_have_written():
+                    _flush()
+                return encode(self._noted(self._by_step[path])) if path in self._by_step else b""
+
+            yield shown
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -329,19 +344,39 @@ def _mark_of(publisher: Any) -> str:
     return str(header.get(_MARK, "")) if isinstance(header, dict) and header else _step_in_terminal.get()
 
 
+class _Header(dict[str, Any]):
+    """A parent header that knows whether a stream has asked for it, which ipykernel's do when something is written."""
+
+    was_asked = False
+
+    def items(self) -> Any:
+        self.was_asked = True
+        return super().items()
+
+
+def _asks_for_items(stream: Any) -> bool:
+    code = getattr(getattr(type(stream), "write", None), "__code__", None)
+    return code is not None and {"parent_header", "items"} <= set(code.co_names)
+
+
 @contextlib.contextmanager
-def _marked(shell: Any, path: str) -> Iterator[None]:
-    """Mark what the calling task shows. The variables are those of the task's own context, so nothing needs resetting
-    but for synchronous code that goes on in it."""  # fmt: skip
-    marked = []
+def _marked(shell: Any, path: str) -> Iterator[Callable[[], bool]]:
+    """Mark what the calling task shows; the callable tells whether anything is on its way through a kernel's stream, and is to
+    be flushed. The variables are those of the task's own context, so nothing needs resetting but for synchronous code that goes
+    on in it."""  # fmt: skip
+    marked, headers, is_told = [], [], True
     places: list[Any] = [sys.stdout, sys.stderr, shell.display_pub]
     for place in places:
         variable = getattr(place, "_parent_header", None)
         if isinstance(variable, ContextVar):
-            marked.append((variable, variable.set({**place.parent_header, _MARK: path})))
+            header = _Header({**place.parent_header, _MARK: path})
+            marked.append((variable, variable.set(header)))
+            if place is not shell.display_pub:  # which passes on at once what it is given
+                headers.append(header)
+                is_told &= _asks_for_items(place)
     token = _step_in_terminal.set(path)
     try:
-        yield
+        yield lambda: not is_told or any(header.was_asked for header in headers)
     finally:
         _step_in_terminal.reset(token)
         for variable, old in marked:
