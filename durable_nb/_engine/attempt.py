@@ -50,7 +50,9 @@ class Attempt:
         """What the models' answers that it got have cost."""
         self._workers, self._recording = workers, recording
         self._began: asyncio.Future[None] = loop.create_future()
+        self._waiting: list[asyncio.Future[None]] = []
         self.task = loop.create_task(self._execute(), context=context)
+        self.task.add_done_callback(self._wake)
 
     @property
     def is_over(self) -> bool:
@@ -77,7 +79,9 @@ class Attempt:
         `asyncio.timeout`. Cancelling the wait stops nothing.
         """
         if timeout_s is None:
-            await asyncio.wait({self.task})
+            if not self.task.done():
+                self._waiting.append(waiting := asyncio.get_running_loop().create_future())
+                await waiting
             return True
         await asyncio.wait({self.task, self._began}, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait({self.task}, timeout=timeout_s)
@@ -105,6 +109,13 @@ class Attempt:
             self.error = raised
         finally:
             self.in_thread = False
+            self._wake()  # now: the task's own callbacks are called a turn of the loop later
+
+    def _wake(self, _: object = None) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
     @enters_user_code
     async def _called(self) -> Any:

@@ -354,9 +354,7 @@ class CellRun:
             if ended.error is not None:
                 raise await self.recording.failed(key, call, ended)
             # The code may give up in this very moment; the body has run, and is paid for.
-            recording = self._shared.keep(self.recording.ended(key, call, ended), self.id)
-            recording.add_done_callback(lambda done: done.cancelled() or done.exception())  # who still waits gets it
-            outcome, value = await asyncio.shield(recording), ended.value
+            outcome, value = await self._shared.keep(self.recording.ended(key, call, ended), self.id), ended.value
             if outcome is not None and ended.inputs is not call.inputs:
                 # An earlier execution began it: its cell got what the body displayed, and the body its objects.
                 self.restoring.show(outcome)

@@ -54,7 +54,8 @@ class Shared:
         """By idempotency key: done when what a cell's step has come to is on disk."""
         self._recording: Counter[str] = Counter()
         """By run: how many results of bodies that nobody waits for are being recorded."""
-        self._kept: set[asyncio.Task[Any]] = set()
+        self._settling: defaultdict[str, list[asyncio.Future[None]]] = defaultdict(list)
+        """By run: who waits until there are none."""
         store.writer.expected = lambda: len(self.bodies)
 
     def is_at_work(self, run_id: str) -> bool:
@@ -73,21 +74,47 @@ class Shared:
         """Keys of bodies of the run that have ended and that nobody has taken over."""
         return [key for key, body in self.bodies.items() if body.run_id == run_id and body.is_over]
 
-    def keep(self, recording: Coroutine[Any, Any, _T], run_id: str) -> asyncio.Task[_T]:
-        """Record what a body has come to, whether or not somebody waits for it. The run's lease is ours until then."""
-        self._recording[run_id] += 1
-        task = asyncio.get_running_loop().create_task(recording)
-        self._kept.add(task)
+    def keep(self, recording: Coroutine[Any, Any, _T], run_id: str) -> asyncio.Future[_T]:
+        """Record what a body has come to, whether or not somebody waits for it: cancelling the future stops nothing. The run's
+        lease is ours until then.
 
-        def done(_: asyncio.Task[Any]) -> None:
-            self._kept.discard(task)
+        It is no task: it begins now, not a turn of the loop later, and ends with the turn that it has waited for.
+        """
+        self._recording[run_id] += 1
+        recorded: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        def go_on(_: object = None) -> None:
+            value, error = None, None
+            try:
+                waited = recording.send(None)
+            except StopIteration as ended:
+                value = ended.value
+            except BaseException as raised:
+                error = raised
+            else:
+                waited._asyncio_future_blocking = False  # as a task tells a future that it was awaited
+                waited.add_done_callback(go_on)
+                return
             self._recording[run_id] -= 1
             self.ownership.let_go(run_id)
+            for settling in self._settling.pop(run_id, ()) if not self._recording[run_id] else ():
+                settling.set_result(None)
+            if recorded.done():
+                return
+            if isinstance(error, asyncio.CancelledError):
+                recorded.cancel()
+            elif error is not None:
+                recorded.set_exception(error)
+                recorded.exception()  # whoever waits gets it; nobody has to
+            else:
+                recorded.set_result(value)  # type: ignore[arg-type]  # what the coroutine has returned
 
-        task.add_done_callback(done)
-        return task
+        go_on()
+        return recorded
 
     async def settled(self, run_id: str) -> None:
         """Return when what is being recorded of the run is."""
-        while self._recording[run_id] > 0 and self._kept:
-            await asyncio.wait(set(self._kept), return_when=asyncio.FIRST_COMPLETED)
+        while self._recording[run_id] > 0:
+            settling = asyncio.get_running_loop().create_future()
+            self._settling[run_id].append(settling)
+            await asyncio.wait({settling})
