@@ -94,9 +94,11 @@ class Player:
 
     async def play(self, go: bool = True) -> None:
         """Have the player take its turn (or end), and wait until it is ready for the next."""
+        ready = asyncio.ensure_future(asyncio.to_thread(self._ready.get)) if go else None
+        await asyncio.sleep(0)  # the thread waits already: beside the player, nothing of ours is at work
         self._go.put(go)
-        if go:
-            await asyncio.to_thread(self._ready.get)
+        if ready is not None:
+            await ready
 
     async def come(self) -> None:
         await asyncio.to_thread(self._ready.get)

@@ -113,7 +113,8 @@ def text_of(error: BaseException) -> str:
 
 def digest_of(*parts: str) -> str:
     """32 hex characters that no other sequence of texts gives."""
-    texts = [part.encode("utf-8", "surrogatepass") for part in parts]  # each with its length: one may hold any character
+    texts = [part.encode() if part.isascii() else part.encode("utf-8", "surrogatepass") for part in parts]
+    # each with its length: one may hold any character
     return hashlib.blake2b(b"".join([b"%d:%b" % (len(text), text) for text in texts]), digest_size=16).hexdigest()
 
 

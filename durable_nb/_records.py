@@ -57,16 +57,20 @@ Sequence = tuple[int, int]
 
 
 class StepKey:
-    """Which step: `identity` is a digest over kind, name and fingerprint, `n` counts equal ones from 0."""
+    """Which step of those whose outcomes have keys that begin with `prefix`: `identity` is a digest over kind, name and
+    fingerprint, `n` counts equal ones from 0."""  # fmt: skip
 
-    __slots__ = ("attempts", "identity", "outcome")
+    __slots__ = ("identity", "outcome")
 
-    def __init__(self, scope: str, generation: int, identity: str, n: int) -> None:
+    def __init__(self, prefix: str, identity: str, n: int) -> None:
         self.identity = identity
-        self.outcome = f"step/{scope}/{generation:06}/{identity}/{n:06}"
+        self.outcome = f"{prefix}{identity}/{n:06}"
         """Key of the row that holds the outcome."""
-        self.attempts = f"try{self.outcome[4:]}"
+
+    @property
+    def attempts(self) -> str:
         """Key of the row that holds the failed attempts so far."""
+        return f"try{self.outcome[4:]}"
 
 
 class _Row(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -602,7 +606,7 @@ def scope_of(name: str) -> str:
 
 def plain(text: str) -> str:
     """Text that can be stored: what is no Unicode text (a lone surrogate, of a file's name for instance) is written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def step_prefix(scope: str, generation: int) -> str:

@@ -50,7 +50,8 @@ class ByContent:
     ) -> None:
         """`holds`: is the world that a step saw still what it was? `changed_before`: steps of this run that have changed live
         objects of this process. `reads`: what the cell reads now, by component."""  # fmt: skip
-        self._records, self._scope, self._generation, self._run_id = records, scope, generation, run_id
+        self._records, self._run_id = records, run_id
+        self._prefix = rec.step_prefix(scope, generation)
         self._holds, self._now_s = holds, now_s
         self._changed = list(changed_before)
         self._taken: set[Changed] = set()
@@ -58,10 +59,10 @@ class ByContent:
         self._counts: dict[str, int] = {}
         self.lapsed: dict[str, list[str]] = {}
         """By name: approvals that were asked for when the cell read something else."""
-        recorded: dict[str, set[int]] = {}
+        recorded: defaultdict[str, list[int]] = defaultdict(list)
         for key in (*records.outcomes, *records.attempts):
-            identity, number = key.rsplit("/", 2)[1:]
-            recorded.setdefault(identity, set()).add(int(number))
+            _, identity, number = key.rsplit("/", 2)
+            recorded[identity].append(int(number))
         self._occurrences = Occurrences(recorded)
         timers = [(wait, timer) for wait in records.timers if (timer := records.timer(wait))]
         self._waits = _OfTasks((wait, timer.kind + "/" + timer.name, timer.branch) for wait, timer in timers)
@@ -189,7 +190,7 @@ class ByContent:
         return outcome.branch if outcome is not None else ""
 
     def _key(self, identity: str, n: int) -> StepKey:
-        return StepKey(self._scope, self._generation, identity, n)
+        return StepKey(self._prefix, identity, n)
 
 
 class _OfTasks:

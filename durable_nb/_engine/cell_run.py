@@ -263,7 +263,7 @@ class CellRun:
         return self._step(key, call)
 
     def _call(self, key: StepKey, inputs: Inputs, path: str, branch: str) -> StepCall:
-        return StepCall(inputs.request, digest_of(self._shared.store.id, key.outcome), path, branch, inputs)
+        return StepCall(inputs.request, (self._shared.store.id, key.outcome), path, branch, inputs)
 
     def publish(self, published: Published) -> None:
         match published:  # what stands for a failure is of no matter here: a step that failed is not kept
@@ -317,6 +317,8 @@ class CellRun:
 
     def _earlier_attempt(self, call: StepCall) -> Attempt | None:
         """One that an interrupted execution of the cell began, or that another one makes now."""
+        if not self._shared.bodies:
+            return None
         found = self._shared.bodies.get(call.key)
         if found is not None:
             return None if found is self._performer.bodies.get(call.key) and found.is_over else found

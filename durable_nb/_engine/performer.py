@@ -65,6 +65,7 @@ class StepCall:
     __slots__ = (
         "_arguments",
         "_inputs",
+        "_key",
         "began",
         "branch",
         "context",
@@ -73,17 +74,18 @@ class StepCall:
         "heartbeat",
         "is_admitted",
         "is_at_work",
-        "key",
         "path",
         "request",
         "shares",
     )
 
-    def __init__(self, request: StepRequest, key: str, path: str, branch: str = "", inputs: Inputs | None = None) -> None:
+    def __init__(
+        self, request: StepRequest, key: str | tuple[str, ...], path: str, branch: str = "", inputs: Inputs | None = None
+    ) -> None:
+        """`key`: the idempotency key, or what it is the digest of."""
         self.request, self._inputs = request, inputs
         self._arguments: str | None = None
-        self.key = key
-        """The idempotency key."""
+        self._key = key
         self.path, self.branch = path, branch
         self.context: Context | None = None
         """Its body sees these context variables; None: those of the task that asks."""
@@ -101,6 +103,13 @@ class StepCall:
         """Its body has begun, and what that came to is not on disk."""
         self.shares: list[Share] = []
         """Of the limits that it is under, while an attempt is made."""
+
+    @property
+    def key(self) -> str:
+        """The idempotency key."""
+        if not isinstance(self._key, str):
+            self._key = _codec.digest_of(*self._key)
+        return self._key
 
     @property
     def inputs(self) -> Inputs:

@@ -50,7 +50,8 @@ class Restoring:
                 _usage.add(self._recording.used, outcome.usage)
                 self._execution.shared.savings.add(self._execution.record.id, outcome.usage)
         value = _codec.decode(outcome.form, data)
-        return await self.patched(key, call, outcome, value) if show and not is_changed else value
+        is_patched = bool(outcome.patches or outcome.patches_blob)
+        return await self.patched(key, call, outcome, value) if is_patched and show and not is_changed else value
 
     def show(self, outcome: Outcome) -> None:
         """Display what the body displayed, and note what it saw."""

@@ -9,13 +9,13 @@ temporalio's `worker/_workflow_instance.py` runs workflow code in the same manne
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal`'s functions look for an enum's member, and describe the handler for that
 import asyncio
 import builtins
 import contextvars
 import functools
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -32,6 +32,9 @@ log = logging.getLogger("durable_nb")
 _OWN_FOLDER = os.path.dirname(__file__) + os.sep  # noqa: PTH120  compared with file names
 SPINS = 200_000
 """So many callbacks without a pause are a loop of the code's that waits for what can't be delivered meanwhile."""
+
+
+_SIGINT: int = _signal.SIGINT
 
 
 class Interrupted(BaseException):
@@ -170,7 +173,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before, pending = signal.getsignal(signal.SIGINT), list[Any]()
+        before, pending = _signal.getsignal(_SIGINT), list[Any]()
         if before is None:  # C code's, which Python could not put back
             yield
             return
@@ -180,13 +183,13 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             if self.in_code and frame is not None and not frame.f_code.co_filename.startswith(_OWN_FOLDER):
                 raise KeyboardInterrupt
 
-        signal.signal(signal.SIGINT, handle)
+        _signal.signal(_SIGINT, handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            _signal.signal(_SIGINT, before)
             if pending and callable(before):
-                before(signal.SIGINT, pending[0])
+                before(_SIGINT, pending[0])
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -102,14 +102,13 @@ class Known:
 
     def holds(self, graph: Graph | None) -> bool:
         """Is all of it what it was? `graph` is needed only where something `installed` is among it."""
-        return (
-            all(
-                fn.__code__ is code and fn.__defaults__ is defaults and not (fn.__kwdefaults__ or fn.__dict__)
-                for fn, code, defaults in self.functions
-            )
-            and all(look_up(name, namespace) is value for namespace, name, value in self.names)
-            and all(graph is not None and graph.by_name(obj) == token for obj, token in self.installed)
-        )
+        for fn, code, defaults in self.functions:
+            if fn.__code__ is not code or fn.__defaults__ is not defaults or fn.__kwdefaults__ or fn.__dict__:
+                return False
+        for namespace, name, value in self.names:
+            if look_up(name, namespace) is not value:
+                return False
+        return all(graph is not None and graph.by_name(obj) == token for obj, token in self.installed)
 
 
 KNOWN: dict[int, Known] = {}
