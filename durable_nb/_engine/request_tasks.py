@@ -276,7 +276,7 @@ class RequestTasks:
                 value, error = came("event", _codec.decode(message.form, data), timed_out=False), None
             except Exception as unreadable:  # of a class that there isn't here, for instance
                 form, data, error = _codec.encode_error(unreadable)
-                row, value = replace(row, form=form, value=data, blob="", failed=True, error=say(error)), None
+                row, value = structs.replace(row, form=form, value=data, blob="", failed=True, error=say(error)), None
             self._outbox.append(row, value, error, deletes=(key,) if is_addressed(received) else ())
 
     async def _wait_for_decision(self, ask: Ask) -> None:
