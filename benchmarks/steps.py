@@ -1,14 +1,16 @@
 """What steps cost: one after the other, a thousand at once, recalled, and as their number grows.
 
 Run with `make bench` or `python benchmarks/steps.py`; DURABLE_NB_BENCH_STEPS=100 DURABLE_NB_BENCH_MANY=2000 is a quick run.
-Steps of a cell run in a real IPython shell in this process. Beside them stand one raw SQLite commit of the same bytes in
-the same journal mode, an append with fdatasync, DBOS with its system database on SQLite, and joblib.Memory, which doesn't
-wait for the disk. All take turns.
+Steps of a cell run in a real IPython shell in this process, and in a real kernel with a front end and a view. Beside them
+stand one raw SQLite commit of the same bytes in the same journal mode, an append with fdatasync, DBOS with its system
+database on SQLite, and joblib.Memory, which doesn't wait for the disk. All take turns; whose turn it is executes one step
+that isn't counted first, as a loop does, so that the processor's caches hold its code and not another's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import queue
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import Floor, Notebook, Times, machine, missing, size
+from jupyter_client.manager import start_new_kernel
 
 import durable_nb as durable
 from durable_nb import _codec
@@ -34,6 +37,7 @@ from durable_nb._journal.disk import DiskJournal
 STEPS = size("STEPS", 300)
 AT_ONCE = size("AT_ONCE", 1000)
 MANY = size("MANY", 100_000)
+RUNS = size("RUNS", 10_000)
 REPLAYS = size("REPLAYS", 3)
 PEERS_MANY = min(MANY, size("PEERS_MANY", 1000))
 AT_EACH_LEVEL = 50
@@ -54,11 +58,30 @@ ONE_BY_ONE = """%%durable one_by_one --quiet
 number = 0
 while await mine.turn():
     number += 1
+    await durable.run("warm", same, number)
     with mine.times["async"].taken():
         await durable.run("async", same, number)
     with mine.times["thread"].taken():
         await durable.run("thread", same_in_thread, number)
 """
+IN_KERNEL = (
+    f"""import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from tempfile import mkdtemp
+from bench import Floor, Times
+floor, times = Floor(Path(mkdtemp()), {{key_size}}, {{row_size}}), {{{{"async": Times(), "thread": Times()}}}}
+%load_ext durable_nb""",
+    NOTEBOOK,
+    f"""%%durable in_kernel
+for number in range({STEPS + 10}):
+    floor.take_turn()
+    with times["async"].taken():
+        await durable.run("async", same, number)
+    with times["thread"].taken():
+        await durable.run("thread", same_in_thread, number)""",
+    "print(json.dumps([[found.wall[10:], found.cpu[10:]] for found in (floor.commit, *times.values())]))",
+)
 GROW = """%%durable grow --quiet
 await grow(same)
 """
@@ -122,6 +145,7 @@ async def one_by_one() -> None:
     number = 0
     while await durable.run("turn", bench.mine.wait_for_turn):  # a workflow's own code waits for no thread
         number += 1
+        await durable.run("warm", same, number)
         with bench.mine.times["async"].taken():
             await durable.run("async", same, number)
         with bench.mine.times["thread"].taken():
@@ -131,6 +155,16 @@ async def one_by_one() -> None:
 @durable.workflow
 async def all_at_once(together: bool) -> None:
     await asyncio.gather(*(durable.run("same", same if together else ends_some_time, n) for n in range(AT_ONCE)))
+
+
+@durable.workflow
+async def nothing() -> None:
+    pass
+
+
+@durable.workflow
+async def of_steps(count: int) -> None:
+    await asyncio.gather(*(durable.run("same", same, n) for n in range(count)))
 
 
 class PlannedError(Exception):
@@ -178,8 +212,8 @@ async def _fill(fn: Callable[[int], Any], done: int, until: int) -> int:
     return max(until, done)
 
 
-def beside(name: str, times: Times, ours: str = "") -> None:
-    commit, append = bench.floor.commit, bench.floor.append
+def beside(name: str, times: Times, ours: str = "", commit: Times | None = None) -> None:
+    commit, append = commit or bench.floor.commit, bench.floor.append
     more = f"; beyond the raw commit {times.ms - commit.ms:+.2f} ms, {times.cpu_ms - commit.cpu_ms:+.2f} ms of CPU"
     ratios = f"{times.ms / commit.ms:5.2f} x raw commit, {times.ms / append.ms:5.1f} x fdatasync"
     print(f"  {name:<34}{times.ms:7.2f} ms = {ratios}{more}{ours}")
@@ -215,6 +249,7 @@ class Dbos:
             number = 0
             while self.sync.wait_for_turn():
                 number += 1
+                self.plain(number)
                 with self.sync.times["sync"].taken():
                     self.plain(number)
 
@@ -223,6 +258,7 @@ class Dbos:
             number = 0
             while await self.asynchronous.turn():
                 number += 1
+                await self.awaited(number)
                 with self.asynchronous.times["async"].taken():
                     await self.awaited(number)
 
@@ -314,9 +350,39 @@ async def sequential(notebook: Notebook, folder: Path, dbos: Dbos | None, rememb
         best = min(times.ms for times in bench.mine.times.values())
         for kind, player in (("async", dbos.asynchronous), ("sync", dbos.sync)):
             times = player.times[kind]
-            beside(f"DBOS, {kind}, journal mode {dbos.mode()}", times, f"; {times.ms / best:.1f} x ours (target 5)")
+            beside(f"DBOS, {kind}, journal mode {dbos.mode()}", times, f"; {times.ms / best:.1f} x ours (target 4)")
     if remembered:
         beside("joblib.Memory, unsynced", stored)
+    commit, *steps = await asyncio.to_thread(times_in_kernel, key_size, row_size)
+    beside("raw SQLite commit in a kernel", commit, commit=commit)
+    for kind, times, target in zip(("async", "plain"), steps, (0.3, 0.35), strict=True):
+        beside(f"kernel with a view, {kind} body", times, f" (target +{target})", commit)
+
+
+def times_in_kernel(key_size: int, row_size: int) -> list[Times]:
+    """Of raw commits, and of steps with an async and with a plain body, in a cell of a real kernel."""
+    manager, client = start_new_kernel(extra_arguments=["--Application.log_level=40"])
+    shown: list[str] = []
+
+    def note(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "error":
+            raise AssertionError("\n".join(message["content"]["traceback"]))
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+            shown.append(message["content"]["text"])
+
+    try:
+        for source in (IN_KERNEL[0].format(key_size=key_size, row_size=row_size), *IN_KERNEL[1:]):
+            shown.clear()
+            client.execute_interactive(source, allow_stdin=True, stdin_hook=lambda _: None, output_hook=note, timeout=600)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    found = []
+    for wall, cpu in json.loads("".join(shown)):
+        times = Times()
+        times.wall, times.cpu = wall, cpu
+        found.append(times)
+    return found
 
 
 async def at_once(dbos: Dbos | None) -> None:
@@ -401,6 +467,27 @@ async def growth(notebook: Notebook, dbos: Dbos | None, remembered: Any) -> None
         print(f"  joblib.Memory, among {PEERS_MANY:,}: {hits.ms * 1000:.0f} us")
 
 
+async def listed() -> None:
+    """The runs of a store, and how one of them stands while and after its steps run."""
+    for start in range(0, RUNS, 1000):
+        await asyncio.gather(*(nothing.start() for _ in range(start, min(start + 1000, RUNS))))
+    print(f"\n{RUNS:,} more runs")
+    for limit, what in ((100, "the newest 100"), (None, "all")):
+        times = Times()
+        for _ in range(5):
+            with times.taken():
+                durable.runs(limit=limit)
+        print(f"  {what} listed: {times.ms:.0f} ms, {times.cpu_ms:.0f} ms of CPU (target 100)")
+    for count in (10, 1000, 10_000):
+        run = of_steps.start(count)
+        await run
+        times = Times()
+        for _ in range(100):
+            with times.taken():
+                _ = run.status
+        print(f"  run.status after {count:>6,} steps: {times.ms * 1000:.0f} us")
+
+
 def commits_of_a_process(folder: Path, name: str) -> list[float]:
     """How long each commit took of a process that makes one after the other, and waits for nothing else."""
     journal = DiskJournal(folder / "journal", folder / "values")
@@ -456,6 +543,7 @@ async def measure(folder: Path) -> None:
     try:
         await sequential(notebook, folder, dbos, remembered)
         await at_once(dbos)
+        await listed()
         await growth(notebook, dbos, remembered)
     finally:
         if dbos:
