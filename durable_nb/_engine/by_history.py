@@ -396,13 +396,13 @@ def forked(rows: Sequence[Row], at: int) -> list[Row]:
     course = _course_of([*rows, fork])
     stand = {id(delivery.row) for delivery in course.deliveries} | {id(row) for _, row in course.kept}
     at_s = max((delivery.row.at for delivery in course.deliveries), default=0.0)
-    return [*(row if id(row) in stand else _emptied(row, at_s) for row in rows), replace(fork, at=at_s)]
+    return [*(row if id(row) in stand else _emptied(row, at_s) for row in rows), msgspec.structs.replace(fork, at=at_s)]
 
 
 def _emptied(row: Row, at_s: float) -> Row:
     """A row of which only the requests count. The run's time goes on from where it was."""
-    row = replace(row, form="", value=b"", blob="", at=min(row.at, at_s))
-    return replace(row, patches=b"", patches_blob="", seen=b"", shown=b"") if isinstance(row, Outcome) else row
+    row = msgspec.structs.replace(row, form="", value=b"", blob="", at=min(row.at, at_s))
+    return msgspec.structs.replace(row, patches=b"", patches_blob="", seen=b"", shown=b"") if isinstance(row, Outcome) else row
 
 
 def _course_of(rows: Iterable[Row]) -> _Course:
