@@ -20,8 +20,8 @@ from durable_nb._journal import Commit, Journal, Verdict
 from durable_nb.errors import StoreError
 
 GROUP_LIMIT = 1000
-CROWD, COMPANY = 16, 32
-"""With so many more commits to be expected, those that came are held back until they are so many."""
+CROWD, COMPANY, SHARE = 12, 32, 8
+"""With so many more commits to be expected, those that came are held back until they are so many, or an eighth of the rest."""
 PATIENCE_S = 0.03
 """At most for so long."""
 
@@ -137,7 +137,8 @@ class Writer:
 
     def _may_wait(self, waiting: list[_Job | None]) -> bool:
         """Are there few, each the commit of a coroutine, and many to come?"""
-        few = len(waiting) < COMPANY and self.expected() - len(waiting) >= CROWD
+        to_come = self.expected() - len(waiting)
+        few = to_come >= CROWD and len(waiting) < max(COMPANY, to_come // SHARE)
         return few and all(job is not None and job.loop is not None and job.is_commit() for job in waiting)
 
     def _write(self, jobs: list[_Job]) -> None:
