@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import kernels
 import pytest
 
-from durable_nb._facts import Snapshot, Status, Step
+from durable_nb._facts import Progress, Snapshot, Status, Step
 from durable_nb._preview import Preview
 from durable_nb._view import Actions, Detail, Extra, Place, RunView, Source, static, terminal, widget
 from durable_nb._view.fold import CELLS, flat, fold, strip, timeline, told
@@ -293,12 +293,14 @@ class TestState:
     def test_questions_and_progress(self) -> None:
         waits = done(1, kind="decision", status=Status.WAITING, ended_at=None, prompt="Publish?", wake_at=900.0)
         usage = {"gpt-5": {"requests": 1, "input_tokens": 3, "output_tokens": 4}}
-        works = done(2, status=Status.RUNNING, ended_at=None, usage=usage)
-        extras = {"step 2": Extra(3, 10, "batch 3")}
+        told = Progress(3, 10, "batch \x1b[31m3\u202e Bearer abcdefghijkl")
+        works = done(2, status=Status.RUNNING, ended_at=None, usage=usage, progress=told)
+        extras = {"step 2": Extra("the end of an answer")}
         state = state_of(run_of(waits, works), extras=extras)
         assert state["approvals"] == [{"path": "step 1", "prompt": "Publish?", "deadline": 900.0}]
         row = state["rows"][1]
-        assert (row["progress"], row["note"], row["tokens"]) == ([3, 10], "batch 3", 7)
+        assert (row["progress"], row["note"], row["tokens"]) == ([3, 10], "batch  [31m3  Bearer [redacted]", 7)
+        assert state_of(run_of(replace(works, progress=None)), extras=extras)["rows"][0]["note"] == "the end of an answer"
 
 
 class FastLoop(asyncio.SelectorEventLoop):

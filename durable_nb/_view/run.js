@@ -515,13 +515,13 @@ function rowLine(own, toggle) {
       put(verb, before);
       put(value, words);
       const started = row.started !== undefined && row.status !== "restored";
-      track.hidden = row.strip === undefined && !started && !row.progress;
+      track.hidden = row.strip === undefined && !started;
       bar.hidden = row.strip !== undefined;
       if (track.hidden || bar.hidden) return;
       const end = Math.max(state.run.ended ?? now, state.since + 1);
       const percent = (at) => Math.min(Math.max(((at - state.since) / (end - state.since)) * 100, 0), 100);
-      const [from, to] = row.progress
-        ? [0, (100 * row.progress[0]) / (row.progress[1] || row.progress[0] || 1)]
+      const [from, to] = row.progress?.[1]
+        ? [0, Math.min((100 * row.progress[0]) / row.progress[1], 100)]
         : [percent(row.started), percent(ACTIVE.has(row.status) ? now : row.ended ?? now)];
       bar.style.left = `${Math.min(from, 99)}%`;
       bar.style.width = `${Math.max(to - from, 0)}%`;
@@ -568,12 +568,15 @@ function wordsOf(row) {
     const done = row.done === row.n ? row.status : `${count(row.done)} of ${count(row.n)}`;
     return row.broken ? `${done} · ${count(row.broken)} failed` : done;
   }
+  if (row.progress) {
+    const [done, total] = row.progress;
+    return total ? `${count(done)} of ${count(total)}` : `${count(done)} done`;
+  }
   return row.attempts === undefined ? row.status : `${row.status} · ${row.attempts} attempts`;
 }
 
 /* A verb, for which a narrow page has no room, and how long. */
 function timeOf(row, now) {
-  if (row.progress?.[1]) return ["", `${count(row.progress[0])} of ${count(row.progress[1])}`];
   if (row.wake !== undefined && ["sleeping", "retrying", "waiting"].includes(row.status)) {
     const verb = { sleeping: "wakes ", retrying: "retries ", waiting: "times out " }[row.status];
     return [verb, row.wake > now ? `in ${clock(row.wake - now)}` : "now"];

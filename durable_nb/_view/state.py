@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb._clock import say_duration
 from durable_nb._facts import Snapshot, Status
+from durable_nb._preview import redacted
 from durable_nb._view.actions import Actions, actions_of, waits_for_decision
 from durable_nb._view.costs import money, tokens, usage_of
 from durable_nb._view.fold import Group, Row, flat, fold, told
-from durable_nb._view.words import ACTIVE, clipped, counted, error_of, word
+from durable_nb._view.words import ACTIVE, clipped, counted, error_of, plain, word
 
 if TYPE_CHECKING:
     from durable_nb._facts import Step
@@ -45,6 +46,8 @@ PAGE = 40
 """Rows at each end that are told unasked."""
 NAME = 160
 ERROR = 300
+NOTE = 120
+"""Of what a step says of itself while it is at work."""
 HINT = 60
 """Of what a step is given, beside its name."""
 TEXT = 2000
@@ -72,10 +75,8 @@ class Detail:
 class Extra:
     """What is told of a step besides its facts."""
 
-    done: float | None = None
-    total: float | None = None
     note: str = ""
-    """Of `durable.progress(done, total, note)`."""
+    """What it says while it is at work: the end of a model's answer."""
 
 
 class Source:
@@ -283,13 +284,12 @@ def _step(step: Step, extra: Extra | None) -> State:
         "for": clipped(step.waits_for, HINT) if step.waits_for else None,
         **_spent(step.usage),
     }
-    if extra is not None:
-        facts |= {
-            "progress": [extra.done, extra.total] if extra.done is not None and step.status in ACTIVE else None,
-            "note": (clipped(extra.note, ERROR) or None) if step.status in ACTIVE else None,
-        }
-    if step.progress is not None and step.status in ACTIVE:
-        facts |= {"progress": [step.progress.done, step.progress.total], "note": clipped(step.progress.note, ERROR) or None}
+    if step.status in ACTIVE and (extra is not None or step.progress is not None):
+        note = step.progress.note if step.progress is not None else ""
+        note = note or (extra.note if extra is not None else "")
+        facts["note"] = plain(redacted(note[:1000]), NOTE) or None
+    if step.status in ACTIVE and step.progress is not None:
+        facts["progress"] = [step.progress.done, step.progress.total]
     return facts
 
 
