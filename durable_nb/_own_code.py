@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import inspect
 import logging
 import textwrap
@@ -79,6 +80,15 @@ def _calls(nodes: list[Any]) -> Iterator[ast.Call]:
             yield from _calls(list(ast.iter_child_nodes(node)))
 
 
+def _enclosed(function: Any) -> dict[str, Any]:
+    """The variables around it that have a value already."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # empty until the function around it gets to it
+            found[name] = cell.cell_contents
+    return found
+
+
 def _instead_of(written: ast.expr, function: Any) -> str:
     """What to write in place of a call of this; '' where it is nothing that is known."""
     names: list[str] = []
@@ -87,7 +97,7 @@ def _instead_of(written: ast.expr, function: Any) -> str:
         written = written.value
     if not isinstance(written, ast.Name) or written.id in function.__code__.co_varnames:
         return ""
-    target = inspect.getclosurevars(function).nonlocals.get(written.id, function.__globals__.get(written.id, _NOTHING))
+    target = _enclosed(function).get(written.id, function.__globals__.get(written.id, _NOTHING))
     target = getattr(builtins, written.id, _NOTHING) if target is _NOTHING else target
     owner: Any = None
     for name in names:  # modules and classes only: no property of the user's is executed

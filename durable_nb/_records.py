@@ -350,6 +350,8 @@ class RunRecord:
     """It is cancelled with its parent."""
     counts_from_s: float = 0.0
     """Of a workflow: its time-out counts from this time of the run's."""
+    rows: int = 0
+    """Of a workflow: so many its log had at least when an execution ended. Of fewer, some are lost."""
     progress: str = ""
     format: int = FORMAT
 

@@ -284,7 +284,9 @@ def test_a_step_that_is_at_work_when_the_process_dies_was_passed(monkeypatch):
             opened = process.engine.store
             while not any(  # noqa: ASYNC110
                 asked.name == "old"
-                for _, _, row in read_log(opened.journal, opened.signer, rec.scope_of("~run 1"), 0)
+                for _, _, row in read_log(
+                    opened.journal, opened.signer, rec.RunRecord("1", "workflow", "", rec.scope_of("~run 1"), 0, "", 0.0)
+                )
                 for asked in row.asked
             ):
                 await asyncio.sleep(0.01)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,12 @@ from workers import until as wait_until
 
 import durable_nb as durable
 from durable_nb import _records as rec
+from durable_nb._housekeeping import doctor
 from durable_nb._housekeeping.dashboard import dashboard_of
 from durable_nb._housekeeping.inventory import Inventory
 from durable_nb._housekeeping.listings import steps_table
+from durable_nb._journal import blobs
+from durable_nb._store import Store
 from durable_nb.errors import (
     DurableError,
     NotSupportedError,
@@ -749,6 +754,179 @@ def test_a_run_that_a_live_process_executes_is_neither_deleted_nor_robbed_unaske
             owner.signal(signal.SIGCONT)
             assert owner.result() == came  # of the heir's execution; its own was given up
             assert begun(shared, "two") == [heir.pid]
+
+
+def log_of(store, run_id):
+    """The keys of a run's log in order, each with its number."""
+    keys = [key for key, _ in store.journal.scan("") if re.search(rf"/~run%20{run_id}/\d{{6}}/\d{{8}}$", key)]
+    return sorted((int(key.rpartition("/")[2]), key) for key in keys if not key.startswith("try/"))
+
+
+# -- what is lost, and what changes over a kill -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled", "interrupted"])
+def test_a_row_that_is_lost_at_the_logs_end_is_noticed(how):
+    """Nothing runs: what it recorded may have been paid for. A restart begins anew."""
+    store = MemoryStore()
+
+    async def main():
+        @durable.workflow
+        async def keeps():
+            await durable.run("one", body, "one")
+            await durable.run("two", body, "two")
+            if how != "failed":
+                await asyncio.Event().wait()
+            raise OSError("down")
+
+        async with runtime(store):
+            run = keeps.start(id="r")
+            await until(lambda: [step.status for step in run.steps] == ["completed"] * 2)
+            if how == "cancelled":
+                run.cancel()
+            if how != "interrupted":
+                await asyncio.wait([asyncio.ensure_future(run)])
+        rows = log_of(store, "r")
+        for lost in (rows[-1:], rows[-2:]):
+            kept = dict(store.journal.rows)
+            for _, key in lost:
+                del store.journal.rows[key]
+            ran.clear()
+            async with runtime(store):
+                run = durable.get_run("r")
+                with pytest.raises(durable.CorruptStoreError, match=rf"row {lost[0][0]} of the log of the run 'r' is missing"):
+                    await run.resume()
+                assert ran == []
+            store.journal.rows.clear()
+            store.journal.rows.update(kept)
+        async with runtime(store):
+            run = durable.get_run("r").restart()
+            await until(lambda: ran == ["one", "two"])
+
+    asyncio.run(main())
+
+
+def test_after_a_kill_a_row_lost_at_the_logs_end_is_as_if_the_kill_had_come_before_it():
+    """The step runs again under the same idempotency key, by which the far end knows that it was paid; nothing else changes."""
+    store = MemoryStore()
+
+    async def main():
+        keys = []
+
+        def paid():
+            keys.append(durable.idempotency_key())
+            return len(keys)
+
+        @durable.workflow
+        async def keeps():
+            first = await durable.run("one", body, "one")
+            second = await durable.run("paid", paid)
+            if len(keys) == 1 and not gone:
+                await durable.run("held", held, "held")
+            return first, second
+
+        gone = []
+        async with runtime(store) as process:
+            keeps.start(id="r")
+            await until(lambda: "held" in ran)
+            process.kill()
+        last = log_of(store, "r")[-1][1]
+        del store.journal.rows[last]
+        gone.append(last)
+        ran.clear()
+        async with runtime(store):
+            assert await durable.get_run("r").resume() == ("one", 2)
+        assert keys[0] == keys[1]
+        assert ran == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fails_at", ["value", "row"])
+def test_a_disk_that_is_full_between_a_large_value_and_its_row_loses_nothing(tmp_path, monkeypatch, fails_at):
+    """The run is interrupted and says why; with room again the step runs once more, and nothing is in its way."""
+    store = tmp_path / "store"
+    full, put = [], []
+
+    async def main():
+        @durable.workflow
+        async def large():
+            await durable.run("one", body, "one")
+            return len(await durable.run("large", lambda: body("large") and os.urandom(2_000_000)))
+
+        async with runtime(store) as process:
+            disk = process.engine.store.journal.inner
+            writing, write_file = type(disk._database).writing, blobs.write_file
+
+            def write(path, parts, *more, **options):
+                if fails_at == "value" and not full:
+                    full.append(path)
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                write_file(path, parts, *more, **options)
+                put.append(path)
+
+            @contextmanager
+            def refuse(database):
+                if fails_at == "row" and put and not full:
+                    full.append(put[0])
+                    raise sqlite3.OperationalError("database or disk is full")
+                with writing(database) as sql:
+                    yield sql
+
+            monkeypatch.setattr(blobs, "write_file", write)
+            monkeypatch.setattr(type(disk._database), "writing", refuse)
+            run = large.start(id="r")
+            with pytest.raises(durable.StoreError, match=r"disk is full|No space left"):
+                await run
+            assert (run.status, full != []) == ("interrupted", True)
+            assert [step.name for step in run.steps if step.status == "completed"] == ["one"]
+            assert await run.resume() == 2_000_000
+            assert ran == ["one", "large", "large"]
+        found = durable_doctor(store)
+        assert found.findings == ()
+
+    def durable_doctor(path):
+        opened = Store(path)
+        try:
+            return doctor.examine(opened)
+        finally:
+            opened.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("edit", "comes_to"),
+    [
+        ("body", "the recorded result stands"),
+        ("appended", "the new step runs"),
+        ("inserted", "nothing runs, and put back the run goes on"),
+        ("patched", "the old way is gone on"),
+    ],
+)
+def test_an_edit_together_with_a_kill(server, shared, tmp_path, edit, comes_to):
+    """The process is killed and its successor has other code: what is recorded is never executed again."""
+    gate = tmp_path / "gate"
+    args = {**shared, "gate": str(gate)}
+    with server.start("execute_version", **args, version="first") as owner:
+        wait_until(lambda: begun(shared, "held"), "the step that waits")
+        assert owner.kill()
+    gate.touch()
+    with server.start("execute_version", **args, version=edit) as heir:
+        heard = heir.hear()
+    if edit == "inserted":
+        assert heard["error"] == "NonDeterminismError"
+        assert {pid for step in ("one", "inserted", "held", "two") for pid in begun(shared, step)} == {owner.pid}
+        with server.start("execute_version", **args, version="first") as heir:
+            heard = heir.hear()
+    values = heard["result"]
+    assert begun(shared, "one") == [owner.pid], comes_to
+    assert begun(shared, "held") == [owner.pid, heir.pid]
+    made = {name: value for _, what, name, value in read_oracle(Path(shared["oracle"])) if what == "end"}
+    assert values["one"] == made["one"]
+    assert ("appended" in values) == (edit == "appended")
+    assert begun(shared, "appended") == ([heir.pid] if edit == "appended" else [])
+    assert begun(shared, "inserted") == []
 
 
 # -- bad input, and what is said -----------------------------------------------------------------------------------------

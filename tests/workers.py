@@ -640,6 +640,31 @@ async def act(channel, store, oracle, what, lacks_workflow=False):
     return await _ended(run)
 
 
+async def execute_version(channel, store, oracle, gate, version):
+    """Bring a run to its end whose code is what it was first, or has been edited since."""
+    _open_oracle(oracle)
+
+    async def edited(name):
+        note("begin", name)
+        return "of the edited body"
+
+    @durable.workflow(name="versions")
+    async def versions():
+        values = {}
+        if version == "inserted" or (version == "patched" and durable.patched("a step before")):
+            values["inserted"] = await durable.run("inserted", quick, "inserted")
+        values["one"] = await durable.run("one", edited if version == "body" else quick, "one")
+        await durable.run("held", held, "held", gate)
+        values["two"] = await durable.run("two", quick, "two")
+        if version == "appended":
+            values["appended"] = await durable.run("appended", quick, "appended")
+        return values
+
+    durable.open(store)
+    run = versions.start(id="r")
+    return await (run.resume() if run.status == "failed" else run)
+
+
 async def _ended(run):
     try:
         return {"value": await run}

@@ -209,7 +209,7 @@ class Catalog:
         """What the run has asked for of that kind (`event`, `decision`) and of that event, given one; in their order."""
         timers = [one for one in self._timers(record) if one[1].kind == kind and of in ("", one[1].of)]
         if timers and record.kind == "workflow":
-            log = read_log(self._journal, self._signer, record.scope, record.generation)
+            log = read_log(self._journal, self._signer, record)
             standing = requests_of(row for _, _, row in log)
             timers = [one for one in timers if one[0][1] in standing]
         if not timers:
@@ -328,7 +328,7 @@ class Catalog:
 
     def _logged(self, record: RunRecord) -> list[tuple[int, int, Step]]:
         """What a workflow's run has asked for, and how it ended: by the request's number, each with its item's."""
-        rows = [row for _, _, row in read_log(self._journal, self._signer, record.scope, record.generation)]
+        rows = [row for _, _, row in read_log(self._journal, self._signer, record)]
         requests, ends = ends_of(rows)
         waits = {number[1]: step for number, _, step in self._waits(record)}
         retrying = open_attempts(rows) if record.status == Status.RUNNING else set[int]()

@@ -34,7 +34,7 @@ def fork_of(shared: Shared, catalog: Catalog, run_id: str, at: str) -> tuple[Run
     if row is None:
         raise CorruptStoreError(f"what the run {record.id!r} was started with is missing; nothing was started")
     number = catalog.request_of(record, at)
-    log = forked([one for _, _, one in read_log(journal, signer, record.scope, record.generation)], number)
+    log = forked([one for _, _, one in read_log(journal, signer, record)], number)
     arguments = unpack(signer, rec.arguments_key(record.id), row, Arguments)
     new = new_id()
     of = new, "workflow", record.name, rec.scope_of(f"~run {new}"), 0, record.inputs, now.wall_s

@@ -87,8 +87,10 @@ class Outbox:
             self._failed(failed)
         elif commit.result() is not Verdict.APPLIED:
             self._failed(commit.result())
-        elif row.what not in ("asked", "moved"):
-            self._written(row, value, error)
+        else:
+            self._log.on_disk += 1
+            if row.what not in ("asked", "moved"):
+                self._written(row, value, error)
 
     async def written(self, row: Row, *, puts: tuple[tuple[str, bytes], ...] = ()) -> None:
         """Commit a row that is delivered to nobody, and return when it is on disk."""

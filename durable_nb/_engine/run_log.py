@@ -251,6 +251,8 @@ class LinearLog:
         self._scope, self._generation = log.record.scope, log.record.generation
         self._last = ""
         self._seq = 0
+        self.on_disk = 0
+        """So many rows are, at least."""
         self.at_s = 0.0
         """The run's time of the last row."""
 
@@ -296,9 +298,10 @@ class LinearLog:
     def _read(self) -> tuple[History, dict[int, Attempts], set[str]]:
         with without_collector():
             journal = self._log.store.journal
-            rows = read_log(journal, self._signer, self._scope, self._generation)
+            rows = read_log(journal, self._signer, self._log.record)
             if rows:
                 self._seq, self._last = rows[-1][0], rows[-1][1]
+                self.on_disk = self._seq
                 self.at_s = max(row.at for _, _, row in rows)
             attempts = {}
             for key, packed in journal.scan(rec.attempts_prefix(self._scope, self._generation)):
@@ -307,22 +310,28 @@ class LinearLog:
             return History(row for _, _, row in rows), attempts, taken
 
 
-def read_log(journal: Journal, signer: Signer, scope: str, generation: int) -> list[tuple[int, str, Row]]:
-    """The rows of a run's log in order, each with its number and its key. CorruptStoreError where one is missing."""
+def read_log(journal: Journal, signer: Signer, record: RunRecord) -> list[tuple[int, str, Row]]:
+    """The rows of a run's log in order, each with its number and its key. CorruptStoreError where one is missing.
+
+    Of a run whose process was killed, the last row can be missing without being missed: that is how a kill just before its
+    commit leaves the log. The step's body runs again then, under the same idempotency key, as it does after such a kill.
+    """
     found: list[tuple[int, str, Row]] = []
     kinds: tuple[type[Row], ...] = (Outcome, Event, Event)
-    for prefix, kind in zip(rec.log_prefixes(scope, generation), kinds, strict=True):
+    for prefix, kind in zip(rec.log_prefixes(record.scope, record.generation), kinds, strict=True):
         for key, packed in journal.scan(prefix):
             if not key[len(prefix) :].isdecimal():
                 raise CorruptStoreError(f"the record {key!r} was written by an unpublished durable_nb; begin the run anew")
             found.append((int(key[len(prefix) :]), key, unpack(signer, key, packed, kind)))
     found.sort(key=lambda row: row[0])
-    for n, (seq, key, _) in enumerate(found, 1):
-        if seq != n:
-            raise CorruptStoreError(
-                f"row {n} of the log is missing (the next one is {key!r}): what it recorded may have been paid for. Nothing "
-                "was run. Restore the store from a backup, or begin the run anew with its restart()"
-            )
+    numbers = [seq for seq, _, _ in found]
+    missing = next((n for n, seq in enumerate(numbers, 1) if seq != n), len(found) + 1)
+    if missing <= max(len(found), record.rows):
+        of = f"the next one is {found[missing - 1][1]!r}" if missing <= len(found) else f"there were {record.rows}"
+        raise CorruptStoreError(
+            f"row {missing} of the log of the run {record.id!r} is missing ({of}): what it recorded may have been paid for. "
+            "Nothing was run. Restore the store from a backup, or begin the run anew with its restart()"
+        )
     return found
 
 

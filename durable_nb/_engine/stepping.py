@@ -128,6 +128,11 @@ class Stepper:
     # -- what the run's verbs hand over, and the course of its execution -------------------------------------------------
 
     @property
+    def rows(self) -> int:
+        """So many rows of the log are on disk, at least."""
+        return self._log.on_disk
+
+    @property
     def is_open(self) -> bool:
         """Is the code being executed? Then it may ask for something."""
         return not self.is_over and self._main is not None and not self._main.done()

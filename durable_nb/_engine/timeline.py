@@ -50,7 +50,7 @@ def is_behind(journal: Journal, record: RunRecord, last: int) -> bool:
 
 def _of_workflow(journal: Journal, signer: Signer, record: RunRecord) -> Iterator[Entry]:
     paths, called = Paths(), dict[int, tuple[str, str]]()
-    for seq, (_, _, row) in enumerate(read_log(journal, signer, record.scope, record.generation), 1):
+    for seq, (_, _, row) in enumerate(read_log(journal, signer, record), 1):
         asked = []
         for one in row.asked:
             if one.kind not in (TIMER, "result") and one.value is None:

@@ -456,6 +456,7 @@ class WorkflowRun:
             ended_by=ended_by,
             since=self._stepper.run_time.since,
             since_s=self._stepper.run_time.since_s,
+            rows=self._stepper.rows,
         )
 
     async def _arguments(self) -> tuple[Any, Any]:

@@ -434,7 +434,7 @@ class Workflows:
         counts_from_s = record.counts_from_s
         if anew:
             since, since_s, generation, counts_from_s = now, 0.0, generation + 1, 0.0
-            record = replace(record, place=next_place(self._shared.clock) if record.limit else 0)
+            record = replace(record, place=next_place(self._shared.clock) if record.limit else 0, rows=0)
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
             since_s, counts_from_s, rows, cleared, children = self._resumption(record)
@@ -457,7 +457,7 @@ class Workflows:
     def _resumption(self, record: RunRecord) -> tuple[float, float, list[tuple[str, bytes]], tuple[str, ...], list[str]]:
         """A failed or cancelled run goes on from the failure that ended it: the run's time then, the latest on record, the row
         that says so, rows that go, and the runs that have failed as well and whose results are asked for again."""  # fmt: skip
-        rows = [row for _, _, row in read_log(self._store.journal, self._store.signer, record.scope, record.generation)]
+        rows = [row for _, _, row in read_log(self._store.journal, self._store.signer, record)]
         cut, forgotten = set_aside(rows, record.ended_by, cancelled=record.status == Status.CANCELLED)
         course = deliveries_of(rows)
         last_s = max((row.at for row in rows), default=0.0)
@@ -512,12 +512,13 @@ class Workflows:
             record, lease = self.catalog.find(run_id)
             if record.status == Status.COMPLETED:
                 return await self._result(record)
+            lost = task.exception() if task is not None and not task.cancelled() else None
+            if isinstance(lost, StoreError):  # also where a failed run could not be resumed: it stands as it did
+                raise lost
             if record.status in (Status.FAILED, Status.CANCELLED):
                 raise await self._result(record)
-            if task is not None and not task.cancelled() and task.exception() is not None:
-                lost = task.exception()
-                if lost is not None and not isinstance(lost, LeaseLost):
-                    raise lost
+            if lost is not None and not isinstance(lost, LeaseLost):
+                raise lost
             if run_id in self._tasks:
                 continue
             if not self.catalog.is_owned(run_id, lease):
