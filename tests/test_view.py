@@ -281,6 +281,13 @@ class TestState:
         assert state["rows"][1]["open"]
         assert state_of(snapshot, look)["panels"][0]["traceback"] == "ValueError: 7"
 
+    def test_names_turn_no_text_around_them(self) -> None:
+        odd = "pay\u202eyap\x1b[31m\x00\n"
+        state = state_of(run_of(done(0, name=odd, path=f"child/{odd}"), name=odd))
+        row = state["rows"][0]
+        assert all(text.isprintable() for text in (row["name"], row["path"], state["run"]["name"]))
+        assert row["name"].startswith("pay yap")
+
     def test_how_far_how_fast_and_how_long(self) -> None:
         waiting = [done(i, status=Status.PENDING, started_at=None, ended_at=None) for i in range(10, 30)]
         steps = [done(i, started_at=100.0, ended_at=104.0) for i in range(10)]

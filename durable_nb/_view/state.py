@@ -148,7 +148,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         "again": again,
         "run": _known(
             id=clipped(snapshot.id, NAME),
-            name=clipped(snapshot.name, NAME),
+            name=plain(snapshot.name, NAME),
             status=snapshot.status.value,
             why=clipped(f"waits for {snapshot.waits_for}" if snapshot.waits_for else why, NAME) or None,
             started=snapshot.started_at,
@@ -244,7 +244,7 @@ def _row(at: int, row: Row, look: Look, extras: Mapping[str, Extra]) -> State:
     common = {
         "at": at,
         "id": look.id_of(row.key),
-        "name": clipped(row.name, NAME),
+        "name": plain(row.name, NAME),
         "depth": row.depth or None,
         "open": True if row.key in look.opened else None,
     }
@@ -273,7 +273,7 @@ def _group(group: Group, n: int) -> State:
 
 def _step(step: Step, extra: Extra | None) -> State:
     facts: State = {
-        "path": clipped(step.path, NAME) if step.path != step.name else None,
+        "path": plain(step.path, NAME) if step.path != step.name else None,
         "status": word(step),
         "started": step.started_at,
         "ended": step.ended_at,

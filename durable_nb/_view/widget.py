@@ -20,7 +20,8 @@ from durable_nb._view.actions import NO_APPROVALS, waits_for_decision
 from durable_nb._view.assets import script, style
 from durable_nb._view.listening import listening
 from durable_nb._view.place import Place, is_terminal
-from durable_nb._view.state import Look, Source, State, same, whole
+from durable_nb._view.state import NAME, Look, Source, State, same, whole
+from durable_nb._view.words import clipped
 
 _PAUSE_S = 1 / 8
 """Between two updates."""
@@ -72,7 +73,7 @@ class RunView:
         self._look = Look()
         self._opened = self._closed = self._due = self._beating = False
         self._lock = threading.RLock()
-        self._run_id = ""
+        self._run_id = self._told_id = ""
         self._panel: Any = None
         self._anchor = f"dnb-at-{uuid.uuid4().hex}"
         """The class of its html. The display is html alone: a widget that is shown says 'model not found' for ever once its
@@ -92,7 +93,7 @@ class RunView:
         # later messages belong to this cell, whichever step's context they are caused in
         self._context = contextvars.copy_context()
         snapshot = self._source.snapshot()
-        self._run_id = snapshot.id
+        self._run_id, self._told_id = snapshot.id, clipped(snapshot.id, NAME)
         self._stay_as = f"cell {snapshot.name}" if self._again == "cell" else snapshot.id
         forget(self._stay_as)
         if not self._live:
@@ -188,7 +189,7 @@ class RunView:
                 self._hand_on(self._look_at, first, last)
             case {"ask": "unfold", "row": int(row), "open": bool(unfolded)}:
                 self._hand_on(self._unfold, row, unfolded)
-            case {"ask": str(action), "run": self._run_id, **rest} if action in ACTIONS and _is_order(rest):
+            case {"ask": str(action), "run": self._told_id, **rest} if action in ACTIONS and _is_order(rest):
                 self._hand_on(self._act, action, rest.get("step"), str(rest.get("comment", ""))[:_COMMENT])
             case _:
                 self._refuse(content)
@@ -260,7 +261,7 @@ class RunView:
             forms["text/plain"] = terminal.coloured([static.block(self._source.snapshot(), line=self._line())])
         self._place.show(forms, view=self._run_id)
         if may_retry:
-            ended = {"ended": self._run_id, "again": self._again, "offered": offered}
+            ended = {"ended": self._told_id, "again": self._again, "offered": offered}
             if self._panel is None:
                 self._panel = panel_class()(self._anchor, ended)
                 self._panel.on_msg(self._heard)
