@@ -410,7 +410,8 @@ def _told_id(run: RunFacts) -> str:
 
 
 def _refusal(run: RunFacts, action: Action) -> str:
-    return action.refusal if _told_id(run) == run.id else "its id is too long, or too odd, for a button: use durable.get_run(id)"
+    odd = "its id is too long, or too odd, for a button: use durable.get_run(id)"
+    return action.refusal if _told_id(run) == run.id else odd
 
 
 def _known(**facts: Any) -> State:
