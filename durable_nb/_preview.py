@@ -10,6 +10,7 @@ import datetime as dt
 import decimal
 import fractions
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -90,6 +91,40 @@ def preview_call(arguments: Sequence[Any], named: Mapping[str, Any], names: Sequ
         return _finished(", ".join(parts), length)
     except Exception:  # as above
         return ", ".join(f"<{type_name(type(value))}>" for value in arguments[:_ITEMS])
+
+
+def preview_request(described: Any, length: int = LENGTH) -> str:
+    """Return what an HTTP request asks for, of the plain data that identify it: `GET https://example.org/rates`."""
+    match described:
+        case {"method": str(method), "url": str(url), "body": str() | bytes() as body}:
+            text = body if isinstance(body, str) else body[: 2 * length].decode("utf-8", "replace")
+            said = redacted(f"{method} {url} {text[: 2 * length]}").strip()
+            return _finished(" ".join(said.split()), length)
+    return preview(described, length)
+
+
+def preview_answer(recorded: Any, length: int = LENGTH) -> str:
+    """Return what an HTTP response says, as it is recorded; of a model's answer its text: `200 OK · The parcel is late.`"""
+    match recorded:
+        case {"status": int(status), "reason": str(reason), "content": str() | bytes() as content}:
+            text = content if isinstance(content, str) else content[:_ANSWER].decode("utf-8", "replace")
+            if '"choices"' in text or '"content_block' in text or '"stop_reason"' in text:
+                text = "".join(_unquoted(part) for part in _SAID.findall(text[:_ANSWER])) or text
+            said = redacted(text[: 2 * length + 200])
+            return _finished(" ".join(f"{status} {reason} · {said}".split()).strip(" ·"), length)
+    return preview(recorded, length)
+
+
+_ANSWER = 64 * 1024
+"""Characters of an answer that are looked through for what a model says."""
+_SAID = re.compile(r'"(?:content|text)": ?("(?:[^"\\]|\\.)*")')
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return ""
 
 
 def redacted(text: str) -> str:

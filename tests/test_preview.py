@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from durable_nb._preview import LENGTH, last_lines, names_of, preview, preview_call, redacted
+from durable_nb._preview import LENGTH, last_lines, names_of, preview, preview_answer, preview_call, preview_request, redacted
 
 
 class Meta(type):
@@ -63,6 +63,19 @@ def test_no_code_of_the_users_is_called() -> None:
     }
     for shown, value in told.items():
         assert preview(value) == shown
+
+
+def test_requests_and_answers_are_told_as_people_read_them() -> None:
+    asked = {"method": "POST", "url": "https://x.example/v1?api_key=[redacted]", "headers": [], "body": '{"token": "hunter22"}'}
+    assert preview_request(asked) == 'POST https://x.example/v1?api_key=[redacted] {"token": [redacted]}'
+    answer = {"status": 200, "reason": "OK", "content": "plain \x1b words\n and more"}
+    assert preview_answer(answer) == "200 OK · plain \\x1b words and more"
+    said = '{"choices": [{"message": {"role": "assistant", "content": "Late \\"again\\"."}}], "usage": {}}'
+    assert preview_answer({**answer, "content": said}) == '200 OK · Late "again".'
+    parts = (f'data: {{"choices":[{{"delta":{{"content":"{part}"}}}}]}}\n\n' for part in ("It ", "is ", "late."))
+    assert preview_answer({**answer, "content": "".join(parts)}) == "200 OK · It is late."
+    assert preview_answer({**answer, "content": b"\xff" * 9000}).startswith("200 OK · ")
+    assert preview_answer({**answer, "content": ""}) == "200 OK"
 
 
 def test_builtin_numpy_and_pandas_values_are_told() -> None:

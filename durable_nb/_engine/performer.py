@@ -26,7 +26,7 @@ from durable_nb._engine.run_log import Held, RunLog, say
 from durable_nb._engine.shared import Shared
 from durable_nb._facts import Facts, Progress, Status, Step
 from durable_nb._fingerprint import Unhashable
-from durable_nb._preview import Preview, names_of, preview, preview_call
+from durable_nb._preview import Preview, names_of, preview, preview_answer, preview_call, preview_request
 from durable_nb._records import Attempts, Outcome
 from durable_nb._replay import CutOff, Perform, Retry, decide
 from durable_nb._retry import note_failure, retry_delay_s, timed_out
@@ -128,7 +128,7 @@ class StepCall:
         if self._arguments is None:
             request = self.request
             if request.described is not None:  # its arguments hold more than counts: a client, a key
-                self._arguments = preview(request.described)
+                self._arguments = preview_request(request.described)
             else:
                 self._arguments = preview_call(request.args, request.kwargs, names_of(request.fn))
         return self._arguments
@@ -502,7 +502,7 @@ class Performer:
             shown=ended.shown,
             seen=ended.seen,
             usage=_usage.of_step(ended.used, request.kind, ended.value),
-            preview=Preview(call.arguments, preview(ended.value, of=request.name)),
+            preview=Preview(call.arguments, _result(request, ended.value)),
         )
 
     def failure_of(self, call: StepCall, ended: Ended) -> tuple[Outcome, BaseException]:
@@ -522,6 +522,10 @@ class Performer:
 
     def _now_s(self) -> float:
         return self._shared.clock.now().wall_s
+
+
+def _result(request: StepRequest, value: Any) -> str:
+    return preview(value, of=request.name) if request.described is None else preview_answer(value)
 
 
 def encoded(value: Any, what: str) -> tuple[str, bytes]:
