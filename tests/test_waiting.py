@@ -277,3 +277,78 @@ def test_headless_the_notebook_ends_at_the_pending_approval_and_the_next_run_goe
         for _ in range(2):
             execute()
         assert [lines(tmp_path / name) for name in ("counted", "published", "later")] == [["x"], ["x"], ["x", "x"]]
+
+
+SLOW = """%%durable slow --background
+n = await durable.run('count', lambda: open('counted', 'a').write('x\\n'))
+await durable.wait_for_event('gate', 'go')
+def scaled(k):
+    return helper(k) + factor
+total, other = helper(10), 5
+print('done')"""
+BEFORE = "factor = 2\ndef helper(k): return k * factor"
+
+
+def test_a_background_cell_works_on_a_snapshot_and_is_bound_between_cells(tmp_path):
+    """Names rebound since stay; a durable cell that reads a pending name waits for it; killed, it resumes; completed, it is
+    restored."""  # fmt: skip
+    with kernel(tmp_path) as k, outside(tmp_path):
+        k.run(BEFORE)
+        began = k.run(SLOW)
+        assert (began.status, began.stdout) == ("ok", "")
+        waits("slow")
+        assert k.run("factor, other = 100, 7\n'total' in globals()").result == "False"
+        clash = k.run("%%durable clash --background\nother = 3")
+        assert (
+            "the cell 'slow' binds other, too, and is being executed in the background already; nothing was run" in clash.stderr
+        )
+        assert "this cell, 'slow', is being executed in the background already" in k.run(SLOW).stderr
+        reads = k.send("%%durable reads\ndouble = total * 2\ndouble, scaled(1)")
+        k.wait_for_text(reads, "waiting: scaled, total comes from the cell 'slow' in the background")
+        durable.notify("go")
+        shown = k.wait(reads)
+        assert shown.result == "(40, 200)", "what the cell computed is of the snapshot, what it defined reads the notebook"
+        assert k.value("total, other, factor") == (20, 7, 100)
+        k.restart()
+        k.run(BEFORE)
+        assert lines(tmp_path / "counted") == ["x"]
+        restored = k.run(SLOW)
+        assert "restored" in restored.told[-1]
+        assert restored.stdout == "done\n"
+        assert k.value("total, other, scaled(1)") == (20, 5, 4)
+        # Killed half-way, it goes on after its last step.
+        edited = SLOW.replace("helper(10)", "helper(11)")
+        k.run(edited)
+        waits("slow")
+        k.kill()
+        durable.notify("go")
+        k.run(BEFORE)
+        k.run(edited)
+        assert k.run("%%durable again\ntotal").result == "22"
+        assert lines(tmp_path / "counted") == ["x"]
+
+
+def test_what_goes_wrong_in_a_background_cell_is_told_to_whoever_waits_for_it(tmp_path):
+    with kernel(tmp_path) as k, outside(tmp_path):
+        k.run(BEFORE)
+        k.run(SLOW.replace("total, other = helper(10), 5", "total = 1 / 0"))
+        reads = k.send("%%durable reads\ntotal + 1")
+        k.wait_for_text(reads, "waiting: total comes from")
+        waits("slow")
+        durable.notify("go")
+        said = k.wait(reads).stderr
+        assert "total was to come from the cell 'slow', which ended in the background with ZeroDivisionError" in said
+        assert "nothing was run. Run that cell again first" in said
+        assert "NameError" in k.run("total").error
+        k.run(SLOW)  # the event that it has got is kept until it completes
+        assert k.run("%%durable reads\ntotal + 1").result == "21"
+        k.run("factor = 3")
+        k.run(SLOW)
+        k.interrupt()
+        stopped = k.send("%%durable waits\ntotal + 2")
+        k.wait_for_text(stopped, "waiting: total comes from")
+        k.interrupt()
+        assert "interrupted before it began" in k.wait(stopped).error
+        waits("slow")
+        durable.notify("go")
+        assert k.run("%%durable waits\ntotal + 2").result == "32", "the interrupt was for the cell in front"

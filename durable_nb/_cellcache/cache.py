@@ -194,6 +194,8 @@ class After:
     run: str = ""
     usage: Usage = field(default_factory=dict)
     """What models' answers cost that its steps were given."""
+    alone: bool = True
+    """No other cell was executed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +369,8 @@ class _Saving:
             resources = Resources(code.tree, bound, namespace)
         except (UnsettableError, NotRemadeError) as error:
             problems.append(str(error))
+        if not problems and not self.after.alone and (self.changed or external.generators or settings):
+            problems.append("other cells ran meanwhile, and what they have changed can't be told from what it has")
         if problems:
             return self._not(problems[0])
         values = {

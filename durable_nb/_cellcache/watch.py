@@ -447,6 +447,8 @@ def _absolute(level: int, module: str, package: str) -> str:
 # -- who is told -------------------------------------------------------------------------------------------------------
 
 _watches: list[Watch] = []
+_noticing = contextlib.ExitStack()
+"""Of what the process is asked, while there are any."""
 _of_step: ContextVar[Watch | None] = ContextVar("durable_nb_watch", default=None)
 _steps: list[Watch] = []
 _hooked = False
@@ -487,14 +489,16 @@ def watching(watch: Watch) -> Iterator[None]:
             stack.enter_context(watcher.listening())
             watch.restart()
         if not _watches:
-            stack.enter_context(environment.use_noticed(_variable_read, _variable_set, _variables_passed))
-            stack.enter_context(_questions_noticed())
+            _noticing.enter_context(environment.use_noticed(_variable_read, _variable_set, _variables_passed))
+            _noticing.enter_context(_questions_noticed())
         _watches.append(watch)
         try:
             yield
         finally:
             _watches.remove(watch)
             watch.close()
+            if not _watches:  # the last one, whichever began first: a cell in the background may outlast others
+                _noticing.close()
 
 
 @contextmanager

@@ -223,7 +223,8 @@ def _noting_tracebacks(shell: Any, recorder: Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        del shell._showtraceback
+        if vars(shell).get("_showtraceback") is noting:  # else a cell has begun while this one was in the background
+            del shell._showtraceback
 
 
 @contextlib.contextmanager
@@ -255,10 +256,10 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
     """Wrap `publish` on the instance: ipykernel's hooks see only displays of the thread that registered them."""
     publisher = shell.display_pub
     publish, clear = publisher.publish, publisher.clear_output
-    cell = _message_id(publisher)
+    cell, is_on = _message_id(publisher), True
 
     def noting_publish(data: Any, metadata: Any = None, **options: Any) -> Any:
-        if OURS not in (metadata or {}) and (not by_message or _message_id(publisher) == cell):
+        if is_on and OURS not in (metadata or {}) and (not by_message or _message_id(publisher) == cell):
             _flush()
             kept = {mime: content for mime, content in data.items() if mime != _WIDGET}
             kind = UPDATE if options.get("update") else DISPLAY
@@ -269,8 +270,9 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
         return publish(data, metadata, **options)
 
     def noting_clear(wait: bool = False) -> Any:
-        _flush()
-        recorder.note(CLEAR, wait, _mark_of(publisher))
+        if is_on:
+            _flush()
+            recorder.note(CLEAR, wait, _mark_of(publisher))
         return clear(wait)
 
     outer = {name: vars(publisher)[name] for name in ("publish", "clear_output") if name in vars(publisher)}
@@ -278,8 +280,10 @@ def _noting_displays(shell: Any, recorder: Recorder, *, by_message: bool) -> Ite
     try:
         yield
     finally:
-        del publisher.publish, publisher.clear_output
-        vars(publisher).update(outer)  # a durable cell inside a durable cell
+        is_on = False
+        if vars(publisher).get("publish") is noting_publish:  # else another cell has begun, which passes on to this one's
+            del publisher.publish, publisher.clear_output
+            vars(publisher).update(outer)  # a durable cell inside a durable cell
 
 
 def _bar_in(data: Any) -> Any:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import builtins
+import contextlib
+import functools
 import inspect
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from IPython.core.error import UsageError
+from IPython.display import display
 
 from durable_nb._cellcache import explain
 from durable_nb._cellcache.cache import After, Before, CellCache, CellCode, Hit, Stored
@@ -27,6 +33,7 @@ from durable_nb._engine.cell_run import CellRun
 from durable_nb._facts import Status
 from durable_nb._housekeeping.tables import say_past
 from durable_nb._ipython import capture
+from durable_nb._ipython.background import BackgroundCells, Snapshot
 from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.compile import compile_body, turn_on_features
 from durable_nb._ipython.host import NotebookHost
@@ -61,6 +68,7 @@ class CellExecution:
         live: bool,
         cell_id: str,
         folder: Path,
+        background: BackgroundCells,
     ) -> None:
         """`rerun`: `%durable rerun` asks for it, whatever the options say."""
         self.shell, self.engine, self.live, self.folder = shell, engine, live, folder
@@ -80,6 +88,11 @@ class CellExecution:
         self.recorder = Recorder(shell)
         self.report = ExecutionReport(time.time())
         self.begun = False
+        self.namespace: dict[str, Any] = shell.user_ns
+        self._background, self._others = background, 0
+        self._detached = False
+        self._process: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """The process as a cell in front finds it."""
         self._notes = explain.Notes()
         self._ruled_out = ""
 
@@ -102,8 +115,7 @@ class CellExecution:
     async def _restore_or_execute(self, began: float) -> None:
         if not self.options.name:
             self.status.advise("name the cell ('%%durable NAME') to keep its steps when it is edited elsewhere")
-        self.code = replace(self.code, terms=terms_of(self.shell, self.options))
-        key = self.cache.key(self.code, self.shell.user_ns)
+        key = await self._key()
         for name in sorted(self.options.ignore - key.ignored):
             self.status.advise(f"--ignore {name}: neither the cell nor a helper of it reads that name")
         self.report.key, self.report.components = key.key, key.components
@@ -125,8 +137,37 @@ class CellExecution:
                 await asyncio.sleep(_BUSY_POLL_S)
         self.begun = True
         self.report.why = self._why(key, run)
-        self.status.show("running", self.report.why)
+        self.status.show("running", self.report.why + (", in the background" if self._detached else ""))
         await self._execute(run, key, began, parts or [])
+
+    async def _key(self) -> CellKey:
+        """What identifies the execution, once all that the cell reads is bound."""
+        if not self._detached:
+            self.code = replace(self.code, terms=terms_of(self.shell, self.options))
+        while True:
+            key = self.cache.key(self.code, self.namespace)
+            reads = {*self.code.names.read, *key.names}
+            pending = self._background.pending(reads) if not self._detached else []
+            if not pending:
+                return key
+            said = "; ".join(f"{', '.join(names)} comes from the cell {label!r} in the background" for label, names in pending)
+            self.status.show("waiting", said)
+            await self._background.settle(reads)
+
+    async def restored(self) -> bool:
+        """Is there an entry, and is the notebook now as it says? Begins nothing."""
+        began = time.perf_counter()
+        key = await self._key()
+        self.report.key, self.report.components = key.key, key.components
+        anew = self.options.rerun or self.options.rerun_step
+        return not anew and await self._restored(key, began)
+
+    def detach(self) -> Snapshot:
+        """From here on, the cell is executed on a snapshot of the notebook."""
+        snapshot = Snapshot(self.shell.user_ns)
+        self.namespace, self._detached, self._others = snapshot.namespace, True, self._background.count
+        self._process = functools.partial(_with_hooks, self.shell, sys.excepthook, sys.displayhook, builtins.input)
+        return snapshot
 
     def _asked(self, key: CellKey) -> Asked:
         code = key.components.get("code") or _digest_of(self.code.tree)
@@ -139,7 +180,7 @@ class CellExecution:
     async def _restored(self, key: CellKey, began: float) -> bool:
         """Was there an entry, and is the notebook now as it says?"""
         with capture.muted(self.shell):
-            found = self.cache.lookup(self.code, self.shell.user_ns, key)
+            found = self.cache.lookup(self.code, self.namespace, key)
         if not isinstance(found, Hit):
             self._ruled_out = self._ruled_out or found.why
             for warning in found.warnings:
@@ -163,10 +204,10 @@ class CellExecution:
             self.status.advise(text) if self.live else self.status.warn(text)
         outside = copy_context()
         with capture.muted(self.shell):
-            found.apply(self.shell.user_ns)
+            found.apply(self.namespace)
         self.set_variables = [(v, value) for v, value in copy_context().items() if outside.get(v, _NOTHING) is not value]
         if found.patched:
-            names = self.shell.user_ns.items()
+            names = self.namespace.items()
             self.report.changed = tuple(f"global {n}" for n, v in names if any(v is obj for obj in found.patched))
         turn_on_features(self.shell, self.code.tree)
         took = time.perf_counter() - began
@@ -183,7 +224,7 @@ class CellExecution:
 
     def _why(self, key: CellKey, run: CellRun) -> str:
         """Why the cell runs, in a few words; what differs from the nearest entry is noted in the report."""
-        why = self.cache.why(self.code, self.shell.user_ns, key)
+        why = self.cache.why(self.code, self.namespace, key)
         self._notes = why.notes
         self.report.opaque, self.report.differences = key.opaque, why.differences
         self.report.nearest = why.nearest
@@ -203,24 +244,32 @@ class CellExecution:
         return ", ".join(why.found[:3]) + more or "its entry was lost"
 
     async def _execute(self, run: CellRun, key: CellKey, began: float, parts: list[tuple[types.CodeType, bool]]) -> None:
-        around = self.cache.around(self.shell.user_ns)
+        around = self.cache.around(self.namespace)
         host = NotebookHost(run, self.shell, self.recorder, self.status, around, live=self.live, quiet=self.options.quiet)
         run.host = host
         run.observers.subscribe(host.observe)
         self._bound_waits(run)
-        before = self.cache.begin(self.code, self.shell.user_ns, key, self._notes)
+        with self._process():
+            before = self.cache.begin(self.code, self.namespace, key, self._notes)
         host.watch = before.watch
         ended, error = Status.INTERRUPTED, ""
         body = self._body(parts)
-        with interruptible(run):
+        # An interrupt is for the cell in front.
+        in_front = contextlib.nullcontext() if self._detached else interruptible(run)
+        questions = contextlib.nullcontext() if self._detached else durable_questions()
+        with in_front:
             try:
-                with self.recorder.recording(), watching(before.watch), before.effects.noticing(), durable_questions():
+                with self.recorder.recording(), watching(before.watch), before.effects.noticing(), questions:
                     try:
                         await run.execute(body)
                     finally:
                         body.close()
                     inline = sys.modules.get("matplotlib_inline.backend_inline")
-                    if inline is not None and inline.flush_figures in self.shell.events.callbacks.get("post_execute", ()):
+                    if (
+                        inline is not None
+                        and not self._detached
+                        and inline.flush_figures in self.shell.events.callbacks.get("post_execute", ())
+                    ):
                         inline.flush_figures()  # they are shown after the cell, which ends here: they are among its outputs
                     cost = time.perf_counter() - began + run.spent_before_s()
                     outputs = self.recorder.outputs()
@@ -255,11 +304,15 @@ class CellExecution:
         run.waiting.max_answer_s = given if given is not None or self.live else HEADLESS_ANSWER_S
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
-        namespace = self.shell.user_ns
+        names = (self.namespace,) if self._detached else (self.shell.user_global_ns, self.namespace)
         for code, shown in parts:
-            value = eval(code, self.shell.user_global_ns, namespace)  # noqa: S307  the user's own cell
+            value = eval(code, *names)  # noqa: S307  the user's own cell
             if code.co_flags & inspect.CO_COROUTINE:
                 value = await value
+            if self._detached:
+                if shown and value is not None:
+                    display(value)  # type: ignore[no-untyped-call]  # `Out` and `_` are the cell's in front
+                continue
             if shown and value is not None:
                 self.results.append(value)
                 with self.recorder.result(value, len(self.results) - 1):
@@ -282,8 +335,10 @@ class CellExecution:
             problems=tuple(self.recorder.problems),
             run=run.id,
             usage=run.recording.used,
+            alone=not self._detached or self._background.count == self._others,
         )
-        saved = self.cache.save(before, after)
+        with self._process():
+            saved = self.cache.save(before, after)
         self.report.changed = saved.changed
         if isinstance(saved, Stored):
             self.report.kept = saved.manifest
@@ -302,6 +357,19 @@ def terms_of(shell: Any, options: Options) -> Terms:
             f"%%durable --extra: {options.extra!r} raises {type(error).__name__}: {error}; nothing was run"
         ) from None
     return Terms(options.ignore, (value,), options.ttl_s, options.skip)
+
+
+@contextlib.contextmanager
+def _with_hooks(shell: Any, *hooks: Any) -> Iterator[None]:
+    """Meanwhile they are those that IPython and ipykernel set for the time of each cell, and so are the builtins: that they
+    come and go beside a cell in the background is no effect of it."""  # fmt: skip
+    before = sys.excepthook, sys.displayhook, builtins.input
+    sys.excepthook, sys.displayhook, builtins.input = hooks
+    try:
+        with shell.builtin_trap:
+            yield
+    finally:
+        sys.excepthook, sys.displayhook, builtins.input = before
 
 
 def _digest_of(tree: ast.Module) -> str:

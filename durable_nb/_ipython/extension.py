@@ -66,6 +66,8 @@ class Extension:
 
     def _enter_cell(self) -> None:
         self._transformer.in_cell = True
+        self._session.background.in_cell = True
+        self._session.background.count += 1
 
     def _leave_cell(self) -> None:
         self._transformer.in_cell = False
@@ -74,12 +76,14 @@ class Extension:
         for variable, value in self._session.set_variables:
             variable.set(value)
         self._session.set_variables = []
+        self._session.background.in_cell = False
+        self._session.background.bind()
 
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.
 
         %%durable [NAME] [--rerun | --rerun=STEP] [--ttl DURATION] [--ignore NAMES] [--skip NAMES] [--extra EXPR]
-                  [--max-wait DURATION] [--time] [--quiet]
+                  [--max-wait DURATION] [--background] [--time] [--quiet]
 
         Run again with nothing changed, by a new kernel too, the cell's variables and outputs are restored and no code of it
         runs. Interrupted, failed or killed, it resumes after the last completed step: await durable.run("name", function,
@@ -91,6 +95,7 @@ class Extension:
         --skip       variables that are not stored, and so not restored
         --extra      an expression whose value counts as an input besides: --extra "model.version"
         --max-wait   end the cell where it would wait longer than this ("90s", "15m"); run it again to resume
+        --background return at once: the cell is executed on the notebook as it is now, and binds its names when it has ended
         --time       print the time it took
         --quiet      no line above the output, no view
         """

@@ -13,7 +13,7 @@ from IPython.core.error import UsageError
 
 from durable_nb._clock import parse_duration
 
-_FLAGS = {"--rerun": "rerun", "--time": "time", "--quiet": "quiet"}
+_FLAGS = {"--rerun": "rerun", "--time": "time", "--quiet": "quiet", "--background": "background"}
 _VALUES = {
     "--max-wait": "a duration, as in '--max-wait 10m'",
     "--ttl": "a duration, as in '--ttl 7d'",
@@ -25,7 +25,7 @@ _COMMENT = re.compile(r"""\A((?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^"'\\])*?)(?<!\S)
 """A '#' behind a space or at the beginning, and what follows it; in quotes it is none."""
 _USAGE = (
     "%%durable [NAME] [--rerun | --rerun=STEP] [--ttl DURATION] [--ignore NAMES] [--skip NAMES] [--extra EXPR] "
-    "[--max-wait DURATION] [--time] [--quiet]"
+    "[--max-wait DURATION] [--background] [--time] [--quiet]"
 )
 
 
@@ -37,6 +37,7 @@ class Options:
     rerun: bool = False
     rerun_step: str = ""
     time: bool = False
+    background: bool = False
     quiet: bool = False
     max_wait_s: float | None = None
     ttl_s: float | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from durable_nb._files import default_store
+from durable_nb._ipython.background import BackgroundCells
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.executions import LastExecutions
@@ -36,6 +37,7 @@ class Session:
         self.shell = shell
         self.path: Path = default_store()
         self.folder = Path.cwd()
+        self.background = BackgroundCells()
         self._engine: Any = None
         self._workflows: Any = None
         self.set_variables: list[tuple[Any, Any]] = []
@@ -74,23 +76,45 @@ class Session:
         with _captured(self.shell, options.capture):
             rerun = options.name in self.rerun_next
             execution = cells.CellExecution(
-                self.shell, engine, options, body, rerun=rerun, live=live, cell_id=cell_id, folder=self.folder
+                self.shell,
+                engine,
+                options,
+                body,
+                rerun=rerun,
+                live=live,
+                cell_id=cell_id,
+                folder=self.folder,
+                background=self.background,
             )
             before = dict(self.shell.user_ns)
             if options.name:
                 self.executions().enter(options.name)
-            try:
-                await execution.run()
-                self.set_variables = execution.set_variables
-            except BaseException as error:
-                show_users_lines(self.shell, error)
-                raise
-            finally:
+
+            def ended() -> None:
                 if execution.begun:
                     self.rerun_next.discard(options.name)
                 if options.name and (execution.begun or execution.report.restored):
                     self.executed[options.name] = ExecutedText(options, body, execution.report)
                     self._note(options, execution.report, before)
+
+            in_front = True
+            try:
+                if options.background and kernel is None:
+                    execution.status.warn("a terminal executes nothing between two inputs: the cell is executed in front")
+                if options.background and kernel is not None:
+                    self.background.check(execution.label, execution.code.names.bound)
+                    if not await execution.restored():
+                        in_front = False
+                        self.background.start(execution, execution.code.names.bound, ended)
+                else:
+                    await execution.run()
+                self.set_variables = execution.set_variables
+            except BaseException as error:
+                show_users_lines(self.shell, error)
+                raise
+            finally:
+                if in_front:
+                    ended()
 
     def _note(self, options: Options, report: ExecutionReport, before: dict[str, Any]) -> None:
         """A named cell was executed; `before`: what the notebook held."""
