@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 
 import pytest
 
 import durable_nb as durable
 from durable_nb import Decision, Event
-from durable_nb.errors import DurableError, RunCancelled, RunNotFoundError, StepNotFoundError, UnserializableError
+from durable_nb._engine import Asked
+from durable_nb._facts import Status
+from durable_nb._housekeeping import gc
+from durable_nb.errors import (
+    DurableError,
+    RunCancelled,
+    RunNotFoundError,
+    RunSuspended,
+    StepNotFoundError,
+    UnserializableError,
+)
 from durable_nb.testing import FakeClock, MemoryStore, redefine, runtime
 
 
@@ -429,5 +440,140 @@ def test_a_policy_decides_at_once_and_its_decision_is_recorded(monkeypatch, poli
         async with runtime(store):
             with pytest.raises(ValueError, match="'maybe': write one of wait, approve, reject, suspend"):
                 await durable.workflow(asks).start(id="2")
+
+    asyncio.run(main())
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+async def cell(process, body, *, reads=(), max_answer_s=None):
+    """One execution of a durable cell whose code is `body`, as the magic does it."""
+    run = await process.engine.begin(Asked("cell", f"k {reads}", reads=dict(reads)))
+    run.waiting.max_answer_s = max_answer_s
+    status, coroutine = Status.INTERRUPTED, body()
+    try:
+        value = await run.execute(coroutine)
+        status = Status.COMPLETED
+        return value
+    except Exception:
+        status = Status.FAILED
+        raise
+    finally:
+        coroutine.close()
+        await run.finish(status)
+
+
+@pytest.mark.parametrize("nth", range(1, 10))
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_cell_killed_at_any_write_gets_each_event_once_and_sends_its_own_once(side, nth):
+    store, clock = MemoryStore(), FakeClock()
+
+    async def body():
+        first = await durable.wait_for_event("e", "go", timeout="1h")
+        durable.notify("heard", first.data)
+        second = await durable.wait_for_event("e", "go", timeout="1h")
+        decision = await durable.approve("ok", "?", timeout=5)
+        return first.data, second.data, decision.timed_out
+
+    async def main():
+        async with runtime(store, clock=clock) as process:
+            with pytest.raises(RunSuspended, match=r"'cell' waits for event e until .*; run this cell again"):
+                await cell(process, body, max_answer_s=0)
+            durable.notify("go", 1)
+            durable.notify("go", 2, run_id="cell")
+        async with runtime(store, clock=clock, crash=f"{side}:write", nth=nth) as process:
+            await cell(process, body)
+        if side == "after" and nth == 9:
+            return  # that the cell has completed is on disk
+        async with runtime(store, clock=clock) as process:
+            assert await cell(process, body) == (1, 2, True)
+            assert len(rows(store, "event/heard/")) == 1
+            assert rows(store, "inbox/") == []
+
+    asyncio.run(main())
+
+
+def test_an_event_that_a_cell_gives_up_in_the_moment_it_comes_is_the_next_waits():
+    """Under whatever name: it is delivered once, and executed again the cell gets the same."""
+
+    async def body(turns):
+        waiting = asyncio.ensure_future(durable.wait_for_event("e", "go", timeout="1h"))
+        await until(lambda: durable.waiters("go"))
+        durable.notify("go", "came")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        if waiting.cancelled():
+            return (await durable.wait_for_event("e", "go", timeout="1h")).data
+        return waiting.result().data
+
+    async def main(turns):
+        async with runtime() as process:
+            assert await cell(process, functools.partial(body, turns)) == "came"
+
+    for turns in range(8):
+        asyncio.run(main(turns))
+
+
+def test_an_approval_of_a_cell_lapses_with_its_inputs_and_outlives_its_edits():
+    store, clock = MemoryStore(), FakeClock()
+
+    async def body():
+        return (await durable.approve("ok", f"pay {amount}?", timeout="1h")).comment
+
+    async def edited():
+        found = await body()
+        raise LookupError(found)
+
+    async def main():
+        nonlocal amount
+        reads = {"global amount": "1"}
+        async with runtime(store, clock=clock) as process:
+            with pytest.raises(RunSuspended):
+                await cell(process, body, reads=reads, max_answer_s=0)
+            durable.get_run("cell").approve("ok", comment="for 1")
+            with pytest.raises(LookupError, match="for 1"):
+                await cell(process, edited, reads={**reads, "global more": "x"})
+            amount = 2
+            with pytest.raises(RunSuspended):
+                await cell(process, body, reads={"global amount": "2"}, max_answer_s=0)
+            (first, second) = durable.get_run("cell").steps
+            assert (first.status, second.status, second.prompt) == ("completed", "waiting", "pay 2?")
+            amount = 3
+            with pytest.raises(RunSuspended):
+                await cell(process, body, reads={"global amount": "3"}, max_answer_s=0)
+            assert [step.prompt for step in durable.get_run("cell").steps if step.status == "waiting"] == ["pay 3?"]
+            durable.get_run("cell").approve("ok", comment="for 3")
+            assert await cell(process, body, reads={"global amount": "3"}) == "for 3"
+
+    amount = 1
+    asyncio.run(main())
+
+
+def test_gc_keeps_an_event_as_long_as_an_unfinished_run_may_get_it(tmp_path):
+    clock = FakeClock()
+
+    async def waits():
+        return (await durable.wait_for_event("e", "go", timeout="9d")).data
+
+    async def main():
+        async with runtime(tmp_path / "store", clock=clock) as process:
+            durable.notify("go", "before")
+            clock.advance(1)
+            redefine(waits)
+            run = durable.workflow(waits).start(id="1")
+            await until(lambda: durable.waiters("go"))
+            process.kill()
+        async with runtime(tmp_path / "store", clock=clock) as process:
+            durable.notify("go", "after")
+            journal = process.engine.store.journal
+            gc.collect(process.engine)
+            assert len(journal.sizes("event/")) == 1
+            durable.resume()
+            assert await durable.get_run(run.id) == "after"
+            gc.collect(process.engine)
+            assert journal.sizes("event/") == []
 
     asyncio.run(main())

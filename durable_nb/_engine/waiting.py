@@ -46,6 +46,8 @@ class Waiting:
         """A pause that is longer suspends the run; None: any is waited for."""
         self.max_answer_s: float | None = None
         """After so long without the event or decision that it waits for, the run is suspended."""
+        self._writing: dict[str, asyncio.Future[Verdict]] = {}
+        """What waits have come to, on its way to the disk."""
         self.reads: dict[str, str] = {}
         """What the cell reads, by component: approvals that were asked for when that was something else lapse."""
 
@@ -78,6 +80,8 @@ class Waiting:
     @enters_engine_code
     async def _hear(self, request: WaitRequest, wait: str, path: str, branch: str) -> Any:
         records = self._recording.records
+        if (writing := self._writing.get(wait)) is not None:  # for one that was given up in this very moment
+            await asyncio.wait({writing})
         recorded = records.what_came(wait)
         restored = recorded is not None
         timer = records.timer(wait) or timer_of(request, self._clock.now())
@@ -148,9 +152,11 @@ class Waiting:
         commit = self._recording.handed_over(inserts=(row,), deletes=(source,) if source else ())
 
         def learn(done: asyncio.Future[Verdict]) -> None:
+            del self._writing[wait]
             if not done.cancelled() and done.exception() is None and done.result() is Verdict.APPLIED:
                 records.arrived[wait] = row[1]
 
+        self._writing[wait] = commit
         commit.add_done_callback(learn)
         try:
             verdict = await asyncio.shield(commit)

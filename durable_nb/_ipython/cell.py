@@ -300,8 +300,9 @@ class CellExecution:
     def _bound_waits(self, run: CellRun) -> None:
         """Say for how long the run may wait: where nobody looks on, for no answer at all."""
         given = self._max_wait_s
-        run.waiting.max_wait_s = given if given is not None or self.live else HEADLESS_SLEEP_S
-        run.waiting.max_answer_s = given if given is not None or self.live else HEADLESS_ANSWER_S
+        is_free = given is not None or self.live or self._detached  # in the background a wait keeps nobody
+        run.waiting.max_wait_s = given if is_free else HEADLESS_SLEEP_S
+        run.waiting.max_answer_s = given if is_free else HEADLESS_ANSWER_S
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
         names = (self.namespace,) if self._detached else (self.shell.user_global_ns, self.namespace)
