@@ -353,6 +353,8 @@ class RunRecord:
     rows: int = 0
     """Of a workflow: so many its log had at least when an execution ended. Of fewer, some are lost."""
     progress: str = ""
+    renewed_at: float | None = None
+    """When it was begun anew last. Events for whoever waits that were sent before that are none of its."""
     format: int = FORMAT
 
 

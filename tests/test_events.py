@@ -314,6 +314,27 @@ def test_events_that_came_for_a_failed_run_are_there_when_it_is_resumed():
     asyncio.run(main())
 
 
+def test_large_data_come_whole_and_a_run_that_begins_anew_gets_no_event_of_before():
+    store, clock = MemoryStore(), FakeClock()
+    large = {"rows": b"x" * (2 << 20)}
+
+    async def waits():
+        return (await durable.wait_for_event("e", "go", timeout="1h")).data
+
+    async def main():
+        async with runtime(store, clock=clock):
+            run = redefine(waits).start(id="1")
+            durable.notify("go", large)
+            assert await run == large
+        async with runtime(store, clock=clock):
+            assert await run == large
+            clock.advance(1)
+            run.restart()
+            assert await run is None
+
+    asyncio.run(main())
+
+
 # -- approvals ---------------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +511,8 @@ def test_a_cell_killed_at_any_write_gets_each_event_once_and_sends_its_own_once(
             assert await cell(process, body) == (1, 2, True)
             assert len(rows(store, "event/heard/")) == 1
             assert rows(store, "inbox/") == []
+            assert await cell(process, body) == (None, None, True)
+            assert len(rows(store, "event/heard/")) == 2, "the next attempt sends its own"
 
     asyncio.run(main())
 

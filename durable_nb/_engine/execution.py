@@ -57,7 +57,7 @@ class Execution:
         self.began_at = self.now_s()
         self.ended_at: float | None = None
         self.error: str | None = None
-        self.arrivals = Arrivals(record.started_at)
+        self.arrivals = Arrivals(record.started_at if record.renewed_at is None else record.renewed_at)
         self._heard: dict[str, bytes] = {}
         """Messages that are on disk and that this execution has heard of."""
 

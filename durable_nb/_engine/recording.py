@@ -98,7 +98,8 @@ class Recording:
     # -- what plain calls ask for -----------------------------------------------------------------------------------------
 
     def send(self, request: SendRequest, branch: str) -> tuple[Outcome, bool]:
-        """Send an event, once in all executions: it goes in the commit of its outcome. Was it sent before?"""
+        """Send an event, once in all executions until the cell completes: it goes in the commit of its outcome. Was it sent
+        before?"""
         events = self._shared.events
         letters = []
 
@@ -106,7 +107,9 @@ class Recording:
             letters.append(events.letter(request))
             return list(letters[-1].run_ids), letters[-1].row
 
-        outcome, was_sent = self._at_once("notify", request.event_id, sent(request), branch, write)
+        # Of the open attempt, as waits are: executed with other inputs next week, the cell sends it again.
+        of = digest_of(self._execution.record.id, sent(request))
+        outcome, was_sent = self._at_once("notify", request.event_id, of, branch, write)
         if not was_sent:
             events.tell(letters[-1])
         return outcome, was_sent

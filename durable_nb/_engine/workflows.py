@@ -434,7 +434,8 @@ class Workflows:
         counts_from_s = record.counts_from_s
         if anew:
             since, since_s, generation, counts_from_s = now, 0.0, generation + 1, 0.0
-            record = replace(record, place=next_place(self._shared.clock) if record.limit else 0, rows=0)
+            place = next_place(self._shared.clock) if record.limit else 0
+            record = replace(record, place=place, rows=0, renewed_at=now.wall_s)
         elif record.status in (Status.FAILED, Status.CANCELLED):
             since = now
             since_s, counts_from_s, rows, cleared, children = self._resumption(record)
