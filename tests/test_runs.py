@@ -6,6 +6,7 @@ In-process tests play processes on one store (`durable_nb.testing`); what a kill
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -479,6 +480,46 @@ def test_a_cancelled_parent_that_is_resumed_resumes_its_child():
             family(leaf)
             assert await durable.get_run("42").resume() == ("first done", "over done")
             assert done == ["first", "before", "over"]
+
+    asyncio.run(main())
+
+
+def test_a_parent_whose_code_is_over_does_not_wait_for_a_child_that_it_gave_up_or_that_a_sibling_left_alone():
+    store, fixed = MemoryStore(), []
+
+    async def leaf():
+        await durable.sleep("long", "1h")
+        return await durable.run("leaf", work, "leaf")
+
+    def fails():
+        if not fixed:
+            raise ConnectionError("down")
+        return "up"
+
+    async def gives_up():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(durable.invoke("child", define(leaf, "leaf")), 60)
+        return "gave up"
+
+    async def beside_a_failure():
+        child = durable.invoke("child", define(leaf, "leaf"))
+        return await asyncio.gather(child, durable.run("fails", durable.step(fails, retries=0)))
+
+    async def main():
+        clock = FakeClock()
+        async with runtime(store, clock=clock):
+            began = clock.wall_s
+            assert await define(gives_up).start() == "gave up"
+            assert clock.wall_s - began < 3600
+            run = define(beside_a_failure).start()
+            with pytest.raises(ConnectionError):
+                await run
+            fixed.append(True)
+            for child in durable.runs(workflow="leaf"):
+                assert await child == "leaf done"
+            assert await run.resume() == ["leaf done", "up"]
+            assert len(durable.runs(workflow="leaf")) == 2
+        assert done == ["leaf", "leaf"]
 
     asyncio.run(main())
 
@@ -961,6 +1002,19 @@ async def under_a_time_out():
         await durable.sleep("wait", "7d")
 
 
+async def in_an_event():
+    await durable.wait_for_event("wait", "never")
+
+
+async def in_a_decision():
+    await durable.approve("wait", "Shall we?")
+
+
+async def in_a_limit():
+    limit = durable.limit("one", concurrency=1)
+    await asyncio.gather(*(durable.run("wait", durable.step(asyncio.Event().wait, limit=limit)) for _ in range(3)))
+
+
 async def in_as_completed():
     for next_one in asyncio.as_completed([durable.sleep("wait", "7d"), durable.sleep("wait", "8d")]):
         await next_one
@@ -974,7 +1028,16 @@ def blocked():
 gates = [threading.Event()]
 WAITS = [
     *(in_a_body, in_a_thread, in_a_sleep, in_a_sleep_of_asyncio, in_a_gather, in_a_group, in_a_shield, in_a_queue, in_a_child),
-    *(in_a_pause_between_attempts, in_another_run, in_a_map, under_a_time_out, in_as_completed),
+    *(
+        in_an_event,
+        in_a_decision,
+        in_a_limit,
+        in_a_pause_between_attempts,
+        in_another_run,
+        in_a_map,
+        under_a_time_out,
+        in_as_completed,
+    ),
 ]
 
 

@@ -197,7 +197,8 @@ class CellRun:
         return own and in_user_code(frame)
 
     async def _drain(self) -> None:
-        """Let bodies that have begun end. Stopped ones get a moment to unwind; threads go on alone."""
+        """Let bodies that have begun end. Stopped ones get a moment to unwind; threads and invoked children go on alone."""
+        self._performer.leave_children()
         while (busy := self._busy()) and (self.scope.stopped is None or isinstance(self.scope.stopped, RunSuspended)):
             await asyncio.wait(busy, timeout=0.5)
         if self.scope.stopped is None or isinstance(self.scope.stopped, RunSuspended):

@@ -16,7 +16,7 @@ from durable_nb import _codec, _usage
 from durable_nb import _records as rec
 from durable_nb._arguments import fingerprint_of
 from durable_nb._clock import RECHECK_S, remaining_s, say_duration
-from durable_nb._current import Body, Limit, StepRequest, current_body
+from durable_nb._current import Body, InvokeRequest, Limit, StepRequest, current_body
 from durable_nb._engine.attempt import Attempt
 from durable_nb._engine.heartbeats import Heartbeat
 from durable_nb._engine.in_place import Inputs, Sharing, described, packed_changes, provenance_of
@@ -471,6 +471,12 @@ class Performer:
             "as it is tried at most once, its body was not run again. Look at the far end, then "
             + self._wording.rerun_hint.replace("STEP", request.name)
         )
+
+    def leave_children(self) -> None:
+        """The code is over: nobody waits for the runs that it has invoked. They go on, and tell of themselves."""
+        for body in list(self.bodies.values()):
+            if isinstance(body.request, InvokeRequest):
+                body.cancel()
 
     # -- what is recorded ------------------------------------------------------------------------------------------------
 

@@ -119,9 +119,10 @@ class RequestTasks:
                 ask.task.cancel()
 
     async def drain(self, activation: int, is_stopped: Callable[[], bool], *, returned: bool) -> None:
-        """Bodies that have begun end, and are recorded; what was asked for in this activation, or waits, never begins.
-        `returned`: the code is done, and it is told what it had asked for in vain."""  # fmt: skip
+        """Bodies that have begun end, and are recorded; what was asked for in this activation, or waits, never begins; invoked
+        children go on by themselves. `returned`: the code is done, and it is told what it had asked for in vain."""
         unbegun = []
+        self._performer.leave_children()
         for ask in list(self._working.values()):
             step = self._facts[ask.path] if ask.path else None
             is_waiting = step is not None and (step.status in (Status.RETRYING, Status.SLEEPING) or step.waits_for is not None)

@@ -37,7 +37,7 @@ def forget(engine: Engine, name: str) -> Forgotten:
         records = [unpack(store.signer, key, row, RunRecord) for key, row in journal.scan("run/")]
         runs = [record.id for record in records if record.scope == scope]
         for run_id in runs:
-            rows += [rec.run_key(run_id), rec.lease_key(run_id)]
+            rows += [rec.run_key(run_id), rec.lease_key(run_id), rec.facts_key(run_id)]
             own = (
                 rec.inbox_prefix,
                 rec.timer_prefix,

@@ -163,7 +163,7 @@ def _superfluous(engine: Engine) -> Iterator[tuple[_Guard, list[str]]]:
     of_runs = f"timer/{_OF_RUN}"  # rows of a log; else of a cell's run
     by_run = [
         key
-        for prefix in (*_BY_QUOTED_RUN, "lease/", "open/", "arguments/", "result/")
+        for prefix in (*_BY_QUOTED_RUN, "lease/", "open/", "arguments/", "facts/", "result/")
         for key, _ in journal.sizes(prefix)
         if not key.startswith(of_runs)
     ]
