@@ -33,13 +33,20 @@ _KNOWN = {
     "datetime.datetime": dict.fromkeys(("now", "utcnow", "today"), _NOW),
     "datetime.date": {"today": f"{_NOW}.date()"},
     "uuid": dict.fromkeys(("uuid1", "uuid4", "uuid6", "uuid7"), _UUID),
-    "random": {},
-    "secrets": {},
-    "numpy.random": {},
+    "secrets": dict.fromkeys(
+        ("token_hex", "token_bytes", "token_urlsafe", "randbelow", "randbits", "choice"), f"{_UUID}, or {_STEP}"
+    ),
     "urllib.request": dict.fromkeys(("urlopen", "urlretrieve"), _CALL),
 }
-"""Modules and classes, and what of them is looked for; empty: all that can be called."""
-_HTTP = ("requests", "httpx", "httpx2", "aiohttp", "urllib3", "http.client")
+"""Modules and classes, and what of them is looked for."""
+_RANDOM_MODULES = ("random", "numpy.random")
+_SEEDED = ("Random", "RandomState", "Generator", "default_rng", "seed", "getstate", "setstate", "get_state", "set_state")
+"""What of these gives the same each time, given a seed."""
+_HTTP = ("requests", "httpx", "httpx2", "aiohttp", "urllib3", "http")
+_SENDS = (
+    *("get", "post", "put", "patch", "delete", "head", "options", "request", "stream", "Client", "AsyncClient", "Session"),
+    *("session", "ClientSession", "PoolManager", "HTTPConnection", "HTTPSConnection"),
+)
 
 _told: set[tuple[str, str, str]] = set()
 
@@ -127,12 +134,11 @@ def _place_of(owner: Any, target: Any) -> str:
 
 
 def _of_place(place: str, name: str) -> str:
-    if place in ("random", "numpy.random", "secrets"):
-        return _RANDOM if place != "secrets" else "durable.uuid4(), or " + _STEP
+    if place in _RANDOM_MODULES:
+        return "" if name in _SEEDED else _RANDOM
     if place in _KNOWN:
         return _KNOWN[place].get(name, "")
-    top = place.partition(".")[0]
-    return _CALL if top in _HTTP or place in _HTTP else ""
+    return _CALL if place.partition(".")[0] in _HTTP and name in _SENDS else ""
 
 
 _NOTHING = object()

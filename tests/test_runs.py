@@ -1332,6 +1332,8 @@ async def order(cart, open_door, client=None):
         ("with open('a') as f: f.read()", "a step"),
         ("httpx.get('https://example.com')", "durable.call"),
         ("requests.post('https://example.com')", "durable.call"),
+        ("with requests.Session() as session: session.get('x')", "durable.call"),
+        ("random.shuffle(cart)", "durable.random()"),
         ("async with httpx.AsyncClient() as c: await c.get('x')", "durable.AsyncClient"),
         ("urllib.request.urlopen('https://example.com')", "durable.call"),
         # none of these
@@ -1341,6 +1343,8 @@ async def order(cart, open_door, client=None):
         ("def body(): return open('a').read()", None),
         ("await asyncio.sleep(3)", None),
         ("durable.AsyncClient()", None),
+        ("random.Random(7).random(), np.random.default_rng(7).random()", None),
+        ("httpx.Timeout(5), httpx.URL('https://example.com')", None),
         ("cart.open(), open_door(), client.get()", None),
         ("time = cart; time.time()", None),
         ("datetime(2020, 1, 1), dt.timedelta(3), uuid.UUID(int=3)", None),
