@@ -15,7 +15,7 @@ from durable_nb._clock import parse_duration
 from durable_nb._current import Run, StandsFor, current_body, run_for
 from durable_nb._exchange import Credentials, Line, Recorded, Sent, StatusError
 from durable_nb._misuse import explained
-from durable_nb._redaction import redact, redact_log_of, said
+from durable_nb._redaction import redact, said
 from durable_nb._secrets import secret
 from durable_nb._verbs import check_name
 from durable_nb.http import ask
@@ -117,7 +117,7 @@ def chat(
     if request.url.scheme not in ("http", "https") or not request.url.host:
         raise ValueError(f"{what}: base_url={said(url)!r} needs http:// or https:// and a host; nothing was sent")
     sent, credentials = _exchange.as_data(request, keyed=True, limit_s=limit_s)
-    redact_log_of("httpx")
+    _exchange.redact_log_of("httpx")
     step = ask(run, "chat", name, answered, (api, sent, credentials), _exchange.described(request, ()), retries)
     return _result(run, step, name, kind, request)
 

@@ -23,7 +23,7 @@ from durable_nb import _exchange, _secrets, _usage
 from durable_nb._current import Run, StandsFor, StepRequest, current_body, current_run, note_usage
 from durable_nb._door import wait_for
 from durable_nb._exchange import Credentials, Line, Reader, Recorded, Recorder, StatusError
-from durable_nb._redaction import redact, redact_log_of, said
+from durable_nb._redaction import redact, said
 from durable_nb._retry import RetryPolicy
 from durable_nb.errors import NotSupportedError
 
@@ -40,10 +40,16 @@ _ONCE = RetryPolicy(retries=0)
 
 def _revealed(request: Any) -> Any:
     """The request with values in place of references to secrets, where it has some."""
-    if not any(_secrets.has_reference(text) for text in (str(request.url), *request.headers.values())):
+    body = vars(request).get("_content", b"")  # a stream that was not read has none
+    in_body = bool(_secrets.names_in(body))
+    if not in_body and not any(_secrets.has_reference(text) for text in (str(request.url), *request.headers.values())):
         return request
     headers = [(k, _secrets.reveal(v.decode("latin-1")).encode("latin-1")) for k, v in request.headers.raw]
     url, more = _secrets.reveal(str(request.url)), request.extensions
+    if in_body:
+        body = _secrets.reveal(body.decode("latin-1")).encode("latin-1")
+        headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
+        return type(request)(request.method, url, headers=headers, content=body, extensions=more)
     return type(request)(request.method, url, headers=headers, stream=request.stream, extensions=more)
 
 
@@ -355,7 +361,7 @@ class _Client:
         wrap = functools.partial(self._wrapped, vary=(vary,) if isinstance(vary, str) else tuple(vary))
         own._transport = wrap(own._transport)
         own._mounts = {pattern: None if inner is None else wrap(inner) for pattern, inner in own._mounts.items()}
-        redact_log_of(self.family.library.__name__)
+        _exchange.redact_log_of(self.family.library.__name__)
 
     def _wrapped(self, inner: Any, vary: tuple[str, ...]) -> Any:
         raise NotImplementedError
@@ -375,6 +381,9 @@ class _Client:
         with contextlib.suppress(RuntimeError):  # without a request
             if isinstance(error, self.family.library.TooManyRedirects):
                 error.args = (f"{error} ({error.request.method} {said(error.request.url)})",)
+            elif isinstance(error, self.family.library.HTTPStatusError):  # raised by an event hook
+                error.args = (str(error).replace(str(error.request.url), said(error.request.url)),)
+                self._without_credentials(error.response)
             error.request = redact(error.request)
 
 
@@ -387,7 +396,7 @@ class _AsyncClient(_Client):
             return _noted(await super().send(request, **options))  # type: ignore[misc]
         try:
             return self._without_credentials(await super().send(request, **options))  # type: ignore[misc]
-        except self.family.library.RequestError as error:
+        except self.family.library.HTTPError as error:
             self._redacted(error)
             raise
 
@@ -401,7 +410,7 @@ class _BlockingClient(_Client):
             return _noted(super().send(request, **options))  # type: ignore[misc]
         try:
             return self._without_credentials(super().send(request, **options))  # type: ignore[misc]
-        except self.family.library.RequestError as error:
+        except self.family.library.HTTPError as error:
             self._redacted(error)
             raise
 

@@ -7,6 +7,7 @@ somebody else prepared is never unpickled, and a row can't be moved to another k
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -194,3 +195,22 @@ def load_key() -> bytes:
 def keyed_digest(secret: str) -> str:
     """Stands for a secret in an identity: equal secrets give equal text, and only the key's holder could try guesses."""
     return Signer(load_key()).mac(b"secret", secret.encode("utf-8", "surrogatepass")).hex()
+
+
+def seal(secret: str) -> str:
+    """The text encrypted under the user's key, another one each time: of credentials that have to come back."""
+    nonce, data = secrets.token_bytes(16), secret.encode("utf-8", "surrogatepass")
+    return base64.b64encode(nonce + _masked(data, nonce)).decode()
+
+
+def unseal(sealed: str) -> str:
+    """The text that `seal` was given; UnicodeDecodeError, nearly always, where that was under another key."""
+    raw = base64.b64decode(sealed)
+    return _masked(raw[16:], raw[:16]).decode("utf-8", "surrogatepass")
+
+
+def _masked(data: bytes, nonce: bytes) -> bytes:
+    """XOR with a stream that only the key's holder can make: the MACs of a count. Rows are signed, so nobody alters it."""
+    signer = Signer(load_key())
+    stream = b"".join(signer.mac(b"seal", nonce, b"%d" % n) for n in range(-(-len(data) // _MAC_BYTES)))
+    return bytes(a ^ b for a, b in zip(data, stream, strict=False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import re
 import ssl
 import time
@@ -23,8 +24,9 @@ from weakref import WeakKeyDictionary
 
 from durable_nb import _secrets, _usage
 from durable_nb._clock import say_duration
-from durable_nb._codec import keyed_digest
+from durable_nb._codec import keyed_digest, seal, unseal
 from durable_nb._current import Run, current_body, current_run, note_usage
+from durable_nb._preview import redacted
 from durable_nb._redaction import REDACTED, SECRET_HEADERS, SECRET_PARAMETER, redact, said, without_secrets
 from durable_nb.errors import NonRetryableError
 
@@ -45,13 +47,14 @@ class Credentials:
     In another process there are only those that are given as `durable.secret(name)`.
     """
 
-    def __init__(self, url: str | None, headers: Iterable[tuple[str, str]]) -> None:
-        self.url, self.headers = url, tuple(headers)
+    def __init__(self, url: str | None, headers: Iterable[tuple[str, str]], in_body: Iterable[str] = ()) -> None:
+        """`in_body`: names of the secrets that the body refers to."""
+        self.url, self.headers, self.in_body = url, tuple(headers), tuple(in_body)
 
     def __reduce__(self) -> Any:
         url = _secrets.template(self.url) if self.url is not None and _is_by_reference(self.url) else None
         headers = [(k, _secrets.template(v) if _secrets.has_reference(v) else None) for k, v in self.headers]
-        return _credentials_elsewhere, (url, tuple(headers), self.url is not None)
+        return _credentials_elsewhere, (url, tuple(headers), self.url is not None, self.in_body)
 
     def values(self) -> list[tuple[str, bytes]]:
         """What an answer may repeat of it: where it stands, and the value."""
@@ -67,6 +70,9 @@ class Credentials:
             named += [(f"parameter {k}", v) for k, v in _parameters(url)]
             password = re.match(r"[^/]*//[^/?#@]*:([^/?#@]*)@", url)
             named += [("password", password[1])] if password else []
+        texts = [value for _, value in self.headers] + ([] if self.url is None else [self.url])
+        by_name = dict.fromkeys((*self.in_body, *(name for text in texts for name in _secrets.names_in(text))))
+        named += [(f"secret {name}", _secrets.value_of(name)) for name in by_name]
         return [(where, value.encode("latin-1", "replace")) for where, value in named if len(value) >= _ECHOED_BYTES]
 
 
@@ -82,7 +88,10 @@ def _parameters(url: str) -> list[tuple[str, str]]:
 
 
 def _credentials_elsewhere(
-    url: tuple[str, ...] | None, headers: tuple[tuple[str, tuple[str, ...] | None], ...], had_url: bool
+    url: tuple[str, ...] | None,
+    headers: tuple[tuple[str, tuple[str, ...] | None], ...],
+    had_url: bool,
+    in_body: tuple[str, ...],
 ) -> Credentials:
     for name, parts in headers:
         if parts is None:
@@ -96,7 +105,7 @@ def _credentials_elsewhere(
             "durable.secret(NAME), and set NAME in the environment here"
         )
     known = ((name, _secrets.from_template(parts)) for name, parts in headers if parts is not None)
-    return Credentials(None if url is None else _secrets.from_template(url), known)
+    return Credentials(None if url is None else _secrets.from_template(url), known, in_body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +143,13 @@ class Sent:
         return request
 
 
-def as_data(
-    request: Any, *, keyed: bool = False, body_secrets: bool = False, limit_s: float | None = None
-) -> tuple[Sent, Credentials]:
+def as_data(request: Any, *, keyed: bool = False, limit_s: float | None = None) -> tuple[Sent, Credentials]:
     """A request whose body was read, apart from its credentials."""
-    family = type(request).__module__.partition(".")[0]
+    family, in_body = type(request).__module__.partition(".")[0], _secrets.names_in(request.content)
     headers, secret = list[tuple[str, str | None]](), list[tuple[str, str]]()
     for name, value in ((k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers.raw):
         lower = name.lower()
-        if lower == "transfer-encoding" or (lower == "content-length" and body_secrets):
+        if lower == "transfer-encoding" or (lower == "content-length" and in_body):
             continue  # the body is sent as a whole, and with the values of secrets
         if lower in SECRET_HEADERS or _secrets.has_reference(value):
             headers.append((name, None))
@@ -151,9 +158,9 @@ def as_data(
             headers.append((name, value))
     full, open_url = str(request.url), str(without_secrets(request.url))
     has_secret = open_url != full or _secrets.has_reference(full)
-    credentials = Credentials(full if has_secret else None, secret)
+    credentials = Credentials(full if has_secret else None, secret, in_body)
     url = _secrets.without_names(open_url)
-    more = dict(request.extensions), keyed, body_secrets, limit_s
+    more = dict(request.extensions), keyed, bool(in_body), limit_s
     return Sent(family, request.method, url, tuple(headers), request.content, *more), credentials
 
 
@@ -322,7 +329,7 @@ async def exchange(sent: Sent, credentials: Credentials, line: Line, reader: Rea
                 await response.aclose()
                 await close_line()
     except Exception as error:
-        raise named(error, sent, credentials, request) from error.__cause__
+        raise named(error, sent, credentials) from error.__cause__
     return _judged(recorder, time.perf_counter() - began)
 
 
@@ -346,7 +353,7 @@ def exchange_blocking(
         finally:
             response.close()
     except Exception as error:
-        raise named(error, sent, credentials, request) from error.__cause__
+        raise named(error, sent, credentials) from error.__cause__
     return _judged(recorder, time.perf_counter() - began)
 
 
@@ -378,7 +385,7 @@ def _judged(recorder: Recorder, elapsed_s: float) -> Recorded:
     return recorded
 
 
-def named(error: Exception, sent: Sent, credentials: Credentials, request: Any) -> Exception:
+def named(error: Exception, sent: Sent, credentials: Credentials) -> Exception:
     """The error with the step and the URL in its text, and no credentials in it."""
     library, where = _library(sent.family), _where(sent)
     if isinstance(error, library.LocalProtocolError):  # its text has the header's value, and so has its cause
@@ -392,7 +399,8 @@ def named(error: Exception, sent: Sent, credentials: Credentials, request: Any) 
         for _, value in credentials.values():
             text = text.replace(value.decode("latin-1"), REDACTED)
         error.args = (f"{text} ({where})",)
-        error.request = redact(request)
+        shown = [(k, REDACTED if v is None else v) for k, v in sent.headers]
+        error.request = library.Request(sent.method, sent.url, headers=shown)  # without the values of secrets by name
     return error
 
 
@@ -463,7 +471,7 @@ class Recorder:
             "status": self._response.status_code,
             "reason": self._response.reason_phrase,
             "http_version": self._response.http_version,
-            "headers": [[k, REDACTED if k.lower() in SECRET_HEADERS else _hidden(v, values)] for k, v in headers],
+            "headers": [[k, REDACTED if k.lower() in SECRET_HEADERS else _kept(_hidden(v, values))] for k, v in headers],
             "content": _as_text(content),
             "elapsed_s": elapsed_s,
         }
@@ -578,6 +586,26 @@ def _hidden(text: str, values: list[tuple[str, bytes]]) -> str:
     return text
 
 
+def _kept(header: str) -> str:
+    """A header's value as it is recorded. An address with credentials, such as a redirect's, is encrypted, beside what can be
+    told of it: whoever goes on from there has to send them, restored or not."""
+    told = said(header)
+    return header if told == header else f"{told}{_SEALED}{seal(header)}"
+
+
+def _given(header: str) -> str:
+    """The value that `_kept` was given; what can be told of it, where another user's key sealed it."""
+    told, _, sealed = header.partition(_SEALED)
+    try:
+        return unseal(sealed) if sealed else told
+    except UnicodeDecodeError:
+        return told
+
+
+_SEALED = "\1"
+"""No header holds it."""
+
+
 def _filled(text: str, values: Mapping[str, bytes]) -> str:
     if "\0" not in text:
         return text
@@ -604,7 +632,7 @@ def contents(recorded: Recorded, values: Mapping[str, bytes]) -> Iterator[bytes]
 
 def echoed(recorded: Recorded, credentials: Credentials | None) -> dict[str, bytes]:
     """The credentials that the answer repeats, as they are now."""
-    if credentials is None or not (recorded.get("echoes") or any("\0" in value for _, value in recorded["headers"])):
+    if credentials is None or not (recorded.get("echoes") or any(_may_echo(v) for _, v in recorded["headers"])):
         return {}
     try:
         return dict(credentials.values())
@@ -612,8 +640,12 @@ def echoed(recorded: Recorded, credentials: Credentials | None) -> dict[str, byt
         return {}
 
 
+def _may_echo(header: str) -> bool:
+    return "\0" in header or _SEALED in header
+
+
 def headers_of(recorded: Recorded, values: Mapping[str, bytes]) -> list[tuple[bytes, bytes]]:
-    return [(k.encode("latin-1"), _filled(v, values).encode("latin-1")) for k, v in recorded["headers"]]
+    return [(k.encode("latin-1"), _filled(_given(v), values).encode("latin-1")) for k, v in recorded["headers"]]
 
 
 def extensions_of(recorded: Recorded) -> dict[str, bytes]:
@@ -634,3 +666,28 @@ def restored(recorded: Recorded, library: Any, request: Any, credentials: Creden
     response.read()
     response.elapsed = timedelta(seconds=recorded["elapsed_s"])
     return response
+
+
+# -- what is logged ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def redact_log_of(name: str) -> None:
+    """From now on the loggers of httpx, or httpx2, and of its transport say no credentials: they tell each request's URL, with
+    its query, and, in detail, the headers of responses."""
+    for logger in (name, *(f"{name.replace('httpx', 'httpcore')}.{part}" for part in ("http11", "http2", "proxy"))):
+        logging.getLogger(logger).addFilter(_redacted)
+
+
+_SECRET_HEADER = re.compile(rf"\(b'((?i:{'|'.join(SECRET_HEADERS)}))', b(?:'[^']*'|\"[^\"]*\")\)")
+_PARAMETER = re.compile(rf"([?&][^=&#\s'\"]*(?:{SECRET_PARAMETER.pattern})[^=&#\s'\"]*=)[^&#\s'\"]*", re.IGNORECASE)
+
+
+def _redacted(record: logging.LogRecord) -> bool:
+    if isinstance(record.args, tuple):
+        record.args = tuple(redacted(said(arg)) if type(arg).__name__ == "URL" else arg for arg in record.args)
+    if "return_value" in str(record.msg):  # the transport's: a text that is put together already
+        text = _SECRET_HEADER.sub(rf"(b'\1', b'{REDACTED}')", str(record.msg))
+        text = _PARAMETER.sub(rf"\1{REDACTED}", re.sub(r"//[^/?#\s'\"]*@", f"//{REDACTED}@", text))
+        record.msg = redacted(text)
+    return True

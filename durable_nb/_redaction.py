@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,15 +51,3 @@ def without_credentials(obj: Any) -> Any:
         made.request = redact(obj.request)
         return made
     return obj
-
-
-@cache
-def redact_log_of(name: str) -> None:
-    """From now on the logger of httpx, or httpx2, says no credentials: it tells each request's URL, with its query."""
-    logging.getLogger(name).addFilter(_redacted)
-
-
-def _redacted(record: logging.LogRecord) -> bool:
-    if isinstance(record.args, tuple):
-        record.args = tuple(said(arg) if type(arg).__name__ == "URL" else arg for arg in record.args)
-    return True

@@ -104,6 +104,14 @@ def has_reference(text: str) -> bool:
     return _MARK in text and any(map(_is_own, _REFERENCE.finditer(text)))
 
 
+def names_in(text: str | bytes) -> list[str]:
+    """Of the secrets that it refers to."""
+    if (_MARK if isinstance(text, str) else _MARK.encode()) not in text:  # type: ignore[operator]
+        return []
+    text = text if isinstance(text, str) else text.decode("latin-1")
+    return [found[1] for found in _REFERENCE.finditer(text) if _is_own(found)]
+
+
 def template(text: str) -> tuple[str, ...]:
     """The text for another user's process: parts, of which every second one is a secret's name."""
     parts, at = list[str](), 0

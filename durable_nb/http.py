@@ -11,12 +11,12 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from durable_nb import _exchange, _secrets
+from durable_nb import _exchange
 from durable_nb._clock import parse_duration
 from durable_nb._current import Run, StandsFor, StepRequest, run_for
 from durable_nb._exchange import Credentials, Line, StatusError
 from durable_nb._misuse import explained
-from durable_nb._redaction import redact_log_of, said
+from durable_nb._redaction import said
 from durable_nb._retry import RetryPolicy, is_transient
 from durable_nb._verbs import check_name
 
@@ -101,9 +101,8 @@ def call(
         raise ValueError(
             f"durable.call({name!r}, {said(url)!r}): the URL needs http:// or https:// and a host; nothing was sent"
         )
-    has_secret = any(map(_secrets.holds_secret, (json, data, content)))
-    sent, credentials = _exchange.as_data(request, keyed=method.upper() != "GET", body_secrets=has_secret, limit_s=limit_s)
-    redact_log_of("httpx")
+    sent, credentials = _exchange.as_data(request, keyed=method.upper() != "GET", limit_s=limit_s)
+    _exchange.redact_log_of("httpx")
     step = ask(
         run, "call", name, _exchange.exchange, (sent, credentials, Line()), _exchange.described(request, vary), retries, total_s
     )

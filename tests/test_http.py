@@ -625,6 +625,96 @@ def test_credentials_that_an_answer_repeats_are_not_recorded(tmp_path):
     assert not files_with(tmp_path, KEY)
 
 
+def test_a_redirect_to_an_address_with_credentials_is_followed_live_and_restored(tmp_path, caplog):
+    """As storage services sign them: the next request sends them, wherever the run dies, and the record holds none of them."""
+    caplog.set_level(logging.DEBUG)
+    there = f"/file?X-Amz-Signature={KEY}&part=1".encode()
+    cookie = b"Set-Cookie: session=swordfish-0123456789; Path=/"
+
+    async def fetch(url):
+        async with durable.AsyncClient(http=httpx, follow_redirects=True) as http:
+            answer = await http.get(url)
+        again = await durable.call("again", url)
+        await durable.run("done", str, 1)
+        return answer.text, answer.history[0].status_code, KEY in again.headers["location"]
+
+    async def main():
+        moved = ok(b"", b"Location: " + there, cookie, status=b"302 Found")
+        for nth in range(1, 6):
+            async with answering(moved, ok(b"whole"), moved, ok(b"")) as (url, seen):
+                store = tmp_path / str(nth)
+                async with runtime(store, crash="after:step", nth=nth):
+                    await define(fetch).start(url, id="1")
+                async with runtime(store):
+                    assert await define(fetch).start(url, id="1") == ("whole", 302, True)
+                assert [request.split(b" ")[1] for request in seen] == [b"/", there, b"/"]
+
+    asyncio.run(main())
+    assert "receive_response_headers" in caplog.text
+    for secret in (KEY, "swordfish"):
+        assert not files_with(tmp_path, secret)
+        assert secret not in caplog.text
+
+
+def test_secrets_by_name_are_nowhere_wherever_they_stand(tmp_path, monkeypatch, caplog):
+    """In a path, a query, part of a header, a body: repeated by the answer, or in an error with all that it holds."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("TEST_MODEL_KEY", KEY)
+    key = durable.secret("TEST_MODEL_KEY")
+
+    async def ask(url):
+        found = []
+        async with durable.AsyncClient(http=httpx) as http:
+            post = {"json": {"password": f"{key}"}, "headers": {"x-auth": f"key={key}; v=1"}}
+            for answer in (
+                await http.post(f"{url}/bot{key}/send?q={key}", **post),
+                await durable.call("rates", f"{url}/bot{key}/send?q={key}", method="POST", **post),
+            ):
+                assert answer.text.count(KEY) == 4
+                found.append(f"{answer.request.url} {answer.request.headers} {answer.url}")
+            for failing in (http.get(f"http://127.0.0.1:1/{key}"), durable.call("x", f"http://127.0.0.1:1/{key}", retries=0)):
+                with pytest.raises(httpx.ConnectError) as refused:
+                    await failing
+                found.append(f"{refused.value} {vars(refused.value)} {refused.value.request.url}")
+        return found
+
+    async def echo(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head.lower())[1]))
+                writer.write(ok(head.split(b"\r\n")[0] + re.search(rb"(?i)x-auth[^\r]+", head)[0] + body))
+        writer.close()
+
+    async def main():
+        async with await asyncio.start_server(echo, "127.0.0.1", 0) as server, runtime(tmp_path / "store"):
+            found = await define(ask).start(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            server.close()
+        assert KEY not in str(found)
+
+    asyncio.run(main())
+    assert KEY not in caplog.text
+    assert not files_with(tmp_path, KEY)
+
+
+def test_what_an_event_hook_raises_says_no_secret(server):
+    async def refuse(response):
+        response.raise_for_status()
+
+    async def ask(url):
+        async with durable.AsyncClient(http=httpx, event_hooks={"response": [refuse]}, headers={"x-api-key": KEY}) as http:
+            await http.get(f"{url}/nothing?api_key={KEY}")
+
+    async def main():
+        async with runtime():
+            with pytest.raises((httpx.HTTPStatusError, durable.StepFailed), match="404") as refused:
+                await define(ask).start(server.url)
+            assert "api_key=[redacted]" in str(refused.value)
+            assert KEY not in f"{refused.value} {vars(refused.value)}"
+
+    asyncio.run(main())
+
+
 def described(request, vary=()):
     request.read()
     return _exchange.described(request, vary)
