@@ -24,6 +24,7 @@ from durable_nb._engine.reporting import decoded
 from durable_nb._engine.request_tasks import key_of
 from durable_nb._engine.run_log import cancelled, read_log
 from durable_nb._engine.run_time import due_in_s
+from durable_nb._engine.scans import Row, Scans
 from durable_nb._facts import FINISHED, Paths, Progress, Snapshot, Status, Step, Used, standing
 from durable_nb._preview import Preview
 from durable_nb._records import (
@@ -49,6 +50,9 @@ from durable_nb.errors import RunNotFoundError, StepNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._engine.shared import Shared
+
+
+Scan = Callable[[str], list[Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,49 +99,63 @@ class Catalog:
             return found
         return self._heeding(found[0], self._ownership.inbox.of(run_id)), found[1]
 
-    def all(self) -> list[tuple[RunRecord, Lease | None]]:
+    def all(self) -> Iterator[tuple[RunRecord, Lease | None]]:
         """Every run that can be read, the newest first. One that is damaged, or that another key signed, is left out: `doctor`
         tells of it."""  # fmt: skip
-        inboxes, found = self._ownership.inbox.all(), list[tuple[RunRecord, Lease | None]]()
+        return ((record, lease) for record, lease, _ in self._among(lambda _: True))
+
+    def chosen(
+        self, status: str | None = None, workflow: str | None = None, label: str | None = None
+    ) -> Iterator[tuple[RunRecord, Lease | None, Status]]:
+        """Those of them that fit, and how they stand. That is looked up only where the rest fits, and where it may be so."""
+
+        def fits(record: RunRecord) -> bool:
+            return workflow in (None, record.name) and (label is None or label in record.labels)
+
+        scan = Scans(self._journal)
+        for record, lease, is_sure in self._among(fits):
+            if status is None or not is_sure or self._may_stand(record, lease, status):
+                with contextlib.suppress(StoreError):
+                    stands = self.status(record, lease, scan)
+                    if status in (None, stands):
+                        yield record, lease, stands
+
+    def _among(self, fits: Callable[[RunRecord], bool]) -> Iterator[tuple[RunRecord, Lease | None, bool]]:
+        """The same as `seen`, of many runs; and is it all that there is to know, since this process doesn't execute it?"""
+        inboxes, records = self._ownership.inbox.all(), list[RunRecord]()
         with without_collector():
             for key, row in self._journal.scan(rec.run_key("")):
                 with contextlib.suppress(StoreError):
-                    found.append((unpack(self._signer, key, row, RunRecord), None))
-            unfinished = [n for n, (record, _) in enumerate(found) if record.status == Status.RUNNING or record.id in inboxes]
-            leases = dict(self._journal.scan(rec.lease_key(""))) if unfinished else {}
-            owners: dict[str, bool] = {}
-            for n in unfinished:
-                found[n] = self._standing_at(found[n][0], leases, inboxes, owners)
-            found.sort(key=_newest_first)
-        return found
-
-    def _standing_at(
-        self, record: RunRecord, leases: dict[str, bytes], inboxes: dict[str, list[Received]], owners: dict[str, bool]
-    ) -> tuple[RunRecord, Lease | None]:
-        """The same as `seen`, of many runs. `owners`: which processes were found to execute theirs."""
-        lease = None
-        with contextlib.suppress(StoreError):
-            row = leases.get(key := rec.lease_key(record.id))
-            lease = unpack(self._signer, key, row, Lease) if row else None
-        owner = lease.owner if lease else ""
-        if owner not in owners or owner == self._shared.store.process.id:
-            owners[owner] = self.is_owned(record.id, lease)
-        if owners[owner]:
-            return record, lease
-        return self._heeding(record, inboxes.get(record.id, [])), replace(lease, owner="") if lease else None
-
-    def chosen(self, status: str | None, workflow: str | None, label: str | None) -> Iterator[tuple[RunRecord, Lease | None]]:
-        """Those of them that fit. How a run stands is looked up only where the rest fits, and where it may stand so."""
-        for record, lease in self.all():
-            if workflow not in (None, record.name) or (label is not None and label not in record.labels):
+                    record = unpack(self._signer, key, row, RunRecord)
+                    if fits(record):
+                        records.append(record)
+        records.sort(key=_newest_first)
+        leases: dict[str, bytes] | None = None
+        owners: dict[str, bool] = {}
+        for record in records:
+            if record.status != Status.RUNNING and record.id not in inboxes and not self._is_started(record.id):
+                yield record, None, True
                 continue
-            if status is None or (self._may_stand(record, status) and self.status(record, lease) == status):
-                yield record, lease
+            if leases is None:
+                leases = dict(self._journal.scan(rec.lease_key("")))
+            lease = None
+            with contextlib.suppress(StoreError):
+                row = leases.get(key := rec.lease_key(record.id), b"")
+                lease = unpack(self._signer, key, row, Lease) if row else None
+            owner = lease.owner if lease else ""
+            is_mine = owner == self._shared.store.process.id or self._is_started(record.id)
+            if owner not in owners or is_mine:
+                owners[owner] = self.is_owned(record.id, lease)
+            if owners[owner]:
+                yield record, lease, not is_mine
+            else:
+                free = replace(lease, owner="") if lease else None
+                yield self._heeding(record, inboxes.get(record.id, [])), free, not is_mine
 
-    def _may_stand(self, record: RunRecord, status: str) -> bool:
-        if record.id in self._ownership.active or self._is_started(record.id):
-            return True
-        return record.status == status if record.status != Status.RUNNING else status not in FINISHED
+    def _may_stand(self, record: RunRecord, lease: Lease | None, status: str) -> bool:
+        if record.status != Status.RUNNING:
+            return record.status == status
+        return status not in FINISHED and (status == Status.INTERRUPTED) == (lease is None or not lease.owner)
 
     def snapshots(
         self,
@@ -150,9 +168,9 @@ class Catalog:
         steps: bool,
     ) -> list[Snapshot]:
         """As `_current.Engine.snapshots` has it."""
-        after = None if before is None else _newest_first(self.find(before))
-        found = (run for run in self.chosen(status, workflow, label) if after is None or _newest_first(run) > after)
-        return [self.snapshot(run[0].id) if steps else self.summary(*run) for run in islice(found, limit)]
+        after = None if before is None else _newest_first(self.find(before)[0])
+        found = (run for run in self.chosen(status, workflow, label) if after is None or _newest_first(run[0]) > after)
+        return [self.snapshot(run[0].id) if steps else self._summary(run[0], run[2]) for run in islice(found, limit)]
 
     def used(self) -> list[Used]:
         """What models' answers have cost, by run, the newest first. Records that can't be read are left out."""
@@ -240,14 +258,17 @@ class Catalog:
         return {rec.wait_of_request(record.generation, event.request) for event in events if event.what == "arrived"}
 
     def summary(self, record: RunRecord, lease: Lease | None, steps: tuple[Step, ...] = ()) -> Snapshot:
-        status, now = self.status(record, lease), self._shared.clock.now()
+        return self._summary(record, self.status(record, lease), steps)
+
+    def _summary(self, record: RunRecord, status: Status, steps: tuple[Step, ...] = ()) -> Snapshot:
+        now = self._shared.clock.now()
         left_s = due_in_s(record, now) if record.status == Status.RUNNING else 0.0
         waits_for = f"limit {record.limit!r}" if record.limit and status is Status.PENDING and left_s <= 0 else None
         of = record.id, record.name, status, record.started_at, record.ended_at
         return Snapshot(*of, steps, record.labels, record.error or None, waits_for, now.wall_s + left_s if left_s > 0 else None)
 
-    def status(self, record: RunRecord, lease: Lease | None) -> Status:
-        """How a run stands, given its record and its lease."""
+    def status(self, record: RunRecord, lease: Lease | None, scan: Scan | None = None) -> Status:
+        """How a run stands, given its record and its lease. `scan`: what reads rows, for one of many."""
         run = self._ownership.active.get(record.id)
         if run is not None:
             return run.standing()
@@ -261,7 +282,7 @@ class Catalog:
             return Status.PENDING
         if record.limit and lease is not None and self._shared.limits.is_waiting(record, lease.owner):
             return Status.PENDING
-        return standing(step.status for _, _, step in self._waits(record))
+        return standing(step.status for _, _, step in self._waits(record, scan))
 
     def said(self, record: RunRecord, lease: Lease | None) -> str:
         """The same for a message, with the process that executes it."""
@@ -363,12 +384,13 @@ class Catalog:
                 found.append((o.sequences[0], o.item, step))
         return found
 
-    def _waits(self, record: RunRecord) -> list[tuple[Sequence, int, Step]]:
+    def _waits(self, record: RunRecord, scan: Scan | None = None) -> list[tuple[Sequence, int, Step]]:
         """The waits, and the steps that have failed and are to be tried again: when asked for (a cell's by its sequence, a
         workflow's by the request's number), and with a branch as path."""  # fmt: skip
         now = self._shared.clock.now()
         found: list[tuple[Sequence, int, Step]] = []
-        timers = list(self._timers(record))
+        scan = scan or self._journal.scan
+        timers = list(self._timers(record, scan))
         came = self._came(record) if any(timer.kind != "sleep" for _, timer, _ in timers) else set()
         for sequence, t, wait_id in timers:
             began, left = t.since.wall_s, decide_sleep(t, now)
@@ -383,7 +405,7 @@ class Catalog:
                 until = t.until_s if t.until_s is not None else began + t.duration_s
                 step = Step(*of, Status.COMPLETED, 0, began, min(until, now.wall_s), prompt=prompt)
             found.append((sequence, -1, step))
-        for key, row in self._journal.scan(rec.attempts_prefix(record.scope, record.generation)):
+        for key, row in scan(rec.attempts_prefix(record.scope, record.generation)):
             a = unpack(self._signer, key, row, Attempts)
             if a.run_id == record.id:
                 wake_at = now.wall_s + remaining_s(a.since, a.delay_s, now)
@@ -394,23 +416,24 @@ class Catalog:
                 found.append((sequence, a.item, step))
         return found
 
-    def _timers(self, record: RunRecord) -> Iterator[tuple[Sequence, Timer, str]]:
+    def _timers(self, record: RunRecord, scan: Scan | None = None) -> Iterator[tuple[Sequence, Timer, str]]:
         """The waits of a run, each with when it was asked for and what keys call it."""
+        scan = scan or self._journal.scan
         if record.kind == "workflow":
-            for key, row in self._journal.scan(rec.log_prefixes(record.scope, record.generation)[1]):
+            for key, row in scan(rec.log_prefixes(record.scope, record.generation)[1]):
                 for asked in unpack(self._signer, key, row, Event).asked:
                     if asked.timer is not None:
                         yield (0, asked.id), asked.timer, rec.wait_of_request(record.generation, asked.id)
         else:
             prefix = rec.timer_prefix(record.id)
-            for key, row in self._journal.scan(prefix):
+            for key, row in scan(prefix):
                 timer = unpack(self._signer, key, row, Timer)
                 yield timer.sequence, timer, key[len(prefix) :]
 
 
-def _newest_first(run: tuple[RunRecord, Lease | None]) -> tuple[float, str]:
+def _newest_first(record: RunRecord) -> tuple[float, str]:
     """Sorts runs; those that began at the same moment by their ids."""
-    return -run[0].started_at, run[0].id
+    return -record.started_at, record.id
 
 
 def _with_progress(step: Step, found: Checkpoint | None) -> Step:

@@ -154,6 +154,18 @@ class Ownership:
         verdict = self.store.writer.commit_and_wait(replace(commit, puts=puts, inserts=inserts))
         return verdict is Verdict.APPLIED
 
+    def reserve(self, run_id: str) -> Lease | None:
+        """Own a run that nobody executes, and don't execute it, so that nobody begins to; for synchronous code. Its lease, and
+        nothing is done, where somebody does."""  # fmt: skip
+        key = rec.lease_key(run_id)
+        row = self.store.journal.get(key)
+        lease = unpack(self.store.signer, key, row, Lease) if row else None
+        if not self._is_at_work(run_id) and not self.is_owned(run_id, lease):
+            mine = self.pack(key, Lease(lease.epoch + 1 if lease else 1, self.store.process.id))
+            if self.store.writer.commit_and_wait(Commit((key, row), puts=(mine,))) is Verdict.APPLIED:
+                return None
+        return lease or Lease(0, "")
+
     def _claiming(
         self,
         record: RunRecord,

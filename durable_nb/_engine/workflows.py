@@ -254,7 +254,7 @@ class Workflows:
 
     def cancel_all(self, *, status: str | None, workflow: str | None, label: str | None, reason: str) -> list[str]:
         chosen = [found for found in self.catalog.chosen(status, workflow, label) if found[0].kind == "workflow"]
-        ids = [record.id for record, _ in chosen if record.status == Status.RUNNING or record.id in self._tasks]
+        ids = [record.id for record, _, _ in chosen if record.status == Status.RUNNING or record.id in self._tasks]
         message = Cancel(reason, self._shared.clock.now().wall_s)
         rows = self._store.journal.get_many(map(rec.run_key, ids))
         unfinished = {run_id: rows[rec.run_key(run_id)] for run_id in ids if rec.run_key(run_id) in rows}
@@ -263,7 +263,7 @@ class Workflows:
         inboxes = self._ownership.inbox.all()
         for run_id in ids:
             self._tell(run_id, inboxes.get(run_id, []))
-        self._cancel_invoked({record.id for record, lease in chosen if not self.catalog.is_owned(record.id, lease)})
+        self._cancel_invoked({record.id for record, lease, _ in chosen if not self.catalog.is_owned(record.id, lease)})
         return ids
 
     def _send(self, run_id: str, row: bytes, message: Message) -> bool:
@@ -578,8 +578,8 @@ class Workflows:
         self._shared.limits.declare(limit)
 
     def interrupted(self) -> list[tuple[str, str]]:
-        waiting = self.catalog.chosen(Status.INTERRUPTED, None, None)
-        return [(record.id, record.name) for record, _ in waiting if record.kind == "workflow"]
+        waiting = self.catalog.chosen(Status.INTERRUPTED)
+        return [(record.id, record.name) for record, _, _ in waiting if record.kind == "workflow"]
 
 
 @dataclass(frozen=True, slots=True)

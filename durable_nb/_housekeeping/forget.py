@@ -8,7 +8,7 @@ from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries
 from durable_nb._engine import Engine
 from durable_nb._journal import Commit, Verdict
-from durable_nb._records import Generation, Lease, RunRecord, pack, unpack
+from durable_nb._records import Generation, RunRecord, pack, unpack
 from durable_nb.errors import DurableError
 
 
@@ -63,15 +63,10 @@ def forget(engine: Engine, name: str) -> Forgotten:
 
 
 def _take(engine: Engine, run_id: str, name: str) -> None:
-    """Become the owner of an unfinished run that nobody executes, so that nobody begins to meanwhile."""
-    key = rec.lease_key(run_id)
-    row = engine.store.journal.get(key)
-    lease = unpack(engine.store.signer, key, row, Lease) if row else None
-    if not engine.shared.is_at_work(run_id) and not engine.ownership.is_owned(run_id, lease):
-        mine = pack(engine.store.signer, key, Lease(lease.epoch + 1 if lease else 1, engine.store.process.id))
-        if engine.store.writer.commit_and_wait(Commit((key, row), puts=((key, mine),))) is Verdict.APPLIED:
-            return
-    owner = f" by process {lease.owner.partition('-')[0]}" if lease and lease.owner else ""
-    raise DurableError(
-        f"cell {name!r} is being run{owner}, so nothing of it was forgotten. Let it end, or interrupt it; then forget it"
-    )
+    """Keep everybody from executing an unfinished run that nobody executes."""
+    lease = engine.ownership.reserve(run_id)
+    if lease is not None:
+        owner = f" by process {lease.owner.partition('-')[0]}" if lease.owner else ""
+        raise DurableError(
+            f"cell {name!r} is being run{owner}, so nothing of it was forgotten. Let it end, or interrupt it; then forget it"
+        )

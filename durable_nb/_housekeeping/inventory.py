@@ -14,7 +14,7 @@ from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import FINISHED, Snapshot, Status
-from durable_nb._records import Lease, RunRecord
+from durable_nb._records import RunRecord
 from durable_nb._view.actions import place_of, waits_for_decision
 from durable_nb._view.listing import PAGE, CellFacts, Page, Query, Question, RunFacts, page_of
 from durable_nb.errors import RunNotFoundError, StoreError
@@ -120,7 +120,7 @@ class Inventory:
         record, lease = self._workflows.catalog.find(run_id)
         if record.id != run_id:  # a cell's name
             raise RunNotFoundError(f"no run {run_id!r} in the store {self.path}")
-        return self._whole(self._facts(record, lease))
+        return self._whole(self._facts(record, self._workflows.catalog.status(record, lease)))
 
     def steps_of(self, run: RunFacts) -> Snapshot:
         """The run with its steps."""
@@ -146,16 +146,11 @@ class Inventory:
 
     def _brief(self) -> list[RunFacts]:
         """All runs, the newest first, without what takes a look at the records of each."""
-        found = []
-        for record, lease in self._workflows.catalog.all():
-            with contextlib.suppress(StoreError):  # `doctor` tells of it
-                found.append(self._facts(record, lease))
-        return sorted(found, key=lambda run: run.started_at, reverse=True)
+        return [self._facts(record, status) for record, _, status in self._workflows.catalog.chosen()]
 
-    def _facts(self, record: RunRecord, lease: Lease | None) -> RunFacts:
+    def _facts(self, record: RunRecord, status: Status) -> RunFacts:
         name = _cell_of(record.scope, record.name) if record.kind == "cell" else record.name
-        status = self._workflows.catalog.status(record, lease).value
-        of = record.id, record.kind, name, status, record.started_at, record.ended_at
+        of = record.id, record.kind, name, status.value, record.started_at, record.ended_at
         return RunFacts(*of, None, record.error, record.labels, None)
 
     def _whole(self, run: RunFacts) -> RunFacts:
