@@ -570,6 +570,32 @@ def test_terminal_ipython_runs_and_restores(tmp_path):
     assert (tmp_path / "ran").read_text() == "x\n"
 
 
+def test_at_a_terminal_a_cell_waits_and_says_for_what(tmp_path):
+    """Somebody sits there; another process decides."""
+    env = {
+        **__import__("os").environ,
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),
+        "DURABLE_NB_KEY_FILE": str(tmp_path / "key"),
+    }
+    terminal = subprocess.Popen(
+        [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "--simple-prompt"],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
+    with terminal:
+        terminal.stdin.write(f"{LOAD}\n\n%%durable term\n(await durable.approve('ok', 'sure?')).comment\n\n\n")
+        terminal.stdin.flush()
+        said = next(line for line in terminal.stderr if "waits for approval" in line)
+        assert "durable_nb: term · waits for approval ok until " in said
+        decides = "import durable_nb as d; d.open('.durable_nb'); d.get_run('term').approve('ok', comment='fine')"
+        subprocess.run([sys.executable, "-c", decides], cwd=tmp_path, env=env, check=True, timeout=60)
+        stdout, _ = terminal.communicate("exit()\n", timeout=60)
+    assert re.search(r"Out\[\d+\]: 'fine'", stdout), stdout
+
+
 NESTED = """%%durable a
 async def b():
     import asyncio

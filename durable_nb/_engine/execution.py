@@ -35,6 +35,8 @@ class Patience:
     """For how long an execution waits for an event or a decision."""
 
     seconds: float
+    begins: Callable[[float], object]
+    """Called before it waits, with what is left of the wait."""
     give_up: Callable[[float], None]
     """Called after that, with what is left of the wait; it raises."""
 
@@ -156,7 +158,7 @@ class Execution:
     async def _pause(self, timer: Timer, path: str, found: asyncio.Future[Received], patience: Patience | None) -> bool:
         """Return when something has come, or when the time is over; has it come?"""
         clock = self.shared.clock
-        began = clock.now()
+        began, is_told = clock.now(), False
         while not found.done() and isinstance(left := decide_sleep(timer, clock.now()), Wait):
             wake_at = self.now_s() + left.seconds
             self.facts.update(path, status=Status.WAITING, started_at=timer.since.wall_s, wake_at=wake_at)
@@ -165,6 +167,9 @@ class Execution:
                 rest_s = min(rest_s, patience.seconds - elapsed_s(began, clock.now()))
                 if rest_s <= 0:
                     patience.give_up(left.seconds)
+                if not is_told:
+                    patience.begins(left.seconds)
+                    is_told = True
             await clock.listen(rest_s, found, self.shared.is_any_at_work)
         return found.done()
 

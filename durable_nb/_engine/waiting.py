@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
@@ -46,6 +47,8 @@ class Waiting:
         """A pause that is longer suspends the run; None: any is waited for."""
         self.max_answer_s: float | None = None
         """After so long without the event or decision that it waits for, the run is suspended."""
+        self.tell: Callable[[str], object] = lambda _: None
+        """Told what the cell waits for, before it does."""
         self._writing: dict[str, asyncio.Future[Verdict]] = {}
         """What waits have come to, on its way to the disk."""
         self.reads: dict[str, str] = {}
@@ -174,15 +177,15 @@ class Waiting:
 
     # -- suspending ------------------------------------------------------------------------------------------------------
 
-    def _patience(self, seconds: float | None, what: str, timer: Timer, how: str) -> Patience | None:
-        if seconds is None:
-            return None
+    def _patience(self, seconds: float | None, what: str, timer: Timer, how: str) -> Patience:
+        def begins(left_s: float) -> None:
+            self.tell(f"waits for {what} {timer.name} until {self._when(left_s)}; it goes on {how}")
 
         def give_up(left_s: float) -> None:
             until = self._when(left_s)
             self._suspend(f"waits for {what} {timer.name} until {until}; run this cell again {how}. Everything so far is kept")
 
-        return Patience(seconds, give_up)
+        return Patience(math.inf if seconds is None else seconds, begins, give_up)
 
     def _suspend(self, why: str) -> None:
         self._stop(RunSuspended(f"{self._execution.wording.label} {why}"))

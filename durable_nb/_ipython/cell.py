@@ -298,11 +298,13 @@ class CellExecution:
                 self.status.ended(ended, time.perf_counter() - began, run.snapshot(), host.view)
 
     def _bound_waits(self, run: CellRun) -> None:
-        """Say for how long the run may wait: where nobody looks on, for no answer at all."""
-        given = self._max_wait_s
+        """Say for how long the run may wait: where nobody looks on, for no answer at all. At a terminal somebody does."""
+        given, is_terminal = self._max_wait_s, getattr(self.shell, "kernel", None) is None
         is_free = given is not None or self.live or self._detached  # in the background a wait keeps nobody
         run.waiting.max_wait_s = given if is_free else HEADLESS_SLEEP_S
-        run.waiting.max_answer_s = given if is_free else HEADLESS_ANSWER_S
+        run.waiting.max_answer_s = given if is_free or is_terminal else HEADLESS_ANSWER_S
+        if not self.live:
+            run.waiting.tell = self.status.warn
 
     async def _body(self, parts: list[tuple[types.CodeType, bool]]) -> None:
         names = (self.namespace,) if self._detached else (self.shell.user_global_ns, self.namespace)
