@@ -122,12 +122,13 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_step_and_repeats_none(server
 
 
 def test_parallel_steps_that_end_in_any_order_are_killed_and_resumed_and_go_the_way_they_went(server, store, tmp_path):
-    """`gather` and `TaskGroup`: each task gets its own values, in the order in which the code saw them at first."""
+    """`gather` and `TaskGroup`: each task gets its own values, in the order in which the code saw them at first. And children,
+    eight at once: each is begun once, and goes on."""  # fmt: skip
     chance = random.Random(SEED)
     killed, runs, orders = 0, 0, set()
-    while killed < max(KILLS // 5, 12):
+    while killed < KILLS // 7:
         runs += 1
-        how, oracle = ("gather", "group")[runs % 2], tmp_path / f"oracle-{runs}"
+        how, oracle = ("gather", "group", "family")[runs % 3], tmp_path / f"oracle-{runs}"
         args = {"store": store, "oracle": str(oracle), "workflow": "parallel", "argument": how, "run_id": f"run-{runs}"}
         for life in range(6):
             with server.start("live", **args, more=[8]) as process:
@@ -144,7 +145,7 @@ def test_parallel_steps_that_end_in_any_order_are_killed_and_resumed_and_go_the_
         assert seen == seen_before
         assert sorted(seen) == [f"{how}-{n}" for n in range(8)]
         orders.add(tuple(seen))
-    assert len(orders) > runs / 2, "they ended in many orders"
+    assert len(orders) > runs / 3, "they ended in many orders"
 
 
 @pytest.fixture

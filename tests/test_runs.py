@@ -243,6 +243,23 @@ def test_many_runs_are_started_by_one_commit_or_none_is():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_dead_while_many_runs_are_started_all_of_them_are_there_or_none(side):
+    async def main():
+        for nth in (1, 2, 3):
+            store = MemoryStore()
+            async with runtime(store, crash=f"{side}:write", nth=nth):
+                define(once).start_many([(f"{n}",) for n in range(20)])
+            async with runtime(store):
+                define(once)
+                runs = durable.runs()
+                assert len(runs) == (0 if (side, nth) == ("before", 1) else 20)
+                for run in runs:
+                    await run.resume()
+
+    asyncio.run(main())
+
+
 def test_many_runs_started_by_a_workflow_are_the_same_after_a_death():
     store = MemoryStore()
 
@@ -395,6 +412,23 @@ def test_a_childs_failure_is_the_original_exception_with_a_note_live_and_replaye
             assert await durable.get_run("42").resume() == ("first done", "up done")
             assert done.count("before") == 2  # of `caught` and of this one, each once
             assert len(durable.runs(workflow="leaf")) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("step", ["child/leaf/publish", "publish"])
+def test_what_a_child_asks_is_decided_through_its_parent(step):
+    async def leaf():
+        return (await durable.approve("publish", "Shall we?")).comment
+
+    async def main():
+        async with runtime(clock=NoTime()):
+            run = family(leaf).start(id="42")
+            await until(lambda: any(one.path == "child/leaf/publish" and one.status == "waiting" for one in run.steps))
+            with pytest.raises(LookupError, match="'child/other'"):
+                run.approve("child/other")
+            run.approve(step, comment="yes")
+            assert await run == ("first done", "yes done")
 
     asyncio.run(main())
 

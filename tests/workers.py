@@ -1068,6 +1068,16 @@ def wander_in_thread(name):
 
 
 @durable.workflow
+async def kid(how, n):
+    """What `one` in `parallel` does, as a run of its own."""
+    name = f"{how}-{n}"
+    value = await durable.run(name, wander, name)
+    note("ack", name, value)
+    await durable.sleep("nap", 0.005 * (n % 3))
+    return await durable.run(f"{name}-after", wander_in_thread, f"{name}-after"), value
+
+
+@durable.workflow
 async def parallel(how, count):
     """Steps that end in any order; each value with its step's name, and the order in which the code saw them."""
     seen = []
@@ -1079,7 +1089,10 @@ async def parallel(how, count):
         note("ack", name, value)
         return await durable.run(f"{name}-after", wander, f"{name}-after"), value
 
-    if how == "gather":
+    if how == "family":
+        found = await asyncio.gather(*(durable.invoke("kid", kid, how, n) for n in range(count)))
+        seen = [f"{how}-{n}" for n in range(count)]
+    elif how == "gather":
         found = await asyncio.gather(*map(one, range(count)))
     else:
         async with asyncio.TaskGroup() as group:

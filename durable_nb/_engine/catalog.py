@@ -194,6 +194,22 @@ class Catalog:
             return found
         return replace(found, steps=tuple(one for step in found.steps for one in (step, *self._of_child(step))))
 
+    def place_of(self, run_id: str, path: str) -> tuple[str, str]:
+        """The run that asks for a decision at this path, and where in that run: `child/step` is an invoked child's, and so is a
+        name that nothing in the run itself bears, where one decision of that name waits."""
+        steps = self.snapshot(run_id).steps
+        invoked = [step for step in steps if step.child is not None]
+        if not invoked:
+            return run_id, path
+        own = (step for step in steps if not any(step.path.startswith(f"{one.path}/") for one in invoked))
+        if all(path not in (step.name, step.path) for step in own):
+            waiting = [one.path for one in steps if (one.kind, one.name, one.status) == ("decision", path, Status.WAITING)]
+            path = waiting[0] if len(waiting) == 1 else path
+        for step in invoked:
+            if step.child is not None and path.startswith(f"{step.path}/") and any(one.path == path for one in steps):
+                return self.place_of(step.child, path.removeprefix(f"{step.path}/"))
+        return run_id, path
+
     def _of_child(self, step: Step) -> Iterator[Step]:
         """The steps of the run that an `invoke` has begun."""
         if step.child is not None and self.seen(step.child) is not None:

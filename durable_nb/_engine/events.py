@@ -104,6 +104,7 @@ class Events:
 
     def decide(self, run_id: str, step: str, *, approved: bool, comment: str, by: str) -> None:
         """As `_current.Engine.decide` has it."""
+        run_id, step = self._catalog.place_of(run_id, step)
         while True:
             record, guard = self._unfinished(run_id, f"nothing was decided of {step!r}")
             wait = self._asked_for(record, step)
