@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from kernels import kernel
 from workers import ForkServer, read_oracle
 from workers import until as wait_until
 
@@ -760,6 +761,54 @@ def log_of(store, run_id):
     """The keys of a run's log in order, each with its number."""
     keys = [key for key, _ in store.journal.scan("") if re.search(rf"/~run%20{run_id}/\d{{6}}/\d{{8}}$", key)]
     return sorted((int(key.rpartition("/")[2]), key) for key in keys if not key.startswith("try/"))
+
+
+def test_a_kernel_hears_what_another_kernel_wants_of_its_runs(tmp_path):
+    """Idle at once, busy in blocking code when that ends, dead never: then it is so at once. The other lacks the workflow."""
+    code = """
+    import asyncio, pathlib, time
+    def charge():
+        with open('charged', 'a') as file:
+            file.write('x\\n')
+    @durable.workflow
+    async def order():
+        await durable.run('charge', charge)
+        await durable.sleep('a while', 600)
+    run = order.start(id='order-42')
+    while run.status != 'sleeping': await asyncio.sleep(0.01)
+    """.replace("\n    ", "\n")
+    look = "durable.get_run('order-42').status.value"
+
+    def tell(line):
+        shown = two.run(line)
+        assert shown.status == "ok", shown.error
+        return shown.told[-1]
+
+    with kernel(tmp_path) as one, kernel(tmp_path) as two:
+        one.run(code)
+        assert tell("%durable restart order-42") == f"order-42 · begins anew in process {one.pid}"
+        one.wait_until(tmp_path / "charged", lines=2)
+        sent = one.send("while not pathlib.Path('go on').exists(): time.sleep(0.05)\nopen('went on', 'w').write('x\\n')")
+        one.send("while run.status != 'cancelled': await asyncio.sleep(0.01)\nopen('cancelled', 'w').write('x\\n')")
+        assert tell("%durable cancel order-42").startswith(f"order-42 · is being cancelled in process {one.pid}")
+        assert two.value(look) == "sleeping"
+        (tmp_path / "go on").touch()
+        one.wait(sent)
+        one.wait_until(tmp_path / "cancelled")
+        assert two.value(look) == "cancelled"
+        assert "until one lives, no process is running this" in tell("%durable resume order-42")
+        wait_until(lambda: two.value(look) == "sleeping", "the idle kernel to resume the run")
+        fork = tell("%durable fork order-42 charge").partition(" ")[0]
+        one.wait_until(tmp_path / "charged", lines=3)
+        one.kill()
+        assert two.value(look) == "interrupted"
+        assert "no process is running this" in tell(f"%durable show {fork}")
+        assert "no process is running this" in two.value("repr(durable.get_run('order-42'))")
+        for run in ("order-42", fork):
+            assert "nothing was deleted" in two.run(f"%durable delete {run}").stderr + two.run(f"%durable delete {run}").error
+            assert tell(f"%durable cancel {run}") == f"{run} · is cancelled; its completed steps are kept"
+            assert tell(f"%durable delete {run}") == f"{run} · is deleted, and its values with it"
+        assert two.value("durable.runs()") == []
 
 
 # -- what is lost, and what changes over a kill -----------------------------------------------------------------------------
