@@ -9,7 +9,9 @@ import pytest
 
 import durable_nb as durable
 from durable_nb import _records as rec
+from durable_nb._engine.engine import Asked
 from durable_nb._engine.inbox import Inbox
+from durable_nb._facts import Status
 from durable_nb._journal import Commit
 from durable_nb._records import Cancel, Restart
 from durable_nb._store import Store
@@ -287,5 +289,36 @@ def test_what_is_sent_in_the_moment_of_the_end_goes_with_it():
             await soon(lambda: len(began) == 3)
             await soon(lambda: run.status == "completed")
             assert rows_of(store, "a") == []
+
+    asyncio.run(main())
+
+
+def test_a_cells_run_that_fails_in_the_moment_of_its_cancellation_has_failed():
+    """The message goes with the end, and the cell's next execution goes on with that run."""
+    store = MemoryStore()
+
+    async def main():
+        async with runtime(store) as process:
+            engine, apply, late = process.engine, store.journal.apply, [Cancel("late", 0.0)]
+
+            def just_before(commits):
+                if late and any(commit.sweeps for commit in commits):
+                    apply([Commit(inserts=(engine.ownership.inbox.next_row(run.id, late.pop()),))])
+                return apply(commits)
+
+            async def code():
+                await durable.run("one", len, "abc")
+                raise ValueError("no")
+
+            run = await engine.begin(Asked("cell", "inputs"))
+            store.journal.apply = just_before
+            with pytest.raises(ValueError, match="no"):
+                await run.execute(code())
+            await run.finish(Status.FAILED, "ValueError: no")
+            assert (late, rows_of(store, run.id)) == ([], [])
+            assert durable.get_run(run.id).status == "failed"
+            again = await engine.begin(Asked("cell", "inputs"))
+            assert (again.id, again.resumed) == (run.id, True)
+            await again.finish(Status.COMPLETED)
 
     asyncio.run(main())

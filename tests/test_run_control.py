@@ -978,6 +978,94 @@ def test_an_edit_together_with_a_kill(server, shared, tmp_path, edit, comes_to):
     assert begun(shared, "inserted") == []
 
 
+# -- twice, too late, and at once -----------------------------------------------------------------------------------------
+
+
+def test_a_second_cancellation_ends_the_run_at_once():
+    """From another process too; the first lets the code tidy up, a third comes to nothing, and a resumption goes on."""
+    store = MemoryStore()
+
+    async def main():
+        @durable.workflow
+        async def waits():
+            try:
+                await durable.run("held", held, "held")
+            finally:
+                await durable.run("tidy", held, "tidy")
+
+        async with runtime(store) as owner:
+            waits.start(id="r")
+            await until(lambda: "held" in ran)
+            async with runtime(store):
+                run = durable.get_run("r")
+                run.cancel("first")
+                await until(lambda: "tidy" in ran)
+                await asyncio.sleep(0)
+                assert run.status == "running"
+                run.cancel("second")
+                with pytest.raises(RunCancelled, match="first"):
+                    await run
+                run.cancel("third")
+                assert (run.status, rows_about(store, "inbox/")) == ("cancelled", [])
+            owner.use()
+            assert next(step.status for step in durable.get_run("r").steps) == "cancelled"
+            ran.clear()
+            run = durable.get_run("r").resume()
+            await until(lambda: "held" in ran)
+            run.cancel()
+            run.cancel()
+            with pytest.raises(RunCancelled):
+                await run
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("act", ["resume", "restart", "cancel", "delete"])
+def test_two_processes_that_want_the_same_at_once_get_it_once(act):
+    """One executes the run, and both get what comes of it."""
+    store = MemoryStore()
+
+    async def main():
+        good = []
+
+        @durable.workflow
+        async def fails():
+            await durable.run("one", body, "one")
+            if not good:
+                raise ValueError("not yet")
+            return len(ran)
+
+        async with runtime(store):
+            with pytest.raises(ValueError, match="not yet"):
+                await fails.start(id="r")
+        ran.clear()
+        good.append(1)
+        came = []
+        async with runtime(store) as left, runtime(store) as right:
+            runs = []
+            for process in (left, right):
+                process.use()
+                run = durable.get_run("r") if not (act == "delete" and runs) else durable.Run("r")
+                if act == "delete" and runs:
+                    with pytest.raises(RunNotFoundError):
+                        run.delete()
+                else:
+                    getattr(run, act)()
+                runs.append(run)
+            if act in ("resume", "restart"):
+                for process in (left, right):
+                    process.use()
+                    came.append(await durable.get_run("r"))
+                assert came[0] == came[1] == (0 if act == "resume" else 1)
+                assert ran == ([] if act == "resume" else ["one"])
+                assert durable.get_run("r").status == "completed"
+            elif act == "cancel":
+                assert durable.get_run("r").status == "failed"
+        assert rows_about(store, "inbox/") == []
+
+    asyncio.run(main())
+
+
 # -- bad input, and what is said -----------------------------------------------------------------------------------------
 
 

@@ -526,7 +526,8 @@ class Workflows:
                 self._go(record, lease)
                 if run_id not in self._tasks:
                     raise DurableError(
-                        f"the run {run_id!r} is interrupted, and its workflow {record.name!r} is not defined here"
+                        f"the run {run_id!r} is interrupted: no process is running it, and its workflow {record.name!r} is not "
+                        "defined here. Run the cell or import the module that defines it, and await the run again"
                     )
                 continue
             await self._ownership.change_of(run_id)
