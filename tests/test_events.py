@@ -335,6 +335,24 @@ def test_large_data_come_whole_and_a_run_that_begins_anew_gets_no_event_of_befor
     asyncio.run(main())
 
 
+def test_a_run_with_events_in_its_inbox_is_cancelled_as_any_and_leaves_none_behind():
+    store = MemoryStore()
+
+    async def main():
+        async with runtime(store):
+            run = redefine(two_events).start(id="1", labels=["shop"])
+            run.notify("another", 1)
+            assert len(rows(store, "inbox/")) == 1
+            durable.cancel(label="shop")
+            with pytest.raises(RunCancelled):
+                await run
+            assert rows(store, "inbox/") == []
+            run.delete()
+            assert [key for key in store.journal.rows if "1" in key.split("/")] == []
+
+    asyncio.run(main())
+
+
 # -- approvals ---------------------------------------------------------------------------------------------------------
 
 

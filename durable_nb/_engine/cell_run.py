@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Container, Coroutine
 from typing import Any
 
 from durable_nb import _codec
@@ -109,6 +109,10 @@ class CellRun:
     @property
     def waits(self) -> tuple[Wait, ...]:
         return self._execution.arrivals.waits
+
+    @property
+    def heard(self) -> Container[str]:
+        return self._execution.heard
 
     @property
     def event_ids(self) -> set[str]:

@@ -60,7 +60,7 @@ class Execution:
         self.ended_at: float | None = None
         self.error: str | None = None
         self.arrivals = Arrivals(record.started_at if record.renewed_at is None else record.renewed_at)
-        self._heard: dict[str, bytes] = {}
+        self.heard: dict[str, bytes] = {}
         """Messages that are on disk and that this execution has heard of."""
 
     def now_s(self) -> float:
@@ -84,8 +84,8 @@ class Execution:
         if lease != self.held.row:
             give_way()
             return []
-        new = [one for one in inbox if self._heard.get(one.key) != one.row]
-        self._heard.update((one.key, one.row) for one in new)
+        new = [one for one in inbox if self.heard.get(one.key) != one.row]
+        self.heard.update((one.key, one.row) for one in new)
         self.arrivals.hear(one for one in new if outlasts(one.message))
         return [one for one in new if not outlasts(one.message)]
 

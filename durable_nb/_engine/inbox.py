@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from durable_nb import _records as rec
@@ -86,7 +86,7 @@ class Inbox:
         used = Counter[str]()
         for key, _ in self._store.journal.sizes(rec.inbox_prefix("")):
             run_id = rec.run_of_inbox(key)
-            used[run_id] = max(used[run_id], int(key.rpartition("/")[2]))
+            used[run_id] = max(used[run_id], rec.seq_of(key))
         commits = []
         for run_id, run_row in run_rows.items():
             key = rec.inbox_key(run_id, used[run_id] + 1)
@@ -108,11 +108,13 @@ class Inbox:
         """The same of every run that has something in its inbox: one scan."""
         return self._read(rec.inbox_prefix(""))
 
-    def events(self, event_ids: Iterable[str]) -> list[Received]:
-        """The events of these ids that were sent to nobody in particular, in the order in which they were sent."""
-        found: list[Received] = []
+    def events(self, event_ids: Iterable[str], known: Container[str] = ()) -> list[Received]:
+        """The events of these ids that were sent to nobody in particular, in the order in which they were sent, but for the
+        rows of these keys."""  # fmt: skip
+        journal, found = self._store.journal, list[Received]()
         for event_id in event_ids:
-            for key, row in self._store.journal.scan(rec.event_prefix(event_id)):
+            keys = [key for key, _ in journal.sizes(rec.event_prefix(event_id)) if key not in known]
+            for key, row in sorted(journal.get_many(keys).items()):
                 with contextlib.suppress(StoreError):
                     found.append(Received(key, row, unpack_message(self._store.signer, key, row)))
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextvars import Context
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -40,6 +40,11 @@ class Executed(Protocol):
     @property
     def waits(self) -> tuple[Wait, ...]:
         """Its waits for events and decisions."""
+        ...
+
+    @property
+    def heard(self) -> Container[str]:
+        """Keys of the messages that it has heard of."""
         ...
 
     @property
@@ -290,7 +295,7 @@ class Ownership:
                 self.let_go(run_id)
             runs = list(self.active.values())
             awaited = dict(self._awaited)
-            asked = {run.id: run.event_ids for run in runs}
+            asked = {run.id: (run.event_ids, run.heard) for run in runs}
             inboxes, leases, events = await self.store.writer.call(functools.partial(self._news, asked))
             for run in runs:
                 if self.active.get(run.id) is run:  # not ended meanwhile
@@ -330,8 +335,8 @@ class Ownership:
         return changed
 
     def _news(
-        self, asked: dict[str, set[str]]
+        self, asked: dict[str, tuple[set[str], Container[str]]]
     ) -> tuple[dict[str, list[Received]], dict[str, bytes | None], dict[str, list[Received]]]:
-        """What is in all inboxes; of these runs the rows of the leases, and the events of these ids."""
+        """What is in all inboxes; of these runs the rows of the leases, and the events of these ids that they don't know."""
         leases = {run_id: self.store.journal.get(rec.lease_key(run_id)) for run_id in asked}
-        return self.inbox.all(), leases, {run_id: self.inbox.events(event_ids) for run_id, event_ids in asked.items()}
+        return self.inbox.all(), leases, {run_id: self.inbox.events(*of) for run_id, of in asked.items()}

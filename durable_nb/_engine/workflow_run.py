@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Container, Coroutine
 from contextvars import copy_context
 from typing import Any
 
@@ -98,6 +98,10 @@ class WorkflowRun:
     @property
     def waits(self) -> tuple[Wait, ...]:
         return self._execution.arrivals.waits
+
+    @property
+    def heard(self) -> Container[str]:
+        return self._execution.heard
 
     @property
     def event_ids(self) -> set[str]:
