@@ -294,6 +294,8 @@ class TestState:
         state = state_of(run_of(*steps, *waiting), now=105.0)
         assert (state["done"], state["total"], state["rate"], state["left"]) == (10, 30, 2.0, 10.0)
         assert state_of(run_of(*steps), total=40, now=105.0)["left"] == 15.0
+        quick = [done(i, started_at=70.0, ended_at=71.0) for i in range(30, 1000)]
+        assert state_of(run_of(*quick, *steps, *waiting), now=105.0)["left"] == 30.0, "as fast as of late"
         assert "left" not in state_of(run_of(*steps), now=105.0)
         assert "left" not in state_of(run_of(*steps, *waiting[1:], replace(waiting[0], status=Status.SLEEPING)), now=105.0)
 

@@ -186,7 +186,10 @@ function header(send) {
   const far = make("span", "dnb-far dnb-quiet");
   const track = make("div", "dnb-track dnb-whole");
   const bar = make("div", "dnb-bar");
-  track.append(bar);
+  bar.dataset.status = "running";
+  const lost = make("div", "dnb-bar");
+  lost.dataset.status = "failed";
+  track.append(bar, lost);
   track.setAttribute("role", "progressbar");
   track.setAttribute("aria-label", "Steps done");
   track.setAttribute("aria-valuemin", "0");
@@ -220,8 +223,10 @@ function header(send) {
       track.setAttribute("aria-valuenow", String(done));
       track.classList.toggle("dnb-unknown", Boolean(state.open) || total === 0);
       const broken = counts.failed ?? 0;
-      bar.dataset.status = broken ? "failed" : "running";
       bar.style.width = `${total ? (100 * done) / total : 0}%`;
+      lost.hidden = !broken;
+      lost.style.left = bar.style.width;
+      lost.style.width = `${total ? (100 * broken) / total : 0}%`;
       for (const action of ["cancel", "retry"]) {
         if (state.gone) {
           const may = action === "retry" && state.again === "cell" && !pressed.retry;

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LIMIT = 24 * 1024
 """Bytes of a state. The message that opens the widget holds the JavaScript too, and 64 KiB have to suffice for both."""
+_LATELY_S = 15.0
+"""Of the steps that have ended since then how fast a run goes is told."""
 _QUESTIONS = 5
 """Decisions that are asked for at once."""
 _PATH = 400
@@ -212,11 +214,13 @@ def progress(snapshot: Snapshot, counts: dict[str, int], total: int | None, now:
     facts: State = {"done": done, "total": known}
     if total is None and unfinished <= 1:
         return facts if snapshot.status in ENDED else {**facts, "open": True}
-    executed = counts.get("completed", 0)
     waits = any(counts.get(name) for name in ("sleeping", "waiting"))
-    took = now - since(snapshot)
+    executed, took = counts.get("completed", 0), now - since(snapshot)
     if executed >= 3 and took > 1 and unfinished > 0 and snapshot.status is Status.RUNNING and not waits:
-        rate = executed / took
+        # of late: steps of another kind, which were ten times as quick, say nothing of those to come
+        from_s = now - min(took, _LATELY_S)
+        lately = sum(s.ended_at is not None and s.ended_at >= from_s and word(s) == "completed" for s in snapshot.steps)
+        rate = lately / min(took, _LATELY_S) if lately >= 3 else executed / took
         facts |= {"rate": round(rate, 3), "left": round(unfinished / rate, 1)}
     return facts
 
