@@ -593,6 +593,33 @@ def test_an_approval_of_a_cell_lapses_with_its_inputs_and_outlives_its_edits():
     asyncio.run(main())
 
 
+def test_what_a_cell_that_has_failed_waits_for_comes_before_it_is_run_again():
+    store = MemoryStore()
+
+    async def body():
+        waiting = asyncio.ensure_future(durable.approve("ok", "?", timeout="1h"))
+        hearing = asyncio.ensure_future(durable.wait_for_event("e", "go", timeout="1h"))
+        if fails:
+            await until(lambda: durable.waiters("go") and any(step.prompt for step in durable.get_run("cell").steps))
+            raise LookupError("its own")
+        return (await waiting).comment, (await hearing).data
+
+    async def main():
+        nonlocal fails
+        async with runtime(store) as process:
+            with pytest.raises(LookupError):
+                await cell(process, body)
+            assert [waiter.step for waiter in durable.waiters("go")] == ["e"]
+            assert durable.get_run("cell").status == "failed"
+            durable.get_run("cell").approve("ok", comment="yes")
+            durable.get_run("cell").notify("go", 1)
+            fails = False
+            assert await cell(process, body) == ("yes", 1)
+
+    fails = True
+    asyncio.run(main())
+
+
 def test_gc_keeps_an_event_as_long_as_an_unfinished_run_may_get_it(tmp_path):
     clock = FakeClock()
 

@@ -302,13 +302,19 @@ def test_a_background_cell_works_on_a_snapshot_and_is_bound_between_cells(tmp_pa
         assert (
             "the cell 'slow' binds other, too, and is being executed in the background already; nothing was run" in clash.stderr
         )
-        assert "this cell, 'slow', is being executed in the background already" in k.run(SLOW).stderr
+        assert "this cell, 'slow', is being executed in the background already" in k.run(SLOW).stderr, "with another factor"
+        assert k.run("factor = 2").status == "ok"
+        assert k.run(SLOW).told == ["slow · running: in the background already"]
+        chained = k.run("%%durable chained --background\nchain = total + 1")
+        assert (chained.status, k.value("'chain' in globals()")) == ("ok", False), "it waits in the background"
+        k.run("factor = 100")
         reads = k.send("%%durable reads\ndouble = total * 2\ndouble, scaled(1)")
         k.wait_for_text(reads, "waiting: scaled, total comes from the cell 'slow' in the background")
         durable.notify("go")
         shown = k.wait(reads)
         assert shown.result == "(40, 200)", "what the cell computed is of the snapshot, what it defined reads the notebook"
         assert k.value("total, other, factor") == (20, 7, 100)
+        assert k.run("%%durable links\nchain").result == "21"
         k.restart()
         k.run(BEFORE)
         assert lines(tmp_path / "counted") == ["x"]

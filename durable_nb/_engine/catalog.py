@@ -69,6 +69,11 @@ class Waiting:
     """Nothing has come for it, and its time is not over."""
 
 
+def is_open_attempt(record: RunRecord) -> bool:
+    """Is it an attempt of a cell that has failed, which goes on when the cell is run again?"""
+    return record.kind == "cell" and record.status == Status.FAILED
+
+
 class Catalog:
     """Looks, and changes nothing."""
 
@@ -236,7 +241,7 @@ class Catalog:
         for key, _ in self._journal.sizes("open/"):
             with contextlib.suppress(StoreError):
                 found = self.seen(key.split("/", 2)[2])
-                if found is not None and found[0].status == Status.RUNNING:
+                if found is not None and (found[0].status == Status.RUNNING or is_open_attempt(found[0])):
                     yield found[0]
 
     def waits(self, record: RunRecord, kind: str, of: str = "") -> list[Waiting]:

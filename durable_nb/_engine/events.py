@@ -155,7 +155,8 @@ class Events:
         row = self._journal.get(key)
         record, lease = self._catalog.find(record.id)  # read after the row: what has changed meanwhile makes the commit fail
         status = self._catalog.status(record, lease)
-        if row is None or status in (Status.COMPLETED, Status.FAILED, Status.CANCELLED):
+        is_over = status in (Status.COMPLETED, Status.CANCELLED) or (status is Status.FAILED and record.kind != "cell")
+        if row is None or is_over:  # the attempt of a cell that has failed goes on when the cell is run again
             hint = f" Resume it first, with durable.get_run({run_id!r}).resume()" if status is Status.FAILED else ""
             raise DurableError(f"the run {run_id!r} is {status}: nothing waits in it, and {otherwise}.{hint}")
         return record, (key, row)

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 from durable_nb import _records as rec
 from durable_nb._cellcache.entries import Entries, Kept
 from durable_nb._engine import Engine
+from durable_nb._engine.catalog import is_open_attempt
 from durable_nb._facts import Status
 from durable_nb._housekeeping.inventory import NAMELESS
 from durable_nb._journal import Commit, Verdict
@@ -211,7 +212,7 @@ def _outdated_events(engine: Engine, runs: dict[str, bytes]) -> list[str]:
             record = unpack(signer, key, row, RunRecord)
         except StoreError:
             return []  # it may be older than any
-        if record.status == Status.RUNNING:
+        if record.status == Status.RUNNING or is_open_attempt(record):
             oldest = min(oldest, record.started_at)
     found = []
     for key, row in engine.store.journal.scan(rec.event_prefix("")):

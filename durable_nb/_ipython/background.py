@@ -24,6 +24,24 @@ class Execution(Protocol):
 
     label: str
 
+    @property
+    def reads(self) -> set[str]:
+        """Names that it may read."""
+        ...
+
+    @property
+    def binds(self) -> frozenset[str]:
+        """Names that it may bind."""
+        ...
+
+    async def restored(self) -> str:
+        """The key of its entry, or '' where there was one: then the notebook is as it says. Begins nothing."""
+        ...
+
+    def is_executed_already(self) -> None:
+        """Say so."""
+        ...
+
     def detach(self) -> Snapshot:
         """From here on, the cell is executed on a snapshot of the notebook."""
         ...
@@ -78,11 +96,13 @@ def _with_globals(function: types.FunctionType, names: dict[str, Any]) -> types.
 @dataclass(eq=False)
 class _Running:
     label: str
+    key: str
     names: frozenset[str]
     """What it is to bind."""
-    snapshot: Snapshot
     context: Context
     """What it prints there is shown below its cell."""
+    snapshot: Snapshot | None = None
+    """Once it has begun."""
     task: asyncio.Task[None] | None = None
     error: BaseException | None = None
 
@@ -98,52 +118,60 @@ class BackgroundCells:
     _running: list[_Running] = field(default_factory=list)
     _ended: list[_Running] = field(default_factory=list)
 
-    def check(self, label: str, names: Collection[str]) -> None:
-        """UsageError where another cell that is executed in the background binds one of these names, too."""
+    async def begin(self, execution: Execution, ended: Callable[[], None]) -> None:
+        """Restore a cell, or execute it from here on, on a snapshot. `ended` is called when that is done. UsageError where
+        another cell in the background binds one of its names, too."""  # fmt: skip
+        key = "" if self.pending(execution.reads) else await execution.restored()
+        if not key and not self.pending(execution.reads):
+            ended()
+            return
         for one in self._running:
-            if shared := sorted(one.names.intersection(names)):
-                what = "is" if one.label == label else f"binds {', '.join(shared)}, too, and is"
-                who = f"this cell, {label!r}," if one.label == label else f"the cell {one.label!r}"
+            if one.label == execution.label and key and one.key == key:
+                execution.is_executed_already()
+                return
+            if shared := sorted(one.names & execution.binds):
+                what = "is" if one.label == execution.label else f"binds {', '.join(shared)}, too, and is"
+                who = f"this cell, {one.label!r}," if one.label == execution.label else f"the cell {one.label!r}"
                 raise UsageError(
                     f"%%durable --background: {who} {what} being executed in the background already; nothing was run. Run this "
                     "one when that has ended, or give the variable another name"
                 )
-
-    def start(self, execution: Execution, names: Collection[str], ended: Callable[[], None]) -> None:
-        """Execute a cell from here on, on a snapshot. `ended` is called when it has been."""
-        snapshot = execution.detach()
-        one = _Running(execution.label, frozenset(names), snapshot, copy_context())
-
-        async def execute() -> None:
-            try:
-                await execution.run()
-            except (KeyboardInterrupt, RunSuspended, asyncio.CancelledError) as stopped:
-                one.error = stopped
-                sys.stderr.write(f"durable_nb: {execution.label} · {type(stopped).__name__}: {stopped}\n")
-            except BaseException as error:
-                one.error = error
-                traceback.print_exception(error)
-            finally:
-                self._running.remove(one)
-                self._ended.append(one)
-                ended()
-                if not self.in_cell:
-                    self.bind()
-
+        one = _Running(execution.label, key, execution.binds, copy_context())
         self._running.append(one)
-        one.task = asyncio.get_running_loop().create_task(execute(), context=one.context, name=f"durable_nb cell {one.label}")
+        work = self._execute(one, execution, ended)
+        one.task = asyncio.get_running_loop().create_task(work, context=one.context, name=f"durable_nb cell {one.label}")
+
+    async def _execute(self, one: _Running, execution: Execution, ended: Callable[[], None]) -> None:
+        try:
+            await self.settle(execution.reads, for_one=one)
+            one.snapshot = execution.detach()
+            await execution.run()
+        except (KeyboardInterrupt, RunSuspended, asyncio.CancelledError, UsageError) as stopped:
+            one.error = stopped
+            sys.stderr.write(f"durable_nb: {execution.label} · {type(stopped).__name__}: {stopped}\n")
+        except BaseException as error:
+            one.error = error
+            traceback.print_exception(error)
+        finally:
+            self._running.remove(one)
+            self._ended.append(one)
+            ended()
+            if not self.in_cell:
+                self.bind()
 
     def pending(self, names: Collection[str]) -> list[tuple[str, list[str]]]:
         """The cells that are to bind some of these names, with the names."""
         found = [(one.label, sorted(one.names.intersection(names))) for one in self._running]
         return [(label, shared) for label, shared in found if shared]
 
-    async def settle(self, names: Collection[str]) -> None:
-        """Wait until these names are bound, as far as they are computed in the background. UsageError where that fails."""
-        awaited = [one for one in self._running if not one.names.isdisjoint(names)]
-        while any(one in self._running for one in awaited):  # noqa: ASYNC110  nothing else wakes a loop that an interrupt finds idle
-            await asyncio.sleep(_POLL_S)
-        self.bind()
+    async def settle(self, names: Collection[str], *, for_one: _Running | None = None) -> None:
+        """Wait until these names are bound, as far as they are computed in the background. UsageError where that fails.
+        `for_one`: a cell that is executed there itself; else one in front, which has not begun."""  # fmt: skip
+        awaited = [one for one in self._running if one is not for_one and not one.names.isdisjoint(names)]
+        while any(one in self._running or (for_one is not None and one in self._ended) for one in awaited):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)  # nothing else wakes a loop that an interrupt finds idle
+        if for_one is None:
+            self.bind()
         for one in awaited:
             if one.error is not None:
                 missing = ", ".join(sorted(one.names.intersection(names)))
@@ -156,12 +184,12 @@ class BackgroundCells:
         """Bind what cells that have ended have computed, unless it was bound anew meanwhile."""
         ended, self._ended = self._ended, []
         for one in ended:
-            if one.error is None:
-                one.context.copy().run(self._bind, one)
+            if one.error is None and one.snapshot is not None:
+                one.context.copy().run(self._bind, one.label, one.snapshot)
 
-    def _bind(self, one: _Running) -> None:
-        live, before, kept = one.snapshot.live, one.snapshot.before, []
-        for name, value in one.snapshot.bound().items():
+    def _bind(self, label: str, snapshot: Snapshot) -> None:
+        live, before, kept = snapshot.live, snapshot.before, []
+        for name, value in snapshot.bound().items():
             if live.get(name, _NOTHING) is not before.get(name, _NOTHING):
                 kept.append(name)
             elif value is _NOTHING:
@@ -170,6 +198,6 @@ class BackgroundCells:
                 live[name] = value
         if kept:
             sys.stderr.write(
-                f"durable_nb: {one.label} · {', '.join(kept)} was bound anew while the cell was executed in the background, "
+                f"durable_nb: {label} · {', '.join(kept)} was bound anew while the cell was executed in the background, "
                 "and stays as it is\n"
             )

@@ -142,7 +142,7 @@ class CellExecution:
 
     async def _key(self) -> CellKey:
         """What identifies the execution, once all that the cell reads is bound."""
-        if not self._detached:
+        if not self._detached or not self.report.key:
             self.code = replace(self.code, terms=terms_of(self.shell, self.options))
         while True:
             key = self.cache.key(self.code, self.namespace)
@@ -154,13 +154,27 @@ class CellExecution:
             self.status.show("waiting", said)
             await self._background.settle(reads)
 
-    async def restored(self) -> bool:
-        """Is there an entry, and is the notebook now as it says? Begins nothing."""
+    @property
+    def reads(self) -> set[str]:
+        """Names that it may read."""
+        return {*self.code.names.read, *self.cache.key(self.code, self.namespace).names}
+
+    @property
+    def binds(self) -> frozenset[str]:
+        """Names that it may bind."""
+        return frozenset(self.code.names.bound)
+
+    async def restored(self) -> str:
+        """The key of its entry, or '' where there was one: then the notebook is as it says. Begins nothing."""
         began = time.perf_counter()
         key = await self._key()
         self.report.key, self.report.components = key.key, key.components
         anew = self.options.rerun or self.options.rerun_step
-        return not anew and await self._restored(key, began)
+        return "" if not anew and await self._restored(key, began) else key.key
+
+    def is_executed_already(self) -> None:
+        """Say that this is so, in the background."""
+        self.status.show("running", "in the background already")
 
     def detach(self) -> Snapshot:
         """From here on, the cell is executed on a snapshot of the notebook."""

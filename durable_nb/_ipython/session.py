@@ -102,10 +102,8 @@ class Session:
                 if options.background and kernel is None:
                     execution.status.warn("a terminal executes nothing between two inputs: the cell is executed in front")
                 if options.background and kernel is not None:
-                    self.background.check(execution.label, execution.code.names.bound)
-                    if not await execution.restored():
-                        in_front = False
-                        self.background.start(execution, execution.code.names.bound, ended)
+                    in_front = False
+                    await self.background.begin(execution, ended)
                 else:
                     await execution.run()
                 self.set_variables = execution.set_variables
