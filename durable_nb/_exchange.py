@@ -300,6 +300,10 @@ class Reader:
 _NO_READER = Reader()
 
 
+def _never(seconds: float) -> None:
+    """There is nothing left to end."""
+
+
 async def exchange(sent: Sent, credentials: Credentials, line: Line, reader: Reader = _NO_READER) -> Recorded:
     """Send a request and record the response: the body of a step.
 
@@ -324,6 +328,8 @@ async def exchange(sent: Sent, credentials: Credentials, line: Line, reader: Rea
                 except (TimeoutError, recorder.library.TransportError):
                     if not recorder.is_at_end:
                         raise
+                finally:
+                    reader.limit(_never)  # the reading is over
                 recorder.check_end()
             finally:
                 await response.aclose()
