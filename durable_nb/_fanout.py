@@ -24,6 +24,8 @@ from durable_nb.errors import LeaseLost, NestedStepError, NonDeterminismError, N
 _AHEAD = 256
 """So many items may wait, for their turn or for another attempt, beside those at work: a server that is down must not have
 the whole list wait for it."""
+_TURN = 64
+"""So many items are asked for at a time where all of them are."""
 _LOOK_S = 1.0
 """So soon whoever waits for its time sees that nobody wants it any more."""
 _MOST_THREADS = 1000
@@ -93,8 +95,12 @@ def map(  # noqa: A001  the word users say
         return step.ask("map", name, given, options, (limit,) if limit is not None else (), **more)
 
     if run.is_replayed:
-        asked = [ask(place) for place in range(len(rows))]
-        return _results(run, asked.__getitem__, many, throttle, math.inf, on_error == "collect")
+        first = [ask(place) for place in range(min(_TURN, len(rows)))]  # asked for now, so that a missing 'await' is told
+
+        def asked(place: int) -> Coroutine[Any, Any, Any]:
+            return first[place] if place < _TURN else ask(place)
+
+        return _results(run, asked, many, throttle, math.inf, on_error == "collect")
     return _results(run, ask, many, throttle, concurrency + _AHEAD, on_error == "collect")
 
 
@@ -139,6 +145,8 @@ async def _results(
     try:
         for place in range(many.count):
             await fewer_than(room)
+            if room == math.inf and place % _TURN == _TURN - 1:
+                await asyncio.sleep(0)  # of many, the kernel's loop has a turn between
             # With a context of its own, an item belongs to the task that has called `map`, whichever others there are.
             task = loop.create_task(one(place), context=copy_context())
             tasks.add(task)

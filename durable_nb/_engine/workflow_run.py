@@ -143,7 +143,7 @@ class WorkflowRun:
 
     def step(self, request: StepRequest) -> Coroutine[Any, Any, Any]:
         __tracebackhide__ = True
-        return self._ask(Request(request.kind, request.name, functools.partial(arguments_of, request)), request.kind, request)
+        return self._ask(Request(request.kind, request.name, arguments_of(request)), request.kind, request)
 
     def publish(self, published: Published) -> None:
         match published:
