@@ -1756,8 +1756,7 @@ def test_a_cancelled_thread_goes_on_alone_and_resume_attaches_to_it():
             with pytest.raises(RunCancelled):
                 await run
             run.resume()
-            await asyncio.sleep(0.02)
-            assert run.status == "running"
+            await until(lambda: run.status == "running")
             release.set()
             assert await run == "done"
         assert done == ["begun"]
