@@ -970,6 +970,32 @@ def test_code_and_bodies_know_their_run():
     asyncio.run(main())
 
 
+def test_another_thread_may_ask_how_a_run_stands_while_its_steps_come_and_go():
+    async def many():
+        async with asyncio.TaskGroup() as group:
+            for n in range(300):
+                group.create_task(durable.run("short", asyncio.sleep, n % 7 * 0.001))
+        await durable.map("more", work, range(200))
+
+    async def main():
+        async with runtime():
+            run, over, seen = define(many).start(id="42"), threading.Event(), []
+            engine = _current.engine()
+
+            def look():
+                while not over.is_set():
+                    seen.append((engine.status_of("42"), len(engine.snapshot("42").steps)))
+
+            looking = asyncio.create_task(asyncio.to_thread(look))
+            await run
+            over.set()
+            await looking
+            assert {status for status, _ in seen} <= {"pending", "running", "completed"}
+            assert len(run.steps) == 500
+
+    asyncio.run(main())
+
+
 # -- cancelled -----------------------------------------------------------------------------------------------------------
 
 

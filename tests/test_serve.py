@@ -143,6 +143,10 @@ def test_a_run_is_started_once_controlled_and_told_of(folder):
         assert done(folder).count("charge tea 2") == 1
         assert client.post("/runs/order-1/restart").status_code == 202
         until(lambda: done(folder).count("send tea") == 2, "the order anew")
+        start(client, "quick", args=[2], id="later", delay="1h")
+        until(lambda: status(client, "later") == "pending", "the delay")
+        due = client.get("/runs/later").json()
+        assert 3500 < due["next_wake"] - due["started_at"] <= 3600.1
         failed = start(client, "fails")
         assert "out of stock" in ended(client, failed)["steps"][0]["error"]
         assert client.get("/runs", params={"status": "failed"}).json()["runs"][0]["id"] == failed

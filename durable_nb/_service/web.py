@@ -282,7 +282,7 @@ def _segments(scope: Scope) -> list[str]:
 
 
 def _listed(run: Snapshot) -> dict[str, Any]:
-    wakes = [step.wake_at for step in run.steps if step.wake_at is not None]
+    wakes = [at for at in (run.wake_at, *(step.wake_at for step in run.steps)) if at is not None]
     return {
         "id": run.id,
         "workflow": run.name,
