@@ -544,6 +544,11 @@ def use_engine(provider: Callable[[], Engine] | None) -> None:
     _engines[:] = [] if provider is None else [provider]
 
 
+def is_engine_in_use() -> bool:
+    """Is there one to ask?"""
+    return bool(_engines)
+
+
 def engine() -> Engine:
     """The engine in use; NotInRunError where there is none."""
     if not _engines:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from durable_nb._clock import parse_rate
-from durable_nb._current import Limit, declared, limits
+from durable_nb._current import Limit, declared, is_engine_in_use, limits
 from durable_nb._misuse import explained
 from durable_nb._records import plain
 
@@ -49,7 +49,7 @@ def limit(name: str, *, concurrency: int | None = None, rate: str | None = None)
             raise ValueError(f"{what}: {error}") from None
     name = plain(name)
     before, made = limits.get(name), declared(name, concurrency, rate)
-    if before is not None and before.figures != made.figures:
+    if before is not None and before.figures != made.figures and not is_engine_in_use():  # else that has told of it
         log.warning("the limit %r was %s, and is %s from now on", name, before.figures, made.figures)
     return made
 

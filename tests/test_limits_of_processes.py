@@ -81,7 +81,8 @@ def check(lines, pool, most):
                 started[line["name"]] = line
             case "begins":
                 holders = at_work[pool or line["key"]]
-                assert all(name != line["name"] for name, _ in holders)  # nobody executes a run twice at once
+                twice = [one for one in lines if one.get("name") == line["name"]]
+                assert all(name != line["name"] for name, _ in holders), f"executed twice at once: {twice}"
                 holders.add((line["name"], line["pid"]))
                 busiest = max(busiest, len(holders))
                 assert len(holders) <= most, f"{len(holders)} at once in line {number}"

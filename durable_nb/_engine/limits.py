@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -157,12 +158,30 @@ class _Pool:
         """For each that was let in and isn't at work yet: until when the next one heeds that."""
         self.rows: set[int] = set()
         """Places that stand on disk for this process."""
+        self.stale: set[int] = set()
+        """Of these, where nobody waits any more."""
+        self.unsaid: list[_Waiter] = []
+        """Who came since the last look."""
+        self.runs: Counter[str] = Counter()
+        """Runs of this process that wait or hold a share."""
         self.seen: tuple[bytes | None, str] = None, ""
         """What stood on disk at the last look."""
         self.changed_s = time.monotonic()
         """When that was something else than before."""
         self.slow: dict[str, float] = {}
-        """Rows of other processes that are next and don't take what they could have, and since when."""
+        """Rows of other processes that could have a share and don't take it, and since when."""
+        self.passed_over: set[str] = set()
+        """Of these, who was waited for long enough."""
+
+    def gives_back(self, run_id: str) -> None:
+        """A share that was held here."""
+        self.using.remove(run_id)
+        self.runs[run_id] -= 1
+
+    def forgets(self, waiter: _Waiter) -> None:
+        """It has left, without a share."""
+        self.runs[waiter.run_id] -= 1
+        self.stale |= {waiter.place} & self.rows
 
     @property
     def is_idle(self) -> bool:
@@ -307,8 +326,11 @@ class Limits:
         with self._ticker.lock:
             pool = self._pools.setdefault((name, key), _Pool(name, key))
             bisect.insort(pool.waiting, waiter, key=lambda one: one.place)
+            pool.unsaid.append(waiter)
+            pool.runs[waiter.run_id] += 1
             if is_shown:
                 pool.rows.add(waiter.place)
+                pool.stale.discard(waiter.place)
             self._ticker.soon(pool)
         try:
             while (left_s := await waiter.future) > 0:
@@ -321,9 +343,10 @@ class Limits:
         except BaseException:
             with self._ticker.lock:
                 if waiter.is_granted:
-                    pool.using.remove(waiter.run_id)
+                    pool.gives_back(waiter.run_id)
                 elif waiter in pool.waiting:
                     pool.waiting.remove(waiter)
+                    pool.forgets(waiter)
                 self._ticker.soon(pool)
             raise
         return Share(self, pool, waiter.run_id)
@@ -338,7 +361,7 @@ class Limits:
     def left(self, pool: _Pool, run_id: str) -> None:
         """A share is given back."""
         with self._ticker.lock:
-            pool.using.remove(run_id)
+            pool.gives_back(run_id)
             self._ticker.soon(pool, 0.0 if pool.waiting or run_id else LINGER_S)
 
     def outdated(self) -> Iterator[tuple[str, bytes]]:
@@ -383,6 +406,7 @@ class Limits:
             with self._ticker.lock:
                 waiting, pool.waiting = pool.waiting, []
                 for waiter in waiting:
+                    pool.forgets(waiter)
                     waiter.refuse(error)
                 if not (self._store.writer.closed or pool.is_idle):
                     self._ticker.soon(pool, _AGAIN_S)
@@ -394,25 +418,35 @@ class Limits:
         """Look at what stands on disk, and say what is to be done."""
         if self._store.writer.closed:  # looking would open the journal again
             raise StoreError("the store is closed; nothing was run. Load the extension, or open the store, again")
-        with self._ticker.lock:
-            waiting, using, rows = list(pool.waiting), list(pool.using), set(pool.rows)
-        ours = {waiter.run_id for waiter in waiting} | set(using)
-        seen, now = self._look(pool, ours, is_waited_for=bool(waiting)), self._clock.now()
-        figures, last = seen.figures, seen.shares.last
-        before = len(waiting)
-        if seen.first:
-            first = rec.place_of_waiting(seen.first)[1]
-            before = bisect.bisect_left(waiting, first, key=lambda waiter: waiter.place)
-        granted = grant(figures, len(seen.others) + len(using), last, before, now)
-        begin, left = waiting[: granted.count], waiting[granted.count :]
-        own = tuple((self._store.process.id, run_id) for run_id in (*using, *(waiter.run_id for waiter in begin)))
+        seen, now = self._look(pool, is_waited_for=bool(pool.waiting)), self._clock.now()
+        figures = seen.figures
         counts = figures is not None and figures.concurrency is not None
         paces = figures is not None and figures.rate is not None
-        new = Shares((*seen.others, *own) if counts else (), granted.last if paces else None)
-        if not (new.held or left) and new.last and figures and grant(figures, 0, new.last, 1, now).count:
+        with self._ticker.lock:  # thousands may wait: nothing here looks at all of them
+            before = len(pool.waiting)
+            if seen.first:
+                first = rec.place_of_waiting(seen.first)[1]
+                before = bisect.bisect_left(pool.waiting, first, key=lambda waiter: waiter.place)
+            granted = grant(figures, len(seen.others) + len(pool.using), seen.shares.last, before, now)
+            begin = pool.waiting[: granted.count]
+            left = pool.waiting[granted.count] if granted.count < len(pool.waiting) else None
+            using = (*pool.using, *(waiter.run_id for waiter in begin)) if counts else ()
+            gone = pool.stale | ({waiter.place for waiter in begin} & pool.rows)
+            shows = left if left is not None and left.place not in pool.rows else None
+            # Of a step any row will do, as long as nobody else waits: he would let this process go first.
+            is_shown = shows is None or bool(pool.rows and not shows.run_id and not seen.first)
+        held = (*seen.others, *((self._store.process.id, run_id) for run_id in using)) if counts else ()
+        new = Shares(held, granted.last if paces else None)
+        if left is None and not held and new.last and figures and grant(figures, 0, new.last, 1, now).count:
             new = Shares()  # nobody needs to know any more when the last one began
-        commit, shown, gone = self._commit(pool, seen, new, rows, left)
-        if not left or granted.left_s is not None:
+        is_other = sorted(new.held) != sorted(seen.shares.held) or new.last != seen.shares.last
+        commit, shown = None, set[int]()
+        if is_other or not is_shown or (gone and (seen.first or left is None)):
+            commit = self._commit(pool, seen, new, shows, gone)
+            shown = {shows.place} if shows is not None else shown
+        else:
+            gone = set()
+        if left is None or granted.left_s is not None:
             look_s = None
         elif seen.others or seen.first:
             look_s = min(max((time.monotonic() - pool.changed_s) / 4, _SOON_S), _LATE_S)
@@ -420,7 +454,7 @@ class Limits:
             look_s = _ALONE_S
         return _Plan(pool, begin, granted.left_s, look_s, commit, shown, gone)
 
-    def _look(self, pool: _Pool, ours: set[str], *, is_waited_for: bool) -> _Seen:
+    def _look(self, pool: _Pool, *, is_waited_for: bool) -> _Seen:
         journal, signer = self._store.journal, self._store.signer
         row, figures = journal.get(pool.shares_key), self._figures(pool.name)
         shares = unpack(signer, pool.shares_key, row, Shares) if row else Shares()
@@ -429,7 +463,7 @@ class Limits:
             (owner, run_id)
             for owner, run_id in shares.held
             # A run that was taken over from a process that is stopped brings its share along.
-            if owner != self._store.process.id and not (run_id and run_id in ours)
+            if owner != self._store.process.id and not (run_id and pool.runs[run_id])
             if not is_waited_for or self._is_alive(owner, alive)
         )
         first, dead = "", list[str]()
@@ -458,8 +492,10 @@ class Limits:
             key = rec.waiting_prefix(*of, process_id) + "~"  # behind all of that process
         # A process that is stopped, or that has other things to do, must not keep all others waiting.
         now_s = time.monotonic()
+        pool.passed_over &= set(firsts)
         pool.slow = {key: pool.slow.get(key, now_s) for key in firsts} if has_room else {}
-        waiting = [key for key in firsts if not (has_room and _is_too_slow(key, now_s - pool.slow[key]))]
+        pool.passed_over |= {key for key, since_s in pool.slow.items() if _is_too_slow(key, now_s - since_s)}
+        waiting = [key for key in firsts if key not in pool.passed_over]
         return min(waiting, key=lambda key: rec.place_of_waiting(key)[1], default=""), dead
 
     def _is_alive(self, process_id: str, known: dict[str, bool]) -> bool:
@@ -467,44 +503,39 @@ class Limits:
             known[process_id] = self._store.process.is_alive(process_id)
         return known[process_id]
 
-    def _commit(
-        self, pool: _Pool, seen: _Seen, new: Shares, rows: set[int], left: list[_Waiter]
-    ) -> tuple[Commit | None, set[int], set[int]]:
-        """What is to be written, if anything; places that it shows, and those that it takes away."""
+    def _commit(self, pool: _Pool, seen: _Seen, new: Shares, shows: _Waiter | None, gone: set[int]) -> Commit:
+        """The shares' row, a row for who waits, and without those of who doesn't any more."""
         signer, of = self._store.signer, (pool.name, pool.key, self._store.process.id)
-        is_other = sorted(new.held) != sorted(seen.shares.held) or new.last != seen.shares.last
-        stale = rows - {waiter.place for waiter in left}
-        # Of a step any row will do, as long as nobody else waits: he would let this process go first.
-        is_shown = not left or left[0].place in rows or bool(rows and not left[0].run_id and not seen.first)
-        if not is_other and is_shown and not (stale and (seen.first or not left)):
-            return None, set(), set()
         puts: list[tuple[str, bytes]] = []
-        deletes = [*seen.dead, *(rec.waiting_key(*of, place) for place in stale)]
-        shown = {waiter.place for waiter in left[:1]} - rows
-        if shown:
-            key = rec.waiting_key(*of, left[0].place)
-            puts.append((key, signer.sign(key, left[0].run_id.encode())))
+        deletes = [*seen.dead, *(rec.waiting_key(*of, place) for place in gone)]
+        if shows is not None:
+            key = rec.waiting_key(*of, shows.place)
+            puts.append((key, signer.sign(key, shows.run_id.encode())))
         if new.held or new.last:
             puts.append((pool.shares_key, pack(signer, pool.shares_key, new)))
         elif seen.row:
             deletes.append(pool.shares_key)
-        return Commit((pool.shares_key, seen.row), puts=tuple(puts), deletes=tuple(deletes)), shown, stale
+        return Commit((pool.shares_key, seen.row), puts=tuple(puts), deletes=tuple(deletes))
 
     def _done(self, plan: _Plan) -> None:
         """What was planned is on disk."""
         pool = plan.pool
         with self._ticker.lock:
             pool.rows = (pool.rows - plan.gone) | plan.shown
+            pool.stale -= plan.gone
             for waiter in plan.granted:
                 if waiter in pool.waiting:
                     pool.waiting.remove(waiter)
                     pool.using.append(waiter.run_id)
+                    pool.stale |= {waiter.place} & pool.rows  # where a step was let in without a commit
                     waiter.is_granted = True
                     waiter.tell(0.0)
                 else:  # it has given up meanwhile: what was taken for it is given back
                     self._ticker.soon(pool)
-            for waiter in pool.waiting:
-                waiter.say_so()
+            unsaid, pool.unsaid = pool.unsaid, []
+            for waiter in unsaid:
+                if not waiter.is_granted:
+                    waiter.say_so()
             now_s = time.monotonic()
             if plan.left_s is not None:
                 pool.beginning = [until_s for until_s in pool.beginning if until_s > now_s]

@@ -64,4 +64,9 @@ class Ticker(Generic[_T]):
                 due = [item for item, due_s in self._due.items() if due_s <= now_s]
                 for item in due:
                     del self._due[item]
-            self._work(due)
+            try:
+                self._work(due)
+            except BaseException:  # told by the thread's end; the next that is due begins another one
+                with self.lock:
+                    self._thread = None
+                raise
