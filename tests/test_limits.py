@@ -282,6 +282,33 @@ async def test_a_step_under_the_limit_that_its_run_holds_is_refused():
                 await outer.start(id="1")
 
 
+@on_loop
+async def test_a_child_under_the_limit_that_its_parent_holds_is_refused():
+    limit = durable.limit("model", concurrency=2)
+
+    @workflow(limit=limit)
+    async def child():
+        return 1
+
+    @workflow
+    async def between():
+        return await durable.invoke("child", child)
+
+    @workflow(limit=limit)
+    async def parent():
+        return await durable.invoke("between", between)
+
+    @workflow(limit=limit, key=lambda n: n)
+    async def countdown(n):
+        return [n, *(await durable.invoke("less", countdown, n - 1) if n else [])]
+
+    async with runtime():
+        with pytest.raises(NotSupportedError, match="it would never begin"):
+            async with asyncio.timeout(20):
+                await parent.start(id="1")
+        assert await countdown.start(3, id="2") == [3, 2, 1, 0]
+
+
 # -- runs -----------------------------------------------------------------------------------------------------------------
 
 

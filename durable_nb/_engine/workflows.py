@@ -54,6 +54,7 @@ from durable_nb.errors import (
     CorruptStoreError,
     DurableError,
     LeaseLost,
+    NotSupportedError,
     RunCancelled,
     RunConflictError,
     StoreError,
@@ -155,6 +156,16 @@ class Workflows:
         return bool(held)
 
     def _limited(self, record: RunRecord, limit: Limit, key: str) -> RunRecord:
+        above: RunRecord | None = record
+        while above is not None and above.is_invoked and limit.concurrency is not None:  # who invokes waits for the end
+            found = self.catalog.seen(above.parent)
+            above = found[0] if found is not None else None
+            if above is not None and (above.limit, above.limit_key) == (limit.name, key):
+                raise NotSupportedError(
+                    f"a run of workflow {record.name!r} is under the limit {limit.name!r}, of which the run {above.id!r} that "
+                    "waits for it holds a share: where no other is left it would never begin. Give one of the two a limit of "
+                    "its own; nothing was started"
+                )
         self._shared.limits.know(limit)
         return replace(record, limit=limit.name, limit_key=key, place=next_place(self._shared.clock))
 
