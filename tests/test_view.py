@@ -1130,3 +1130,23 @@ answers = await asyncio.gather(*(durable.approve("publish", f"Publish <b>{n}</b>
         lab.wait_text("later fine <i>by</i> me", ".jp-Cell:nth-child(3) .jp-Cell-outputWrapper")
         lab.wait_text("publish · ran in", OUTPUT)
         assert errors(lab) == []
+
+    def test_a_childs_steps_fold_into_their_parent_and_its_question_is_answered_there(self, lab: Lab) -> None:
+        flow = """
+@durable.workflow
+async def kid(n):
+    await durable.map("part", fold, range(n))
+    return (await durable.approve("sure", "Really <b>sure</b>?")).comment
+"""
+        name = lab.write_notebook([HELPERS + flow, "%%durable parent\nawait durable.invoke('kid', kid, 3)"])
+        lab.open(name)
+        lab.run_all()
+        lab.wait_text("Really <b>sure</b>?", f"{VIEW} .dnb-asks", 30)
+        assert "part" not in lab.text(LIST)
+        lab.on_page(lambda page: page.locator(f"{LIST} .dnb-row").first.click())
+        lab.wait_text("part × 3", LIST)
+        lab.on_page(lambda page: page.get_by_label("Comment on kid/sure").fill("as can be"))
+        press(lab, "Approve")
+        lab.wait_text("as can be", f"{CELL} .jp-OutputArea-executeResult")
+        lab.wait_text("parent · ran in", OUTPUT)
+        assert errors(lab) == []

@@ -211,7 +211,8 @@ class Catalog:
             waiting = [one.path for one in steps if (one.kind, one.name, one.status) == ("decision", path, Status.WAITING)]
             path = waiting[0] if len(waiting) == 1 else path
         for step in invoked:
-            if step.child is not None and path.startswith(f"{step.path}/") and any(one.path == path for one in steps):
+            is_there = any(path in (one.path, f"{one.path}#1") for one in steps)
+            if step.child is not None and path.startswith(f"{step.path}/") and is_there:
                 return self.place_of(step.child, path.removeprefix(f"{step.path}/"))
         return run_id, path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache.mentions import looks_up_anything
@@ -18,9 +19,11 @@ from durable_nb._ipython.capture import Recorder
 from durable_nb._ipython.details import DetailedSource, Details
 from durable_nb._ipython.runs import send
 from durable_nb._view import RunView
+from durable_nb.errors import StoreError
 
 if TYPE_CHECKING:
     from durable_nb._cellcache.external import Around
+    from durable_nb._facts import Snapshot
     from durable_nb._fingerprint import Fingerprint
     from durable_nb._ipython.status import StatusLine
 
@@ -83,6 +86,14 @@ class NotebookHost:
                 if isinstance(observation, Said) and self.view is not None:
                     self.view.changed()
 
+    def _snapshot(self) -> Snapshot:
+        """The run's, with the steps of the children that it has invoked: those take a look at the store."""
+        found: Snapshot = self._run.snapshot()
+        if any(step.child is not None for step in found.steps):
+            with contextlib.suppress(StoreError):  # `show` tells of it
+                found = replace(found, steps=self._run.runs.snapshot(self._run.id).steps)
+        return found
+
     def _show(self) -> None:
         if self._quiet:
             return
@@ -90,7 +101,7 @@ class NotebookHost:
             if not self._run.snapshot().steps:  # a plain cell gets no view
                 return
             self.view = RunView(
-                DetailedSource(self._run.snapshot, self._details, "cell"),
+                DetailedSource(self._snapshot, self._details, "cell"),
                 live=self._live,
                 place=self._status.place,
                 send=send,

@@ -175,7 +175,7 @@ function clock(seconds) {
   const whole = Math.max(Math.ceil(seconds), 0);
   const [days, hours, minutes] = [Math.floor(whole / 86400), Math.floor(whole / 3600) % 24, Math.floor(whole / 60) % 60];
   const tail = `${two(minutes)}:${two(whole % 60)}`;
-  if (days) return `${days} d ${hours} h`;
+  if (days) return hours ? `${days} d ${hours} h` : `${days} d`;
   return hours ? `${hours}:${tail}` : `${minutes}:${two(whole % 60)}`;
 }
 

@@ -1,6 +1,6 @@
 """What the live view is told of a run, and where that comes from: the one module of the views that meets the engine's facts.
 
-    {"version": 7, "now": 1700000000.0, "since": 1699999990.0, "again": "run",
+    {"version": 7, "has_children": false, "now": 1700000000.0, "since": 1699999990.0, "again": "run",
      "run": {"id": "run-1", "name": "nightly", "status": "running", "why": "first run", "started": 1699999990.0},
      "total": 30, "done": 12, "rate": 3.1, "left": 5.8, "counts": {"restored": 2, "completed": 10, "running": 18},
      "saved": "2 steps were restored, which saved 41 s",
@@ -160,6 +160,7 @@ def whole(source: Source, look: Look, *, version: int, now: float, why: str = ""
         **progress(snapshot, counts, source.total(), now),
         "saved": saved(snapshot),
         "length": len(rows),
+        "has_children": any(step.child is not None and step.status in ACTIVE for step in snapshot.steps),
         "approvals": [
             _known(path=step.path, prompt=clipped(step.prompt, TEXT), deadline=step.wake_at) for step in asked[:_QUESTIONS]
         ],

@@ -30,6 +30,8 @@ _SHARE = 25
 _LONGEST_PAUSE_S = 2.0
 _BEAT_S = 10.0
 """With nothing new the state is told again this often: a front end that hears nothing for long says so."""
+_CHILDREN_S = 0.5
+"""So often a run is looked at whose children are at work: they are runs of their own, and say nothing of it here."""
 _SOON_S = 0.15
 """A run that is over by then is only shown as it ended: a widget costs more than it tells."""
 _AT_LEAST_S = 5.0
@@ -71,7 +73,7 @@ class RunView:
         self._place = place if place is not None else Place()
         self._line, self._why, self._again = line, why, again
         self._look = Look()
-        self._opened = self._closed = self._due = self._beating = False
+        self._opened = self._closed = self._due = False
         self._lock = threading.RLock()
         self._run_id = self._told_id = ""
         self._panel: Any = None
@@ -80,7 +82,7 @@ class RunView:
         kernel is gone. The widget's model has no view; its script finds the html in the page and draws in its place."""
         self._asked: set[tuple[str, str]] = set()
         """What has been sent already: a button is pressed twice, its message sent again."""
-        self._began = self._rest_until = 0.0
+        self._began = self._rest_until = self._told_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._beat: asyncio.TimerHandle | None = None
         self._show: asyncio.TimerHandle | None = None
@@ -141,7 +143,8 @@ class RunView:
             self._appeared = self._loop.time()
             self._panel.on_msg(self._heard)
             listening.begin(self)
-            self._beat_in(_BEAT_S)
+            self._told_at = self._loop.time()
+            self._look_again(within_s=_CHILDREN_S)
             forms = static.bundle(self._source, line=self._line(), now=now, note=static.UNFINISHED, anchor=self._anchor)
             self._place.show(forms, view=self._run_id)
 
@@ -165,21 +168,18 @@ class RunView:
     def _tell(self) -> None:
         old = self._state
         new = whole(self._source, self._look, version=old["version"] + 1, now=time.time(), why=self._why(), again=self._again)
-        if same(old, new) and not self._beating:
-            return
-        self._beating = False
-        self._state = self._panel.now = new
-        self._panel.send_state("state")
-        self._beat_in(_BEAT_S)
+        if not same(old, new) or self._loop.time() >= self._told_at + _BEAT_S:
+            self._state = self._panel.now = new
+            self._panel.send_state("state")
+            self._told_at = self._loop.time()
+        self._look_again(within_s=_CHILDREN_S if new["has_children"] else _BEAT_S)
 
-    def _beat_in(self, seconds: float) -> None:
+    def _look_again(self, within_s: float) -> None:
+        """Look at the run even where nobody says that it has changed."""
         if self._beat is not None:
             self._beat.cancel()
-        self._beat = self._loop.call_later(seconds, self._beats, context=self._context)
-
-    def _beats(self) -> None:
-        self._beating = True
-        self.changed()
+        when = min(self._loop.time() + within_s, self._told_at + _BEAT_S)
+        self._beat = self._loop.call_at(when, self.changed, context=self._context)
 
     # -- what the reader asks ------------------------------------------------------------------------------------------
 
