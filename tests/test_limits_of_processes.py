@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from kernels import kernel
 from workers import ForkServer, read_oracle
 from workers import until as until_true
 
@@ -67,11 +68,11 @@ def test_through_a_limit_of_four_processes_of_which_two_are_killed(tmp_path, kin
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
-    check(lines_of(ledger), "shared" if kind == "shared" else None, 8 if kind == "shared" else 1)
+        told = [process.communicate()[1] for process in processes]
+    check(lines_of(ledger), "shared" if kind == "shared" else None, 8 if kind == "shared" else 1, told)
 
 
-def check(lines, pool, most):
+def check(lines, pool, most, told):
     started, first, ended = {}, {}, set()
     at_work, busiest = defaultdict(set), 0
     dead = {line["pid"] for line in lines if line["what"] == "killed"}
@@ -82,7 +83,7 @@ def check(lines, pool, most):
             case "begins":
                 holders = at_work[pool or line["key"]]
                 twice = [one for one in lines if one.get("name") == line["name"]]
-                assert all(name != line["name"] for name, _ in holders), f"executed twice at once: {twice}"
+                assert all(name != line["name"] for name, _ in holders), f"executed twice at once: {twice}, {told}"
                 holders.add((line["name"], line["pid"]))
                 busiest = max(busiest, len(holders))
                 assert len(holders) <= most, f"{len(holders)} at once in line {number}"
@@ -237,3 +238,36 @@ def test_a_rate_is_kept_by_several_processes(server, tmp_path, oracle):
         assert (one.result(60), two.result(60)) == (10, 10)
         took = time.monotonic() - began
     assert took >= 1.9  # twenty of them, a tenth of a second apart
+
+
+# -- kernels --------------------------------------------------------------------------------------------------------------
+
+CELL = """\
+%%durable NAME
+def work(name):
+    import pathlib, time
+    pathlib.Path(f"{name} began").write_text("x\\n")
+    while not pathlib.Path(f"{name} ends").exists():
+        time.sleep(0.01)
+    return name
+
+done = await durable.run("work", durable.step(work, limit=durable.limit("gpu", concurrency=1)), "NAME")
+"""
+
+
+@pytest.mark.kernel
+def test_a_cell_that_waits_for_another_kernels_share_says_so_and_has_it_when_that_kernel_dies(tmp_path):
+    with kernel(tmp_path) as first, kernel(tmp_path) as second:
+        first.send(CELL.replace("NAME", "first"))
+        first.wait_until(tmp_path / "first began")
+        asked = second.send(CELL.replace("NAME", "second"))
+        second.wait_for_text(asked, "waits for limit 'gpu'")
+        assert not (tmp_path / "second began").exists()
+        os.kill(first.pid, signal.SIGKILL)
+        assert wait_for(lambda: (tmp_path / "second began").exists(), "the second one begins") < 5
+        (tmp_path / "second ends").touch()
+        assert second.wait(asked).status == "ok"
+        assert second.value("done") == "second"
+        told = second.run("more = durable.limit('gpu', concurrency=2)")
+        assert "the limit 'gpu' of this store was 1 at once, and is 2 at once from now on" in told.stderr
+        assert "concurrency=0; write how many" in second.run("durable.limit('gpu', concurrency=0)").error
