@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ async def work(seconds: float) -> None:
 @durable.workflow(limit=LIMIT, key=by_key)
 async def job(key: str, name: str) -> str:
     note("begins", key, name)
-    await durable.run("work", work, random.random() * 0.01)
+    await durable.run("work", work, durable.random() * 0.01)
     await durable.sleep("rest", 0.005)
     note("ends", key, name)
     return name

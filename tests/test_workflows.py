@@ -1449,6 +1449,30 @@ def test_durable_resume_goes_on_with_every_interrupted_run(store):
     asyncio.run(main())
 
 
+def test_durable_resume_robs_nobody_who_was_faster(store, monkeypatch):
+    async def main():
+        order = define(two_steps(held))
+        async with runtime(store) as process:
+            order.start(id="42")
+            await gate("a begun").wait()
+            process.kill()
+        gate("a").set()
+        async with runtime(store) as one, runtime(store) as other:
+            found = other._workflows.interrupted()
+            assert found == [("42", "order")]
+            one.use()
+            run = durable.get_run("42").resume()
+            await gate("b begun").wait()
+            monkeypatch.setattr(other._workflows, "interrupted", lambda: found)  # it looked before the first one took the run
+            other.use()
+            assert durable.resume() == []
+            gate("b").set()
+            one.use()
+            assert await run == ["a done", "b done"]
+
+    asyncio.run(main())
+
+
 def test_a_process_that_ends_leaves_its_runs_interrupted_and_its_steps_kept(store):
     async def body():
         await durable.run("a", work, "a")

@@ -232,6 +232,8 @@ class Workflows:
         resumed = []
         for run_id, name in self.interrupted():
             record, lease = self.catalog.find(run_id)
+            if run_id in self._tasks or record.status != Status.RUNNING or self.catalog.is_owned(run_id, lease):
+                continue  # another process was faster: with the lease as it stands now, its live executor would be robbed
             function = workflow_functions.get(name)
             if function is None or self.home_of(function) == record.home:
                 self._go(record, lease)
