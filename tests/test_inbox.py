@@ -135,7 +135,7 @@ def rows_of(store, run_id):
 
 
 async def soon(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  what is asked has no event
             await asyncio.sleep(0.01)
 

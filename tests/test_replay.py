@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import json
@@ -119,6 +120,37 @@ def test_generated_programs_killed_again_and_again_go_the_way_they_went():
     _each(one, 0)
 
 
+def test_generated_programs_forked_at_any_step_run_nothing_that_came_before_it():
+    """Of runs that returned, failed or were killed. Every request gets its own answer."""
+
+    async def one(seed: int) -> None:
+        trial = Trial(seed)
+        await trial.live(nth=trial.rng.randrange(3, 25) if trial.rng.random() < 0.4 else None)
+        async with runtime(trial.store, clock=trial.clock):
+            runs = durable.runs(workflow="order")
+            steps = runs[0].steps if runs else ()
+            if not steps:
+                return
+            n = trial.rng.randrange(len(steps))
+            before = {step.name for step in steps[:n] if step.status == "completed"} & {
+                name for name, _ in trial.acknowledged()
+            }
+            life, program = Life(trial.world), trial.program
+
+            async def body():
+                await life.go(program)
+
+            redefine(body, name="order")
+            fork = runs[0].fork(at=steps[n].path)
+            with contextlib.suppress(RuntimeError, ExceptionGroup, durable.RunCancelled):
+                await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(_outcome(fork))), 60)
+            assert not life.wrong
+            assert not before & {name for name, _, _ in life.done}
+            assert fork.status in ("completed", "failed", "cancelled")
+
+    _each(one, 5, PROGRAMS // 4)
+
+
 def test_generated_edits_are_told_before_anything_runs_or_give_no_wrong_answer(caplog):
     """Eight kinds of edits of a killed run's program. Either the run goes on, and every request gets its own answer; or it is
     told, and then nothing was executed, and with the code put back the run goes on."""
@@ -179,8 +211,8 @@ def _compensations(trial: Trial) -> set[Any]:
     return unique(trial.program)
 
 
-def _each(one: Any, salt: int) -> None:
-    for n in range(PROGRAMS):
+def _each(one: Any, salt: int, programs: int = PROGRAMS) -> None:
+    for n in range(programs):
         seed = SEED + 100_000 * salt + n
         try:
             asyncio.run(one(seed))

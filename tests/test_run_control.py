@@ -63,7 +63,7 @@ async def held(name):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  what is asked has no event
             await asyncio.sleep(0.01)
 
@@ -409,7 +409,11 @@ def test_an_unfinished_run_is_not_deleted(status):
         async with runtime(store, clock=Still() if status == "sleeping" else clock) as process:
             run = waits.start(id="r")
             await until(
-                lambda: run.status == ("running" if status == "interrupted" else status) and run.steps[0].status != "pending"
+                lambda: (
+                    run.status == ("running" if status == "interrupted" else status)
+                    and run.steps
+                    and run.steps[0].status != "pending"
+                )
             )
             if status == "interrupted":
                 process.kill()

@@ -598,7 +598,7 @@ async def own(channel, store, oracle, gate, busy_until="", fails=""):
     _open_oracle(oracle)
     durable.open(store)
     run = controlled.start(gate, fails, id="r", labels=["mine"])
-    while len(run.steps) < 2:  # noqa: ASYNC110
+    while "held" not in [name for _, what, name, _ in read_oracle(Path(oracle)) if what == "begin"]:  # noqa: ASYNC110
         await asyncio.sleep(0.002)
     channel.say("owns it")
     while busy_until and not os.path.exists(busy_until):  # noqa: ASYNC240, PTH110
