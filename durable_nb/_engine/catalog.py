@@ -195,9 +195,18 @@ class Catalog:
         record, lease = self.find(run_id)
         run = self._ownership.active.get(record.id)
         found = run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+        if found.status is Status.INTERRUPTED and self.find(run_id) != (record, lease):
+            return self.snapshot(run_id)  # it ended or changed hands while another thread looked
         if all(step.child is None for step in found.steps):
             return found
         return replace(found, steps=tuple(one for step in found.steps for one in (step, *self._of_child(step))))
+
+    def status_of(self, run_id: str) -> Status:
+        """How the run of that id stands; also where it ends or changes hands while another thread looks."""
+        found = self.find(run_id)
+        while (status := self.status(*found)) is Status.INTERRUPTED and (again := self.find(run_id)) != found:
+            found = again
+        return status
 
     def place_of(self, run_id: str, path: str) -> tuple[str, str]:
         """The run that asks for a decision at this path, and where in that run: `child/step` is an invoked child's, and so is a

@@ -560,7 +560,7 @@ class Workflows:
         self.catalog.find(run_id)
 
     def status_of(self, run_id: str) -> Status:
-        return self.catalog.status(*self.catalog.find(run_id))
+        return self.catalog.status_of(run_id)
 
     def snapshot(self, run_id: str) -> Snapshot:
         return self.catalog.snapshot(run_id)
