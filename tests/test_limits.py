@@ -449,7 +449,8 @@ async def test_a_run_that_goes_on_stands_where_it_was_started():
             await until(lambda: done == [0, 3])
             for run in early[1:]:
                 durable.get_run(run.id).resume()
-            await until(lambda: all(durable.get_run(run.id)._snapshot().waits_for for run in early[1:]))
+            pool = second.engine.shared.limits._pools["orders", ""]
+            await until(lambda: [waiter.run_id for waiter in pool.waiting] == ["1", "2", "4"])
             gates["open"].set()
             for n in range(1, 5):
                 await durable.get_run(f"{n}")
