@@ -249,6 +249,8 @@ class Decided:
     at_s: float
     comment: str = ""
     timed_out: bool = False
+    given_up: bool = False
+    """Of a workflow's wait, for an event too: its code doesn't wait for it any more."""
     format: int = FORMAT
 
 

@@ -151,9 +151,14 @@ def test_an_event_for_a_wait_that_was_given_up_is_there_for_the_next():
             return "late", await durable.wait_for_event("b", "go", timeout="1h")
 
     async def main():
-        async with runtime(store, clock=clock):
+        async with runtime(store, clock=clock) as process:
             run = redefine(gives_up).start(id="1")
             await until(lambda: any(step.name == "b" and step.status == "waiting" for step in run.steps))
+            assert [waiter.step for waiter in durable.waiters("go")] == ["b"]
+            process.kill()
+        async with runtime(store, clock=clock):
+            assert [waiter.step for waiter in durable.waiters("go")] == ["b"], "other processes know, too"
+            durable.resume()
             run.notify("go", 1)
             first = await run
             assert first == ("late", Event(1))
@@ -349,6 +354,26 @@ def test_a_run_with_events_in_its_inbox_is_cancelled_as_any_and_leaves_none_behi
             assert rows(store, "inbox/") == []
             run.delete()
             assert [key for key in store.journal.rows if "1" in key.split("/")] == []
+
+    asyncio.run(main())
+
+
+def test_a_child_that_was_just_started_gets_the_event_also_where_the_parent_ends_then():
+    store = MemoryStore()
+
+    async def one():
+        return (await durable.wait_for_event("e", "go", timeout="1h")).data
+
+    async def starts():
+        run = durable.workflow(one).start()
+        run.notify("go", 7)
+        return run.id
+
+    async def main():
+        redefine(one)
+        async with runtime(store):
+            child = durable.get_run(await redefine(starts).start(id="1"))
+            assert await child == 7
 
     asyncio.run(main())
 

@@ -37,6 +37,8 @@ class Arrivals:
         self._buffered: dict[str, Received] = {}
         """By the key of its row, in the order in which they came."""
         self._taken: set[str] = set()
+        self.given_up: set[str] = set()
+        """Waits that the code has given up, in this execution."""
         self._unready: set[str] = set()
         """Waits that take nothing yet."""
 
@@ -66,6 +68,7 @@ class Arrivals:
         future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._waits[wait_id] = Wait(wait_id, path, timer, future)
         self._unready.add(wait_id)
+        self.given_up.discard(wait_id)
         return future
 
     def admit(self, wait_id: str) -> None:
@@ -78,6 +81,7 @@ class Arrivals:
         wait = self._waits.pop(wait_id, None)
         self._unready.discard(wait_id)
         if wait is not None:
+            self.given_up.add(wait_id)
             wait.future.cancel()
             self._match()
 

@@ -265,15 +265,16 @@ class Catalog:
             return []
         came, now = self._came(record), self._shared.clock.now()
         prefix = rec.decided_prefix(record.id)
-        rows = self._journal.scan(prefix) if kind == "decision" else ()
+        rows = self._journal.scan(prefix)
         decided = {key[len(prefix) :]: unpack(self._signer, key, row, Decided) for key, row in rows}
         paths = {sequence: step.path for sequence, step in self._with_paths(record)}
         run = self._ownership.active.get(record.id)
         paths_here = {wait.id: wait.path for wait in run.waits} if run is not None else {}
+        given_up = run.given_up if run is not None else ()
         found = []
         for sequence, timer, wait_id in sorted(timers, key=itemgetter(0)):
             left = decide_sleep(timer, now)
-            is_open = isinstance(left, Wait) and wait_id not in came and wait_id not in decided
+            is_open = isinstance(left, Wait) and not any(wait_id in gone for gone in (came, decided, given_up))
             until_s = now.wall_s + left.seconds if isinstance(left, Wait) else timer.since.wall_s + timer.duration_s
             path = paths_here.get(wait_id) or paths.get(sequence, timer.name)
             found.append(Waiting(wait_id, path, timer, until_s, decided.get(wait_id), is_open))

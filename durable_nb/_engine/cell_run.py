@@ -111,6 +111,10 @@ class CellRun:
         return self._execution.arrivals.waits
 
     @property
+    def given_up(self) -> Container[str]:
+        return self._execution.arrivals.given_up
+
+    @property
     def heard(self) -> Container[str]:
         return self._execution.heard
 

@@ -138,7 +138,9 @@ class Events:
         if open_ones:
             return open_ones[0]
         last = meant[-1]
-        if last.decided is None or last.decided.timed_out:
+        if last.decided is not None and last.decided.given_up:
+            at_s, what = last.decided.at_s, "was given up by the code"
+        elif last.decided is None or last.decided.timed_out:
             at_s, what = last.until_s, "timed out"
         else:
             at_s, what = last.decided.at_s, "was approved" if last.decided.approved else "was rejected"

@@ -120,8 +120,12 @@ class Execution:
     ) -> Received | None:
         """What has come for a wait that is expected and on disk; None where its time is over before."""
         inbox, run_id = self.shared.ownership.inbox, self.record.id
+        key, journal = rec.decided_key(run_id, wait_id), self.shared.store.journal
         # Sent before anybody waited.
-        self.arrivals.hear(await self.log.read(lambda: [*inbox.of(run_id), *inbox.events({timer.of})]))
+        mail, row = await self.log.read(lambda: ([*inbox.of(run_id), *inbox.events({timer.of})], journal.get(key)))
+        if row is not None:
+            await self._forget(key)
+        self.arrivals.hear(mail)
         self.arrivals.admit(wait_id)
         await self._pause(timer, path, found, patience)
         return found.result() if found.done() else None
@@ -143,12 +147,20 @@ class Execution:
             mail, row = await self.log.read(lambda: (inbox.of(self.record.id), journal.get(key)))
             self.arrivals.hear(mail)
             self.arrivals.admit(wait_id)
+            if row is not None and not (decided := unpack(self.log.signer, key, row, Decided)).given_up:
+                return decided, found.result().key if found.done() else ""
             if row is not None:
-                return unpack(self.log.signer, key, row, Decided), found.result().key if found.done() else ""
+                await self._forget(key)
+                continue
             if policy in ("approve", "reject"):
                 await self._decide(key, Decided(policy == "approve", APPROVALS, self.now_s()))
             elif not await self._pause(timer, path, found, patience):
                 await self._decide(key, Decided(False, "", self.now_s(), timed_out=True))
+
+    async def _forget(self, key: str) -> None:
+        """A wait that was given up is asked for again: the run was resumed before that."""
+        if await self.log.commit(deletes=(key,)) is Verdict.GUARD_FAILED:
+            raise self.lost()
 
     async def _decide(self, key: str, decided: Decided) -> None:
         """Settle an approval here, unless somebody was faster: the row tells."""

@@ -43,6 +43,11 @@ class Executed(Protocol):
         ...
 
     @property
+    def given_up(self) -> Container[str]:
+        """Those that its code has given up."""
+        ...
+
+    @property
     def heard(self) -> Container[str]:
         """Keys of the messages that it has heard of."""
         ...

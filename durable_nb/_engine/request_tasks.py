@@ -14,7 +14,7 @@ from msgspec import structs
 
 from durable_nb import _codec
 from durable_nb._codec import digest_of
-from durable_nb._current import InvokeRequest, StartRequest
+from durable_nb._current import InvokeRequest, SendRequest, StartRequest
 from durable_nb._engine.arrivals import is_addressed
 from durable_nb._engine.asking import Ask
 from durable_nb._engine.by_history import Request
@@ -26,7 +26,7 @@ from durable_nb._engine.run_log import LinearLog, say
 from durable_nb._events import approvals_policy, came
 from durable_nb._facts import Status
 from durable_nb._journal import Verdict
-from durable_nb._records import Attempts, Event, Notification, RunRecord, Timer, wait_of_request
+from durable_nb._records import Attempts, Decided, Event, Notification, RunRecord, Timer, decided_key, wait_of_request
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb.errors import DurableError, LeaseLost, RunNotFoundError, StepInterrupted, StoreError, UnserializableError
 
@@ -66,9 +66,11 @@ class RequestTasks:
     def begin(self, ask: Ask) -> None:
         """Let a task work on it."""
         match ask.request.kind:
-            case "notify":
+            case "notify" if not self._starting(ask.what.run_id):
                 self._send(ask)
                 return
+            case "notify":
+                work = self._send_to_child
             case "sleep" | "event" | "decision" as kind:
                 work = {"sleep": self._sleep, "event": self._wait_for_event, "decision": self._wait_for_decision}[kind]
                 self._sleeping[ask.request.id] = ask
@@ -128,7 +130,8 @@ class RequestTasks:
             is_waiting = step is not None and (step.status in (Status.RETRYING, Status.SLEEPING) or step.waits_for is not None)
             is_new = ask.activation == activation
             has_body = ask.is_step and self.key(ask.request) in self._performer.bodies
-            if not has_body and ask.task is not None and (is_new or is_waiting or not ask.is_step):
+            is_on_its_way = isinstance(ask.what, StartRequest | SendRequest)  # what the code asks for without awaiting it
+            if not has_body and ask.task is not None and (is_new or is_waiting or not ask.is_step) and not is_on_its_way:
                 ask.task.cancel()
                 if ask.is_step:
                     unbegun.append(ask.request.name)
@@ -265,7 +268,11 @@ class RequestTasks:
         assert ask.timer is not None  # noqa: S101  every wait has one
         number, wait_id = ask.request.id, self._wait_id(ask)
         with self._execution.expecting(wait_id, ask.path, ask.timer) as found:
-            received = await self._execution.event(await self._deadline(ask), ask.path, wait_id, found)
+            try:
+                received = await self._execution.event(await self._deadline(ask), ask.path, wait_id, found)
+            except asyncio.CancelledError:
+                self._note_given_up(ask)
+                raise
             if received is None:
                 self._outbox.append(Event("arrived", number, timed_out=True), came("event", None, timed_out=True))
                 return
@@ -284,15 +291,36 @@ class RequestTasks:
         assert ask.timer is not None  # noqa: S101  every wait has one
         wait_id, policy = self._wait_id(ask), approvals_policy()
         with self._execution.expecting(wait_id, ask.path, ask.timer) as found:
-            timer = await self._deadline(ask)
-            decided, key = await self._execution.decision(timer, ask.path, wait_id, found, policy)
+            try:
+                timer = await self._deadline(ask)
+                decided, key = await self._execution.decision(timer, ask.path, wait_id, found, policy)
+            except asyncio.CancelledError:
+                self._note_given_up(ask)
+                raise
             form, data = _codec.encode([decided.approved, decided.by, decided.comment])
             row = Event("arrived", ask.request.id, form=form, value=data, timed_out=decided.timed_out)
             value = came("decision", (decided.approved, decided.by, decided.comment), timed_out=decided.timed_out)
             self._outbox.append(row, value, deletes=(key,) if key else ())
 
+    def _note_given_up(self, ask: Ask) -> None:
+        """The code doesn't wait for it any more: who asks who waits is told so, in other processes too."""
+        execution = self._execution
+        if ask.is_given_up and execution.status is Status.RUNNING:
+            key = decided_key(execution.record.id, self._wait_id(ask))
+            row = execution.log.pack(key, Decided(False, "", execution.now_s(), given_up=True))
+            execution.log.commit(inserts=(row,))  # where it was decided in this very moment, that stands
+
     def _wait_id(self, ask: Ask) -> str:
         return wait_of_request(self._execution.record.generation, ask.request.id)
+
+    def _starting(self, run_id: str | None) -> list[asyncio.Task[Any]]:
+        """The tasks that start that child now."""
+        starts = (one for one in self._working.values() if isinstance(one.what, StartRequest) and one.what.run_id == run_id)
+        return [one.task for one in starts if one.task is not None]
+
+    async def _send_to_child(self, ask: Ask) -> None:
+        await asyncio.wait(self._starting(ask.what.run_id))
+        self._send(ask)
 
     def _send(self, ask: Ask) -> None:
         """Send an event: its row is part of the commit that records it."""

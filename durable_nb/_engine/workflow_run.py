@@ -100,6 +100,10 @@ class WorkflowRun:
         return self._execution.arrivals.waits
 
     @property
+    def given_up(self) -> Container[str]:
+        return self._execution.arrivals.given_up
+
+    @property
     def heard(self) -> Container[str]:
         return self._execution.heard
 
