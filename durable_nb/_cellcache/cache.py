@@ -35,10 +35,10 @@ from durable_nb._cellcache.patches import (
     digest_if_whole,
     imported_by,
     links,
+    modules_imported_by,
     patch_of,
     patches_for,
     resolver,
-    submodules_imported_by,
 )
 from durable_nb._cellcache.resources import (
     NotRemadeError,
@@ -50,6 +50,7 @@ from durable_nb._cellcache.resources import (
     moved_on,
     standing_of,
 )
+from durable_nb._cellcache.seeding import seeded_at_once
 from durable_nb._cellcache.settings import KNOWN, Setting, UnsettableError, set_again
 from durable_nb._cellcache.silence import silenced
 from durable_nb._cellcache.watch import Watch, prepare
@@ -225,7 +226,7 @@ class CellCache:
 
     def around(self, namespace: Mapping[str, Any]) -> Around:
         """What records of the external state are compared with."""
-        return Around(namespace, self.entries.signer, self._own)
+        return Around(namespace, self.entries.signer, self._own, self._settings)
 
     def key(self, code: CellCode, namespace: MutableMapping[str, Any]) -> CellKey:
         """The identity of the cell, were it to run now."""
@@ -293,8 +294,16 @@ class CellCache:
         prepare(places)
         packages = {*key.versions, *packages_imported(code.tree)}
         evaluated = Evaluated(namespace, key.names, mentioned=not EVALUATING.isdisjoint(key.words))
-        watch = Watch(self.around(namespace), mentions, places, packages, displays=True, evaluated=evaluated)
-        effects = Effects(code.tree, key.words, self._settings)
+        watch = Watch(
+            self.around(namespace),
+            mentions,
+            places,
+            packages,
+            displays=True,
+            evaluated=evaluated,
+            seeded=seeded_at_once(code.tree, namespace),
+        )
+        effects = Effects(code.tree, key.words, self._settings, key.components.get("code", ""))
         standing = Standing(key.places.values(), code_of(key).values(), digest_if_whole)
         resources = standing_of({name: namespace[name] for name in code.names.read if name in namespace})
         return Before(code, key, namespace, dict(namespace), globals_held(key), watch, effects, standing, resources, notes)
@@ -349,7 +358,8 @@ class _Saving:
         except Exception as error:
             return self._not(f"its inputs can't be compared any more ({type(error).__name__}: {error})")
         try:
-            patches = patches_for(self.changed, key.places, self.before.standing, held, code_of(key))
+            labels = [label for label in self.changed if not label.startswith("import ")]
+            patches = patches_for(labels, key.places, self.before.standing, held, code_of(key))
             for name in moved_on(self.before.resources):
                 patches += patch_of(name, held[name], key.places, patches)
         except UnpatchableError as error:
@@ -364,11 +374,14 @@ class _Saving:
             context = copy_context()  # the cell ran in one of its own, in which numpy, for one, keeps its options
             for variable, value in self.after.variables:
                 context.run(variable.set, value)
-            settings = context.run(self.before.effects.settings)
+            settings, unchanged = context.run(self.before.effects.settings, watch.variables_set)
+            external = replace(external, unchanged=unchanged)
             variables = variables_kept(self.after.variables, held)
             resources = Resources(code.tree, bound, namespace)
         except (UnsettableError, NotRemadeError) as error:
             problems.append(str(error))
+        modules = [label.removeprefix("import ") for label in self.changed if label.startswith("import ")]
+        problems += [f"it changes {name}, a module that it imports" for name in modules]
         if not problems and not self.after.alone and (self.changed or external.generators or settings):
             problems.append("other cells ran meanwhile, and what they have changed can't be told from what it has")
         if problems:
@@ -378,7 +391,7 @@ class _Saving:
             _RESULTS: self.after.results,
             _STATES: watch.moved_states(external),
             _PATCHES: patches,
-            _MODULES: submodules_imported_by(code.tree),
+            _MODULES: modules_imported_by(code.tree, self.before.effects.loaded),
             _ELSEWHERE: {place: now for place, now in globals_held(key).items() if now is not self.before.elsewhere.get(place)},
             _SETTINGS: settings,
             _VARIABLES: [(variable, value) for variable, value, _ in variables],

@@ -12,31 +12,42 @@ from typing import Any
 from durable_nb._cellcache.modules import Modules
 from durable_nb._cellcache.pending import Pending
 from durable_nb._cellcache.settings import Setting, Settings, UnsettableError
+from durable_nb._fingerprint import hash_value
 
 
 class Effects:
     """How the process stands before a cell runs; what has changed is told when it has ended."""
 
-    def __init__(self, tree: ast.Module, words: frozenset[str], known: Iterable[Setting]) -> None:
-        """`words`: the names that the cell's code and its helpers' mention."""
-        self._settings, self._pending, self._modules = Settings(known, words), Pending(), Modules(tree, words)
+    def __init__(self, tree: ast.Module, words: frozenset[str], known: Iterable[Setting], code: str) -> None:
+        """`words`: the names that the cell's code and its helpers' mention; `code`: the digest of the cell's own."""
+        self._words, self.loaded = words, frozenset(sys.modules)
+        self._settings, self._pending, self._modules = Settings(known, words, code), Pending(), Modules(tree, words)
 
     def noticing(self) -> contextlib.AbstractContextManager[None]:
         """For the time that the cell runs."""
         return self._modules.noticing()
 
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """What it has set, to be set again; UnsettableError."""
-        return self._settings.changed()
+    def settings(self, variables: Iterable[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+        """What it has set, to be set again, and digests of what it may have set to what it was; UnsettableError. `variables`:
+        those of the environment that it has set or deleted, also to what they were."""  # fmt: skip
+        changed = self._settings.changed(variables)
+        unchanged = self._settings.unchanged(changed)
+        return changed, {what: {key: hash_value(value) for key, value in found.items()} for what, found in unchanged.items()}
 
     def left(self, patched: set[int], bound: Collection[tuple[str, str]]) -> Iterator[str]:
         """What else it has done to the process that a hit would not do, in words. Objects of these ids are patched, and these
         globals of modules, (module, name), are bound again."""  # fmt: skip
         yield from self._pending.left()
+        yield from (f"it calls {call}(), which a hit would not do" for call in sorted(_NOT_SEEN & self._words))
         for name in self._modules.changed(patched, bound):
             yield f"it changes {name}, in a module that it imports"
 
 
+_NOT_SEEN = frozenset(
+    "codecs.register codecs.register_error sys.addaudithook os.nice os.setpriority os.sched_setaffinity signal.alarm "
+    "signal.setitimer faulthandler.register faulthandler.dump_traceback_later threading.settrace threading.setprofile".split()
+)
+"""Calls that change the process where nobody can look."""
 _SETTINGS_OF = {"numpy", "decimal"}
 """Packages that keep settings in context variables, which are known as settings."""
 

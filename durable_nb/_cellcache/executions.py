@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Mapping, MutableMapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ class LastExecutions:
         self._path = store / FOLDER / f"{name}{SUFFIX}"
         self._before: str | None = None
         self._met: set[str] = set()
-        self._makers: dict[str, tuple[str, str, int]] = {}
-        """In this kernel: by variable, the cell and key that made it, and the object's id."""
+        self._makers: dict[str, tuple[str, str, Callable[[Any], bool]]] = {}
+        """In this kernel: by variable, the cell and key that made it, and whether what it holds is that object."""
         self.last = _read(self._path)
         """By name, in the order of the notebook as far as executing it has shown it."""
 
@@ -76,7 +77,7 @@ class LastExecutions:
         found = {}
         for name in read:
             maker = self._makers.get(name)
-            if maker is not None and name in namespace and id(namespace[name]) == maker[2]:
+            if maker is not None and name in namespace and maker[2](namespace[name]):
                 found[name] = maker[:2]
         return found
 
@@ -89,7 +90,7 @@ class LastExecutions:
         """A cell was executed. Where that tells anything new, it is written down."""
         for made in last.made:
             if made in namespace:
-                self._makers[made] = name, last.key, id(namespace[made])
+                self._makers[made] = name, last.key, _recogniser(namespace[made])
         known, names = self.last.get(name), list(self.last)
         from_here = {*names[names.index(name) :]} if name in names else {name}
         if known is not None and known.code == last.code and from_here.intersection(m for m, _ in last.sources.values()):
@@ -97,6 +98,10 @@ class LastExecutions:
         if known is None or replace(known, at=last.at) != last:
             self.last[name] = last
             self._add({name: last})
+
+    def cell_ended(self, namespace: Mapping[str, Any]) -> None:
+        """Any cell was executed: what it has bound otherwise, no durable cell has made."""
+        self._makers = {n: maker for n, maker in self._makers.items() if n in namespace and maker[2](namespace[n])}
 
     def forget(self, name: str) -> None:
         """The cell is not to be known any more."""
@@ -128,6 +133,18 @@ class LastExecutions:
             except FileNotFoundError:
                 self._path.parent.mkdir(mode=0o700, exist_ok=True)
                 _append(self._path, data)
+
+
+def _recogniser(obj: Any) -> Callable[[Any], bool]:
+    """Tells whether it is given this very object, which is not kept alive but for numbers and texts: when it is gone, its
+    address may be another's."""  # fmt: skip
+    with contextlib.suppress(TypeError):
+        known = weakref.ref(obj)
+        return lambda other: known() is other
+    if type(obj) in (int, float, complex, bool, str, bytes, type(None)):
+        return lambda other: other is obj
+    address = id(obj)  # of a list, say: whoever binds its name anew is met at the end of that cell
+    return lambda other: id(other) == address
 
 
 def _in_order(names: list[str], found: Mapping[str, LastExecution]) -> dict[str, LastExecution]:

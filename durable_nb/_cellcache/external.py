@@ -16,7 +16,8 @@ from typing import Any
 
 from durable_nb._cellcache import environment
 from durable_nb._cellcache.files import ABSENT, FileState, looking_away, state_of
-from durable_nb._cellcache.generators import UNSEEDED, generators
+from durable_nb._cellcache.generators import ANY, UNSEEDED, generators
+from durable_nb._cellcache.settings import KNOWN, Setting, look
 from durable_nb._codec import Signer
 from durable_nb._fingerprint import hash_value
 
@@ -33,6 +34,8 @@ class Around:
     """Its key makes digests of environment variables, of which nobody else can find out anything."""
     own: tuple[str, ...] = ()
     """Files and folders that never count: the store, the notebook."""
+    known: tuple[Setting, ...] = KNOWN
+    """The settings that cells set."""
 
     def variable(self, name: str) -> str:
         """The keyed digest of what an environment variable is now."""
@@ -51,7 +54,8 @@ class ExternalState:
 
     files: list[FileState] = field(default_factory=list)
     generators: dict[str, str] = field(default_factory=dict)
-    """Of the random generators that it moved: the state they were in, or that nobody had seeded them."""
+    """Of the random generators that it moved: the state they were in, or that nobody had seeded them; ANY where it seeded them
+    itself, before anything else."""
     settings: dict[str, str] = field(default_factory=dict)
     """Digests of what was set for the whole process, of libraries that it uses; '' where that was as it is by default."""
     names: dict[str, str] = field(default_factory=dict)
@@ -60,14 +64,17 @@ class ExternalState:
     """Keyed digests of environment variables."""
     unsure: list[str] = field(default_factory=list)
     """What can't be compared, in words: whoever recorded this can't be restored."""
+    unchanged: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Digests of settings that it may have set to what they were, by key and what they are of: it is not known to set them."""
 
     def __bool__(self) -> bool:
-        return any((self.files, self.generators, self.settings, self.names, self.variables, self.unsure))
+        found = self.files, self.generators, self.settings, self.unchanged, self.names, self.variables, self.unsure
+        return any(found)
 
     def digest(self) -> str:
         """Tells executions of one cell apart that saw different files."""
         parts = [f"{f.how}\0{f.path}\0{f.digest}" for f in self.files]
-        named = (self.generators, self.names, self.settings, self.variables)
+        named = (self.generators, self.names, self.settings, self.variables, *self.unchanged.values())
         parts += [f"{k}\0{v}" for found in named for k, v in sorted(found.items())]
         return hashlib.blake2b("\0\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
@@ -90,8 +97,17 @@ class ExternalState:
                 found.append(f"the environment variable {name} {what}")
         now_set = settings(self.settings) if self.settings else {}
         found += [f"{w} changed" for w, digest in self.settings.items() if now_set.get(w, "") != digest]
+        for setting in around.known if self.unchanged else ():
+            was = self.unchanged.get(setting.what, {})
+            now_unusual = setting.unusual(look(setting)) if was else {}
+            keys = [key for key, digest in was.items() if key not in now_unusual or hash_value(now_unusual[key]) != digest]
+            found += [f"{setting.what} changed"] if keys else []
         seen = {name: generator.before() for name, generator in generators().items()} if self.generators else {}
-        found += [f"the state of {n} changed" for n, state in self.generators.items() if seen.get(n, UNSEEDED) != state]
+        found += [
+            f"the state of {n} changed"
+            for n, state in self.generators.items()
+            if state != ANY and seen.get(n, UNSEEDED) != state
+        ]
         return found
 
 
@@ -107,12 +123,12 @@ def name_digest(namespace: Mapping[str, Any], name: str) -> str:
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def settings(wanted: Container[str] | None = None) -> dict[str, str]:
-    """By what they are of, digests of settings that are not as they are by default. A library that isn't loaded has none.
-    `wanted`: of these only."""  # fmt: skip
+def settings(wanted: Container[str]) -> dict[str, str]:
+    """By what they are of, digests of the wanted settings that are not as they are by default. A library that isn't loaded has
+    none."""  # fmt: skip
     found = {}
     for what, (module, ask) in _SETTINGS.items():
-        if wanted is not None and what not in wanted:
+        if what not in wanted:
             continue
         loaded = sys.modules.get(module)
         unusual = ask(loaded) if loaded is not None else None
@@ -125,7 +141,7 @@ _NUMPY_PRINTS = {
     "edgeitems": 3, "threshold": 1000, "precision": 8, "suppress": False, "linewidth": 75, "nanstr": "nan", "infstr": "inf",
     "sign": "-", "formatter": None, "floatmode": "maxprec", "legacy": False, "override_repr": None,
 }  # fmt: skip
-_NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+_NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn", "errcall": None}
 
 
 def _unusual(now: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +150,8 @@ def _unusual(now: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unusual_in_numpy(numpy: Any) -> dict[str, Any]:
-    return _unusual({**numpy.get_printoptions(), **numpy.geterr()}, {**_NUMPY_PRINTS, **_NUMPY_ERRORS})
+    now = {**numpy.get_printoptions(), **numpy.geterr(), "errcall": numpy.geterrcall()}
+    return _unusual(now, {**_NUMPY_PRINTS, **_NUMPY_ERRORS})
 
 
 def _unusual_in_pandas(config: Any) -> dict[str, Any]:
@@ -182,6 +199,8 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "the decimal context": ("decimal", _unusual_in_decimal),
     "the working directory": ("os", _elsewhere),
 }
+OF_LIBRARIES = frozenset({"numpy's options", "pandas' options", RCPARAMS})
+"""Those that count for whatever is displayed, too."""
 
 
 _WHERE = frozenset(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 UNSEEDED = "unseeded"
+ANY = ""
+"""In place of a state that doesn't matter: the generator is seeded before any number is drawn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class CellKey:
     places: Mapping[tuple[str, int], Any]
     """The mutable objects that the inputs consist of, by component and number within it."""
     words: frozenset[str] = frozenset()
-    """Every name that the code of the cell and of its helpers mentions."""
+    """Every name that the code of the cell and of its helpers mentions; of the cell's, `name.attribute` too."""
     stores: frozenset[tuple[str, str]] = frozenset()
     """(module, name) of the globals that functions of the project's modules may bind; `__main__` is the notebook."""
     sets: tuple[str, ...] = ()
@@ -141,8 +141,14 @@ def _words(tree: ast.Module, found: Fingerprinter) -> frozenset[str]:
 
 @lru_cache(maxsize=256)  # as with `_uses`
 def _words_in(tree: ast.Module) -> frozenset[str]:
-    fields = [getattr(node, field, None) for node in nodes(tree) for field in ("id", "attr", "name", "value")]
-    return frozenset(field for field in fields if isinstance(field, str) and field.isidentifier())
+    found = set[str]()
+    for node in nodes(tree):
+        fields = [getattr(node, field, None) for field in ("id", "attr", "name", "value")]
+        texts = [field for field in fields if isinstance(field, str)]
+        found.update(part for text in texts for part in (text, text.rpartition(".")[2]) if part.isidentifier())
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
+    return frozenset(found)
 
 
 _INPUT = "global input"

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib.machinery
 import sys
 import types
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
+from durable_nb._cellcache.imports import telling
 from durable_nb._cellcache.settings import Same
-from durable_nb._fingerprint import hash_value, is_installed, nodes
-
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+from durable_nb._fingerprint import data_in, hash_value, is_installed, nodes
 
 
 class Modules:
@@ -33,23 +31,13 @@ class Modules:
             if imports or name.rpartition(".")[2] in words:
                 self._note(name, module)
 
-    @contextlib.contextmanager
-    def noticing(self) -> Iterator[None]:
+    def noticing(self) -> contextlib.AbstractContextManager[None]:
         """Meanwhile, what a module holds is noted as soon as its import has ended."""
-        loader: Any = importlib.machinery.SourceFileLoader  # which inherits how it executes
-        execute = loader.exec_module
+        return telling(self._imported)
 
-        def exec_module(own: Any, module: types.ModuleType) -> None:
-            execute(own, module)
-            if _is_of_project(module):
-                self._note(module.__name__, module)
-
-        loader.exec_module = exec_module
-        try:
-            yield
-        finally:
-            if vars(loader).get("exec_module") is exec_module:
-                del loader.exec_module
+    def _imported(self, module: types.ModuleType) -> None:
+        if _is_of_project(module):
+            self._note(module.__name__, module)
 
     def _note(self, name: str, module: types.ModuleType) -> None:
         with contextlib.suppress(Exception):  # what can't be compared is not looked at: a cell that uses it is told elsewhere
@@ -111,16 +99,4 @@ def _is_of_project(module: Any) -> bool:
 
 def _values(module: types.ModuleType) -> dict[str, tuple[Same, str]]:
     """By name, which values with which digests that a module holds, and of what its classes hold."""
-    found = {}
-    for name, value in list(vars(module).items()):
-        if name.startswith("__") or isinstance(value, _CODE):
-            continue
-        if isinstance(value, type):
-            if value.__module__ == module.__name__:
-                methods = (*_CODE, type, property, staticmethod, classmethod)
-                named = {k: v for k, v in vars(value).items() if not k.startswith("__") and not isinstance(v, methods)}
-                own = {k: v for k, v in named.items() if not hasattr(v, "__get__")}
-                found[name] = Same(value), hash_value(own)
-            continue
-        found[name] = Same(value), hash_value(value)
-    return found
+    return {name: (Same(vars(module)[name]), hash_value(data)) for name, data in data_in(module).items()}

@@ -13,7 +13,7 @@ import importlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from durable_nb import _sqlite
@@ -152,10 +152,13 @@ def _owner(expression: ast.expr, namespace: Mapping[str, Any]) -> str:
     return said if owner is not None and is_installed(said.partition(".")[0]) else ""
 
 
-def submodules_imported_by(tree: ast.Module) -> list[str]:
-    """`a.b` of each `import a.b`: binding `a` alone would not load it."""
+def modules_imported_by(tree: ast.Module, loaded: Container[str]) -> list[str]:
+    """`a.b` of each `import a.b`: binding `a` alone would not load it. And `a` of `from a import b` where that was `loaded`
+    before: what loading it does besides was not seen."""  # fmt: skip
     aliases = [alias.name for node in nodes(tree) if isinstance(node, ast.Import) for alias in node.names]
-    return sorted({name for name in aliases if "." in name and name in sys.modules})
+    sources = [node.module for node in nodes(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    found = {name for name in aliases if "." in name} | {name for name in sources if name and name in loaded}
+    return sorted(name for name in found if name in sys.modules)
 
 
 def resolver(

@@ -6,6 +6,7 @@ before. What can be seen and can't be set again keeps the cell from being stored
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # typeshed has none
 import importlib
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 from durable_nb import _figures
 
+ENVIRONMENT = "the environment"
 GONE = "<gone>"
 """In place of the value of a key that is there no more."""
 
@@ -62,22 +64,60 @@ class Setting:
     """Keys for which the same holds, each with its words: the front end chooses them, too."""
     keeps: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda _before, changes: changes
     """What is stored of changes, given what was before; UnsettableError where one can't be set again."""
+    setters: frozenset[str] = frozenset()
+    """Words of code that sets it: where it isn't as in the beginning, code with one may have set it to what it was already."""
+    by_name: bool = False
+    """The same holds of keys that the code has as a word: they end in names."""
+
+    def unusual(self, now: dict[str, Any] | None) -> dict[str, Any]:
+        """Of what is set `now`, what isn't as it was when the session began; GONE for keys that are there no more."""
+        module = sys.modules.get(self.module)
+        if module is None or now is None:
+            return {}
+        beginning = _beginning.setdefault(self.what, now)
+        return differences(self.usual(module) if beginning is None else beginning, now)
+
+    def may_be_set_by(self, words: frozenset[str]) -> Callable[[str], bool] | None:
+        """May code with these words set the key that is given, to what it is? None where it sets none."""
+        by_all = not (self.setters if self.by_name else self.setters | self.mentions).isdisjoint(words)
+
+        if not (by_all or self.by_name or any(not found.isdisjoint(words) for found in self.by_mention.values())):
+            return None
+
+        def is_set(key: str) -> bool:
+            by_key = not self.by_mention.get(key, frozenset()).isdisjoint(words)
+            return by_all or by_key or (self.by_name and key.rpartition(".")[2] in words)
+
+        return is_set
+
+
+_beginning: dict[str, dict[str, Any] | None] = {}
+"""What was set when the extension was loaded, of what it is; None for a library that wasn't loaded."""
+_set_by: dict[str, set[tuple[str, str]]] = {}
+"""By the digest of a cell's code, which keys of which settings it has changed in this process."""
+
+
+def remember_beginning(known: Iterable[Setting]) -> None:
+    """What is set now is how sessions begin."""
+    _beginning.update((setting.what, look(setting)) for setting in known)
 
 
 class Settings:
     """What is set before a cell runs."""
 
-    def __init__(self, known: Iterable[Setting], words: frozenset[str]) -> None:
-        """`words`: the names that the cell's code and its helpers' mention."""
+    def __init__(self, known: Iterable[Setting], words: frozenset[str], code: str = "") -> None:
+        """`words`: the names that the cell's code and its helpers' mention; `code`: the digest of the cell's own."""
         self._known = [s for s in known if not s.mentions or s.mentions & words]
         self._words = words
-        self._before = {s.what: _look(s) for s in self._known}
+        self._set_before = _set_by.setdefault(code, set())
+        self._before = {s.what: look(s) for s in self._known}
 
-    def changed(self) -> dict[str, dict[str, Any]]:
-        """What has been set since, by what it is of; UnsettableError."""
+    def changed(self, variables: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+        """What has been set since, by what it is of; UnsettableError. `variables` of the environment are known to have been
+        set."""  # fmt: skip
         found: dict[str, dict[str, Any]] = {}
         for setting in self._known:
-            after = _look(setting)
+            after = look(setting)
             before = self._before[setting.what]
             if before is None and after is not None:
                 before = setting.usual(sys.modules[setting.module])
@@ -85,9 +125,37 @@ class Settings:
             for key, words in setting.by_mention.items():
                 if not words & self._words:
                     changes.pop(key, None)
-            if changes and setting.put is None:
+            if setting.what == ENVIRONMENT:
+                unusual = setting.unusual(after)
+                changes |= {name: unusual[name] for name in variables if name in unusual}
+            if not changes:
+                continue
+            if setting.put is None:
+                self._set_before.update((setting.what, key) for key in changes)
                 raise UnsettableError(setting.said(next(iter(changes))))
-            if changes and (kept := setting.keeps(before or {}, changes)):
+            if kept := setting.keeps(before or {}, changes):
+                self._set_before.update((setting.what, key) for key in kept)
+                found[setting.what] = kept
+        return found
+
+    def unchanged(self, changed: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What the cell may have set to what it was already, by what it is of: what it does where that is not set yet is not
+        known. `changed`: what it has set otherwise. UnsettableError."""  # fmt: skip
+        found: dict[str, dict[str, Any]] = {}
+        set_before = {what for what, _ in self._set_before}
+        for setting in self._known:
+            is_set = setting.may_be_set_by(self._words)
+            if is_set is None and setting.what not in set_before:
+                continue
+            kept = {
+                key: value
+                for key, value in setting.unusual(self._before[setting.what]).items()
+                if key not in changed.get(setting.what, ())
+                and ((is_set is not None and is_set(key)) or (setting.what, key) in self._set_before)
+            }
+            if kept and setting.put is None:
+                raise UnsettableError(setting.said(next(iter(kept))) + ", or leaves it as it was")
+            if kept:
                 found[setting.what] = kept
         return found
 
@@ -120,7 +188,8 @@ def _same(one: Any, other: Any) -> bool:
         return False
 
 
-def _look(setting: Setting) -> dict[str, Any] | None:
+def look(setting: Setting) -> dict[str, Any] | None:
+    """What is set now; None where the library isn't loaded."""
     module = sys.modules.get(setting.module)
     return None if module is None else setting.look(module)
 
@@ -363,14 +432,14 @@ def _import_hooks(_sys: Any) -> dict[str, Any]:
 
 
 def _signals(signal: Any) -> dict[str, Any]:
-    """Interrupts are a durable cell's own while it runs."""
+    """Interrupts are a durable cell's own while it runs. The C functions: Python's make an enumeration's member of each."""
     if not _numbers:
         _numbers.update({str(int(n)): int(n) for n in signal.valid_signals() if n != signal.SIGINT})
-    return {name: signal.getsignal(number) for name, number in _numbers.items()}
+    return {name: _signal.getsignal(number) for name, number in _numbers.items()}
 
 
 _numbers: dict[str, int] = {}
-"""All signals' but that of interrupts: to ask for them makes an enumeration's member of each."""
+"""All signals' but that of interrupts."""
 
 
 def _made_modules(_sys: Any) -> dict[str, Any]:
@@ -408,6 +477,35 @@ def _set_mime_types(mimetypes: Any, changes: dict[str, Any]) -> None:
     for ending, kind in changes.items():
         if kind != GONE:
             mimetypes.add_type(kind, ending)
+
+
+def _stack_size(threading: Any) -> dict[str, Any]:
+    """To ask sets it, to the default."""
+    size = threading.stack_size()
+    threading.stack_size(size)
+    return {"bytes": size}
+
+
+def _set_stack_size(threading: Any, changes: dict[str, Any]) -> None:
+    threading.stack_size(changes["bytes"])
+
+
+def _set_level_names(_logging: Any, changes: dict[str, Any]) -> None:
+    for level, name in changes.items():
+        logging.addLevelName(int(level), name)
+
+
+def _logging(_logging: Any) -> dict[str, Any]:
+    return {
+        "class of loggers": logging.getLoggerClass(),
+        "factory of records": logging.getLogRecordFactory(),
+        "capture of warnings": logging._warnings_showwarning is not None,  # type: ignore[attr-defined]
+    }
+
+
+def _tracers(_sys: Any) -> dict[str, Any]:
+    asks = {"tracemalloc": "is_tracing", "faulthandler": "is_enabled"}
+    return {name: name in sys.modules and getattr(sys.modules[name], ask)() for name, ask in asks.items()}
 
 
 def _builtins(module: Any) -> dict[str, Any]:
@@ -599,6 +697,9 @@ _FRAMES = (
 )
 _POLARS = "polars.DataFrame polars.LazyFrame polars.Series polars.Expr"
 _WARNING_WORDS = frozenset({"simplefilter", "filterwarnings", "resetwarnings"})
+_INTERPRETER_WORDS = frozenset(
+    "setrecursionlimit setswitchinterval set_int_max_str_digits dont_write_bytecode enable disable set_threshold".split()
+)
 _LOGGING_WORDS = frozenset(
     "basicConfig dictConfig fileConfig setLevel addHandler removeHandler disabled disable propagate handlers".split()
 )
@@ -609,18 +710,53 @@ _BACKEND = {
 }
 
 KNOWN: tuple[Setting, ...] = (
-    Setting("the interpreter's settings", "sys", _interpreter, _set_interpreter),
-    Setting("the environment", "os", lambda _: dict(os.environ), _set_environment, keeps=_environment_kept),
-    Setting("the working directory", "os", _working_directory, _change_directory),
+    Setting("the interpreter's settings", "sys", _interpreter, _set_interpreter, setters=_INTERPRETER_WORDS),
+    Setting(ENVIRONMENT, "os", lambda _: dict(os.environ), _set_environment, keeps=_environment_kept),
+    Setting("the working directory", "os", _working_directory, _change_directory, setters=frozenset({"chdir", "fchdir", "cd"})),
     Setting("the filters of warnings", "warnings", _filters, _set_filters, mentions=_WARNING_WORDS, keeps=_filters_kept),
-    Setting("loggers", "logging", _loggers, _set_loggers, mentions=_LOGGING_WORDS, keeps=_loggers_kept),
-    Setting("the locale", "locale", _locale, _set_locale),
+    Setting(
+        "loggers",
+        "logging",
+        _loggers,
+        _set_loggers,
+        mentions=_LOGGING_WORDS,
+        by_mention={"": _LOGGING_WORDS, "__main__": _LOGGING_WORDS, "<disabled>": _LOGGING_WORDS},
+        keeps=_loggers_kept,
+        by_name=True,
+    ),
+    Setting("the locale", "locale", _locale, _set_locale, setters=frozenset({"setlocale"})),
     Setting("the decimal context", "decimal", _decimal, _set_decimal, usual=lambda d: _context(d.DefaultContext)),
-    Setting("the time-out of sockets", "socket", _sockets, lambda socket, found: socket.setdefaulttimeout(found["timeout"])),
-    Setting("nested event loops", "asyncio", _nested, _nest),
-    Setting("the dialects of csv", "csv", _dialects, _set_dialects, usual=lambda _: {"": 131072}, keeps=_dialects_kept),
-    Setting("sys.path", "sys", lambda _: {"path": list(sys.path)}, said=lambda _: "it changes sys.path"),
-    Setting("hooks", "sys", _hooks, said=lambda name: f"it sets {name if name.startswith('the') else 'sys.' + name}"),
+    Setting(
+        "the time-out of sockets",
+        "socket",
+        _sockets,
+        lambda socket, found: socket.setdefaulttimeout(found["timeout"]),
+        setters=frozenset({"setdefaulttimeout"}),
+    ),
+    Setting("nested event loops", "asyncio", _nested, _nest, setters=frozenset({"nest_asyncio", "nest_asyncio2"})),
+    Setting(
+        "the dialects of csv",
+        "csv",
+        _dialects,
+        _set_dialects,
+        usual=lambda _: {"": 131072},
+        keeps=_dialects_kept,
+        setters=frozenset({"register_dialect", "unregister_dialect", "field_size_limit"}),
+    ),
+    Setting(
+        "sys.path",
+        "sys",
+        lambda _: {"path": list(sys.path)},
+        said=lambda _: "it changes sys.path",
+        setters=frozenset({"sys.path", "addsitedir"}),
+    ),
+    Setting(
+        "hooks",
+        "sys",
+        _hooks,
+        said=lambda name: f"it sets {name if name.startswith('the') else 'sys.' + name}",
+        setters=frozenset({"excepthook", "unraisablehook", "settrace", "setprofile"}),
+    ),
     Setting(
         "import hooks",
         "sys",
@@ -628,9 +764,22 @@ KNOWN: tuple[Setting, ...] = (
         mentions=frozenset({"meta_path", "path_hooks"}),
         said=lambda n: f"it changes sys.{n}",
     ),
-    Setting("signals", "signal", _signals, said=lambda number: f"it sets a handler for signal {number}"),
+    Setting(
+        "signals",
+        "signal",
+        _signals,
+        said=lambda number: f"it sets a handler for signal {number}",
+        setters=frozenset({"signal", "sigaction", "add_signal_handler", "remove_signal_handler"}),
+    ),
     Setting("modules", "sys", _made_modules, mentions=frozenset({"modules"}), said=lambda n: f"it puts {n} into sys.modules"),
-    Setting("reducers", "copyreg", _reducers, said=lambda name: f"it registers how {name} is pickled"),
+    Setting(
+        "reducers",
+        "copyreg",
+        _reducers,
+        said=lambda name: f"it registers how {name} is pickled",
+        setters=frozenset({"copyreg", "dispatch_table"}),
+        by_name=True,
+    ),
     Setting(
         "functions for the end",
         "atexit",
@@ -640,10 +789,46 @@ KNOWN: tuple[Setting, ...] = (
     ),
     Setting("the umask", "os", _umask, _set_umask, mentions=frozenset({"umask"})),
     Setting("MIME types", "mimetypes", _mime_types, _set_mime_types, mentions=frozenset({"add_type"})),
-    Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}"),
+    Setting("the size of stacks", "threading", _stack_size, _set_stack_size, mentions=frozenset({"stack_size"})),
+    Setting(
+        "levels of loggers",
+        "logging",
+        lambda _: {str(level): name for level, name in logging._levelToName.items()},
+        _set_level_names,
+        mentions=frozenset({"addLevelName"}),
+    ),
+    Setting(
+        "loggers' ways",
+        "logging",
+        _logging,
+        mentions=frozenset({"setLoggerClass", "setLogRecordFactory", "captureWarnings"}),
+        said=lambda name: f"it sets logging's {name}",
+    ),
+    Setting(
+        "tracers",
+        "sys",
+        _tracers,
+        mentions=frozenset({"tracemalloc", "faulthandler"}),
+        said=lambda name: f"it turns {name} on or off",
+    ),
+    Setting(
+        "the limits of the process",
+        "resource",
+        lambda resource: {str(n): resource.getrlimit(n) for name, n in vars(resource).items() if name.startswith("RLIMIT_")},
+        mentions=frozenset({"setrlimit"}),
+        said=lambda _: "it calls resource.setrlimit()",
+    ),
+    Setting(
+        "the opener of URLs",
+        "urllib.request",
+        lambda request: {"opener": Same(request._opener)},
+        mentions=frozenset({"install_opener"}),
+        said=lambda _: "it calls install_opener()",
+    ),
+    Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}", by_name=True),
     Setting("numpy's options", "numpy", _numpy, _set_numpy, usual=lambda _: _NUMPY),
     Setting("pandas' options", "pandas._config.config", _pandas, _set_pandas, usual=_pandas_usual),
-    Setting("pandas' classes", "pandas", _patched_by_others("pandas", _FRAMES), said=_adds),
+    Setting("pandas' classes", "pandas", _patched_by_others("pandas", _FRAMES), said=_adds, by_name=True),
     Setting("matplotlib's rcParams", "matplotlib", _matplotlib, _set_matplotlib, usual=_matplotlib_usual, by_mention=_BACKEND),
     Setting(
         "pyplot's figures",
@@ -651,8 +836,15 @@ KNOWN: tuple[Setting, ...] = (
         lambda _: _figures.open_ones(),
         lambda _, found: _figures.keep_open(found, GONE),
     ),
-    Setting("polars' options", "polars", _polars, _set_polars, usual=_polars_usual),
-    Setting("polars' classes", "polars", _patched_by_others("polars", _POLARS), said=_adds),
-    Setting("scikit-learn's configuration", "sklearn", _sklearn, _set_sklearn, usual=lambda s: dict(s._config._global_config)),
+    Setting("polars' options", "polars", _polars, _set_polars, usual=_polars_usual, setters=frozenset({"Config"})),
+    Setting("polars' classes", "polars", _patched_by_others("polars", _POLARS), said=_adds, by_name=True),
+    Setting(
+        "scikit-learn's configuration",
+        "sklearn",
+        _sklearn,
+        _set_sklearn,
+        usual=lambda s: dict(s._config._global_config),
+        setters=frozenset({"set_config", "config_context"}),
+    ),
 )
 """In the order in which they are set again."""

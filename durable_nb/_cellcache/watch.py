@@ -24,6 +24,7 @@ from typing import Any
 from durable_nb._cellcache import environment, inotify
 from durable_nb._cellcache.evaluated import Evaluated
 from durable_nb._cellcache.external import (
+    OF_LIBRARIES,
     Around,
     ExternalState,
     name_digest,
@@ -56,7 +57,7 @@ from durable_nb._cellcache.files import (
     stat_of,
     state_of,
 )
-from durable_nb._cellcache.generators import UNSEEDED, generators
+from durable_nb._cellcache.generators import ANY, UNSEEDED, generators
 from durable_nb._cellcache.mentions import (
     Mentions,
     Places,
@@ -66,8 +67,9 @@ from durable_nb._cellcache.mentions import (
 from durable_nb._fingerprint import imported
 
 _MOST_LOOKED_FOR = 10_000
-_DRAWING = frozenset(
-    "random randint randrange uniform choice choices sample shuffle gauss betavariate expovariate normalvariate "
+_SETTING_STATES = frozenset({"setstate", "set_state"})
+_DRAWING = _SETTING_STATES | frozenset(
+    "seed random randint randrange uniform choice choices sample shuffle gauss betavariate expovariate normalvariate "
     "lognormvariate triangular vonmisesvariate paretovariate weibullvariate getrandbits randbytes binomialvariate".split()
 )
 """Words without one of which code of no package draws no random numbers. Looking at the generators costs more than the rest."""
@@ -89,11 +91,13 @@ class Watch:
         *,
         displays: bool = False,
         evaluated: Evaluated | None = None,
+        seeded: frozenset[str] = frozenset(),
     ) -> None:
         """`places`: where the mentions lead; `packages`: those that the code uses; `displays`: what it displays may be of
-        others; `evaluated` is told what it evaluates. It sees from now on."""  # fmt: skip
+        others; `evaluated` is told what it evaluates; `seeded`: the random generators that the code seeds before anything
+        else. It sees from now on."""  # fmt: skip
         self._around, self.mentions, self._places, self._packages = around, mentions, places, tuple(packages)
-        self._evaluated = evaluated
+        self._evaluated, self._seeded_at_once = evaluated, seeded
         self._folder = here()
         self._counts = Counting(around.own, places.hidden)
         self._lock = threading.Lock()
@@ -112,7 +116,8 @@ class Watch:
         self._is_passed = self._is_inherited = False
         """Has it gone through the whole environment, or left it to a child process?"""
         self._names = {name: name_digest(around.namespace, name) for name in sorted(looked_up(mentions, around.namespace))}
-        self._settings = settings(None if displays else settings_used(self._packages, mentions.words))
+        used = settings_used(self._packages, mentions.words)
+        self._settings = settings(used | OF_LIBRARIES if displays else used)
         draws = displays or bool(self._packages) or not mentions.words.isdisjoint(_DRAWING)
         self._generators = generators() if draws else None
         self._before = {where: stat_of(where) for where in places.files}
@@ -214,6 +219,11 @@ class Watch:
         if name not in self._variables:
             self._set.add(name)
 
+    @property
+    def variables_set(self) -> frozenset[str]:
+        """Environment variables that it has set or deleted, before it looked at them."""
+        return frozenset(self._set)
+
     def saw(self, external: ExternalState) -> None:
         """A step that is restored saw this when it ran."""
         with self._lock:
@@ -256,11 +266,17 @@ class Watch:
         found: dict[str, str] = {}
         for name, after in generators().items():
             before = self._generators.get(name)
-            if before is None:
+            if name in self._seeded_at_once:
+                found[name] = ANY
+            elif before is None:
                 found |= {name: UNSEEDED} if after.seeded else {}
-            elif not before.is_at(after):
+            elif not before.is_at(after) or (after.seeded and self._may_seed()):
                 found[name] = before.before()
         return found
+
+    def _may_seed(self) -> bool:
+        """Where it has left a generator as it was, has it maybe seeded it again?"""
+        return any("seed" in word.lower() or word in _SETTING_STATES for word in self.mentions.words)
 
     def moved_states(self, external: ExternalState) -> dict[str, Any]:
         """The states that seeded generators have now, of those that were moved: what comes after must continue from there."""

@@ -3,6 +3,7 @@
 from ._formats import in_format
 from ._graph import Fingerprint, Fingerprinter, digest_of
 from ._identities import globals_stored, hash_value, identify, object_of, of_call, of_value, source_of
+from ._modules import data_in, remember_import
 from ._owners import is_installed
 from ._reductions import without_passing
 from ._source import attribute_uses, imported, names_loaded, nested_codes, normalise
@@ -19,6 +20,7 @@ __all__ = [
     "Unhashable",
     "attribute_uses",
     "children",
+    "data_in",
     "digest_of",
     "globals_stored",
     "hash_value",
@@ -34,6 +36,7 @@ __all__ = [
     "object_of",
     "of_call",
     "of_value",
+    "remember_import",
     "source_of",
     "walk",
     "without_passing",

@@ -9,6 +9,7 @@ import sys
 import types
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ._owners import is_installed, source_file
 from ._source import imported, normalise, read
@@ -112,15 +113,43 @@ def _import(walk: Walk, name: str) -> Iterator[Any]:
         yield from _changed_since_import(walk, loaded, tree)
 
 
+_AS_IMPORTED: WeakKeyDictionary[types.ModuleType, dict[str, str]] = WeakKeyDictionary()
+
+
+def remember_import(module: types.ModuleType, digests: dict[str, str]) -> None:
+    """The import of a module has ended: `digests` are of what `data_in` gives then."""
+    _AS_IMPORTED[module] = digests
+
+
+def data_in(module: types.ModuleType) -> dict[str, Any]:
+    """What a module of the project holds besides code, by name; of a class that it defines, what that holds besides methods."""
+    found: dict[str, Any] = {}
+    for name, value in list(vars(module).items()):
+        if name.startswith("__") or isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.ModuleType):
+            continue
+        if not isinstance(value, type):
+            found[name] = value
+        elif value.__module__ == module.__name__:
+            named = {k: v for k, v in vars(value).items() if not k.startswith("__") and not isinstance(v, (*CODE, *_METHODS))}
+            found[name] = {k: v for k, v in named.items() if not hasattr(v, "__get__")}
+    return found
+
+
+_METHODS = (property, staticmethod, classmethod)
+
+
 def _changed_since_import(walk: Walk, module: types.ModuleType, tree: ast.Module) -> Iterator[Any]:
-    """What a loaded module holds that its file doesn't say: constants set since, functions of an older text."""
+    """What a loaded module holds that its file doesn't say: constants set since, functions of an older text, and whatever is
+    not as it was when the import ended, as far as that was seen."""  # fmt: skip
     members = vars(module)
+    told = set()
     bound = [name for node in tree.body for name in _bound(node)]
     for node in tree.body:
         names = _bound(node)
         if len(names) != 1 or bound.count(names[0]) != 1 or names[0] not in members:
             continue
         value = members[names[0]]
+        told.add(names[0])
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.decorator_list:
             written = isinstance(value, types.FunctionType) and read(value.__code__).node
             if written and normalise(written) == normalise(node):
@@ -129,13 +158,20 @@ def _changed_since_import(walk: Walk, module: types.ModuleType, tree: ast.Module
             try:
                 literal = ast.literal_eval(node.value)  # type: ignore[arg-type]  # None raises as well
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                told.discard(names[0])
                 continue
             if walk.graph.alone(literal) == walk.graph.alone(value):
                 continue
         else:
+            told.discard(names[0])
             continue
         walk.out += b"now" + text(names[0])
         yield value
+    known = _AS_IMPORTED.get(module, {})
+    for name, data in sorted(data_in(module).items()) if module in _AS_IMPORTED else ():
+        if name not in told and walk.graph.alone(data) != known.get(name):
+            walk.out += b"now" + text(name)
+            yield data
 
 
 def _bound(node: ast.stmt) -> list[str]:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from durable_nb._cellcache import inotify
 from durable_nb._cellcache.generators import seeds_noticed
+from durable_nb._cellcache.imports import imports_noticed
+from durable_nb._cellcache.settings import KNOWN, remember_beginning
 from durable_nb._current import use_engine
 from durable_nb._ipython.session import Session, one_line_errors
+from durable_nb._ipython.settings import settings_of
 from durable_nb._ipython.transform import DurableTransformer
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Extension:
         shell.events.register("post_execute", self._leave_cell)
         shell._durable_run, shell._durable_wait = session.run, session.wait
         self._noticing.enter_context(seeds_noticed())
+        self._noticing.enter_context(imports_noticed())
+        remember_beginning((*KNOWN, *settings_of(shell)))
         inotify.start(str(session.folder))
         use_engine(session.workflows)
         self._displays = shell.display_formatter.ipython_display_formatter
@@ -78,6 +83,7 @@ class Extension:
         self._session.set_variables = []
         self._session.background.in_cell = False
         self._session.background.bind()
+        self._session.cell_ended()
 
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.

@@ -133,6 +133,11 @@ class Session:
         )
         self.executions().note(options.name, last, now)
 
+    def cell_ended(self) -> None:
+        """Any cell was executed, durable or not."""
+        if self._executions is not None:
+            self._executions.cell_ended(self.shell.user_ns)
+
     def executions(self) -> LastExecutions:
         """What is known of the order in which this notebook's cells are executed."""
         from durable_nb._cellcache.executions import LastExecutions

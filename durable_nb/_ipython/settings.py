@@ -13,13 +13,21 @@ from durable_nb._cellcache.settings import GONE, Same, Setting, UnsettableError
 def settings_of(shell: Any) -> tuple[Setting, ...]:
     """Those of this shell. Extensions come first: they bring magics and hooks of their own."""
     return (
-        Setting("loaded extensions", "IPython", lambda _: _extensions(shell), lambda _, found: _load(shell, found)),
+        Setting(
+            "loaded extensions",
+            "IPython",
+            lambda _: _extensions(shell),
+            lambda _, found: _load(shell, found),
+            setters=frozenset({"load_ext", "reload_ext", "unload_ext", "load_extension", "unload_extension"}),
+        ),
         Setting(
             "IPython's configuration",
             "IPython",
             lambda _: _traits(shell),
             lambda _, found: _set_traits(shell, found),
             keeps=lambda before, new: _chosen(shell, before, new),
+            setters=frozenset({"precision", "pprint", "xmode", "set_mode", "colors", "config"}),
+            by_name=True,
         ),
         Setting("inline figures", "matplotlib_inline", lambda _: _inline(shell), lambda _, found: _set_inline(shell, found)),
         Setting(
@@ -28,12 +36,31 @@ def settings_of(shell: Any) -> tuple[Setting, ...]:
             lambda _: _magics(shell),
             lambda _, found: _register(shell, found),
             keeps=lambda _, new: _kept(shell, new),
+            setters=frozenset({"register_magic_function", "register_magics", "register_line_magic", "register_cell_magic"}),
         ),
-        Setting("autoreload", "IPython", lambda _: _autoreload(shell), lambda _, found: _set_autoreload(shell, found)),
         Setting(
-            "how types are shown", "IPython", lambda _: _printers(shell), said=lambda key: f"it registers how {key} is shown"
+            "autoreload",
+            "IPython",
+            lambda _: _autoreload(shell),
+            lambda _, found: _set_autoreload(shell, found),
+            setters=frozenset({"autoreload"}),
         ),
-        Setting("IPython's hooks", "IPython", lambda _: _hooks(shell), said=lambda key: f"it sets IPython's {key}"),
+        Setting(
+            "how types are shown",
+            "IPython",
+            lambda _: _printers(shell),
+            said=lambda key: f"it registers how {key} is shown",
+            setters=frozenset({"for_type", "for_type_by_name", "type_printers"}),
+        ),
+        Setting(
+            "IPython's hooks",
+            "IPython",
+            lambda _: _hooks(shell),
+            said=lambda key: f"it sets IPython's {key}",
+            setters=frozenset(
+                "events ast_transformers input_transformers_cleanup input_transformers_post set_custom_exc".split()
+            ),
+        ),
     )
 
 
