@@ -17,7 +17,7 @@ from typing import Any
 from durable_nb._cellcache import environment
 from durable_nb._cellcache.files import ABSENT, FileState, looking_away, state_of
 from durable_nb._cellcache.generators import ANY, UNSEEDED, generators
-from durable_nb._cellcache.settings import KNOWN, Setting, look
+from durable_nb._cellcache.settings import KNOWN, POLARS, POLARS_DIRECT, Setting, look
 from durable_nb._codec import Signer
 from durable_nb._fingerprint import hash_value
 
@@ -191,15 +191,55 @@ def _elsewhere(_os: Any) -> str:
     return "" if now == _STARTED_IN else now
 
 
+def _unusual_in_sklearn(sklearn: Any) -> dict[str, Any]:
+    return _unusual(dict(sklearn.get_config()), dict(sklearn._config._global_config))
+
+
+def _unusual_in_polars(polars: Any) -> dict[str, Any]:
+    return {key: value for key, value in POLARS.look(polars).items() if value is not None and POLARS_DIRECT.get(key) != value}
+
+
+def _unusual_in_csv(csv: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"": csv.field_size_limit()} if csv.field_size_limit() != 131072 else {}
+    for name in csv.list_dialects():
+        dialect = csv.get_dialect(name)
+        if name not in ("excel", "excel-tab", "unix"):
+            found[name] = {part: getattr(dialect, part) for part in dir(dialect) if not part.startswith("_")}
+    return found
+
+
+def _errors(warnings: Any) -> list[Any]:
+    """Of the filters of warnings, those that make errors of them."""
+    return [
+        (getattr(message, "pattern", message), category, getattr(module, "pattern", module), line)
+        for action, message, category, module, line in warnings.filters
+        if action == "error"
+    ]
+
+
+def _levels(logging: Any) -> dict[str, Any]:
+    loggers = {name: log for name, log in list(logging.root.manager.loggerDict.items()) if hasattr(log, "level")}
+    levels = {name: (log.level, log.disabled) for name, log in loggers.items()}
+    levels[""] = logging.root.level, logging.root.manager.disable
+    return {name: level for name, level in levels.items() if any(level)}
+
+
 RCPARAMS = "matplotlib's rcParams"
 _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "numpy's options": ("numpy", _unusual_in_numpy),
     "pandas' options": ("pandas._config.config", _unusual_in_pandas),
     RCPARAMS: ("matplotlib", _unusual_in_matplotlib),
     "the decimal context": ("decimal", _unusual_in_decimal),
+    "scikit-learn's configuration": ("sklearn", _unusual_in_sklearn),
+    "polars' options": ("polars", _unusual_in_polars),
     "the working directory": ("os", _elsewhere),
+    "the time zone": ("os", lambda _: os.environ.get("TZ")),
+    "the recursion limit": ("sys", lambda _: sys.getrecursionlimit()),
+    "the dialects of csv": ("csv", _unusual_in_csv),
+    "levels of loggers": ("logging", _levels),
+    "the filters of warnings": ("warnings", _errors),
 }
-OF_LIBRARIES = frozenset({"numpy's options", "pandas' options", RCPARAMS})
+OF_LIBRARIES = frozenset({"numpy's options", "pandas' options", RCPARAMS, "scikit-learn's configuration", "polars' options"})
 """Those that count for whatever is displayed, too."""
 
 
@@ -207,16 +247,26 @@ _WHERE = frozenset(
     "getcwd getcwdb cwd abspath realpath resolve absolute system getoutput getstatusoutput subprocess Popen check_output "
     "check_call".split()
 )
-_DECIMAL = frozenset({"decimal", "Decimal", "getcontext", "localcontext", "setcontext"})
+_BY_WORDS: dict[str, frozenset[str]] = {
+    "the working directory": _WHERE,
+    "the decimal context": frozenset({"decimal", "Decimal", "getcontext", "localcontext", "setcontext"}),
+    "the time zone": frozenset("localtime mktime strftime fromtimestamp astimezone tzname timezone ctime".split()),
+    "the recursion limit": frozenset({"getrecursionlimit"}),
+    "the dialects of csv": frozenset({"csv"}),
+    "levels of loggers": frozenset({"isEnabledFor", "getEffectiveLevel"}),
+    "the filters of warnings": frozenset(
+        "warn warnings Warning UserWarning RuntimeWarning FutureWarning DeprecationWarning".split()
+    ),
+}
 
 
 @lru_cache(maxsize=1024)
 def settings_used(packages: tuple[str, ...], words: frozenset[str]) -> frozenset[str]:
     """The settings that count for code that uses these packages and has these words."""
     behind = frozenset().union(*(_required(package) for package in packages))
-    found = {what for what, (module, _) in _SETTINGS.items() if module.partition(".")[0] in behind}
-    found |= {"the working directory"} if words & _WHERE else set()
-    return frozenset(found | ({"the decimal context"} if words & _DECIMAL else set()))
+    of_libraries = {what: _SETTINGS[what][0].partition(".")[0] for what in OF_LIBRARIES}
+    found = {what for what, library in of_libraries.items() if library in behind}
+    return frozenset(found | {what for what, speaking in _BY_WORDS.items() if not speaking.isdisjoint(words)})
 
 
 @lru_cache(maxsize=1024)

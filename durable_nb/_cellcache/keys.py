@@ -16,6 +16,7 @@ from durable_nb._cellcache.external import RCPARAMS, settings_used
 from durable_nb._cellcache.mentions import packages_imported
 from durable_nb._cellcache.names import EVALUATING, Names, dynamic_reads, looks_up
 from durable_nb._cellcache.patches import attributes_set
+from durable_nb._cellcache.settings import members_added
 from durable_nb._fingerprint import (
     FORMAT,
     Fingerprinter,
@@ -23,6 +24,7 @@ from durable_nb._fingerprint import (
     attribute_uses,
     digest_of,
     globals_stored,
+    is_installed,
     nested_codes,
     nodes,
     source_of,
@@ -143,7 +145,7 @@ def _words(tree: ast.Module, found: Fingerprinter) -> frozenset[str]:
 def _words_in(tree: ast.Module) -> frozenset[str]:
     found = set[str]()
     for node in nodes(tree):
-        fields = [getattr(node, field, None) for field in ("id", "attr", "name", "value")]
+        fields = [getattr(node, field, None) for field in ("id", "attr", "name", "value", "module")]
         texts = [field for field in fields if isinstance(field, str)]
         found.update(part for text in texts for part in (text, text.rpartition(".")[2]) if part.isidentifier())
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -237,6 +239,9 @@ def _fingerprint(
             unknown.append(f"{describe(error.label)} can't be compared ({error.reason})")
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
+    for label, member in members_added(_words(tree, found)).items():
+        if not is_installed(getattr(member, "__module__", None)):
+            found.add_value(label, member)
     figures = _figures.open_ones()
     if figures and _draws(tree, found):
         found.add_value(FIGURES, figures)

@@ -627,12 +627,12 @@ def _set_polars(polars: Any, changes: dict[str, Any]) -> None:
 def _polars_usual(polars: Any) -> dict[str, Any]:
     """Where polars is loaded only now, what the environment said is its beginning."""
     return {
-        key: os.environ.get(key.partition(":")[2]) if key.startswith("environment") else _POLARS_DIRECT.get(key, value)
+        key: os.environ.get(key.partition(":")[2]) if key.startswith("environment") else POLARS_DIRECT.get(key, value)
         for key, value in _polars(polars).items()
     }
 
 
-_POLARS_DIRECT = {
+POLARS_DIRECT = {
     "direct:set_fmt_float": "mixed", "direct:set_float_precision": None, "direct:set_thousands_separator": "",
     "direct:set_decimal_separator": ".", "direct:set_trim_decimal_zeros": False,
 }  # fmt: skip
@@ -644,6 +644,16 @@ def _set_sklearn(sklearn: Any, changes: dict[str, Any]) -> None:
 
 def _sklearn(sklearn: Any) -> dict[str, Any]:
     return dict(sklearn.get_config())
+
+
+def members_added(words: frozenset[str]) -> dict[str, Any]:
+    """What others have added to classes of pandas and polars under these names."""
+    found = {}
+    for setting in (setting for setting in KNOWN if setting.said is _adds):
+        for label, member in (look(setting) or {}).items():
+            if label.rpartition(".")[2] in words:
+                found[label] = _behind(member.held)
+    return found
 
 
 def _patched_by_others(library: str, classes: str) -> Callable[[Any], dict[str, Any]]:
@@ -680,10 +690,14 @@ def _are_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _root_of(value: Any) -> str:
     """The package that an attribute of a class comes from; 'builtins' where it doesn't tell."""
-    of_accessor = (getattr(value, name, None) for name in ("_accessor", "_ns", "fget"))
-    value = next((found for found in of_accessor if callable(found)), value)
-    module = getattr(value, "__module__", None)
+    module = getattr(_behind(value), "__module__", None)
     return str(module).partition(".")[0] if isinstance(module, str) else "builtins"
+
+
+def _behind(value: Any) -> Any:
+    """The class of an accessor, the function of a property."""
+    of_accessor = (getattr(value, name, None) for name in ("_accessor", "_ns", "fget"))
+    return next((found for found in of_accessor if callable(found)), value)
 
 
 def _adds(key: str) -> str:
@@ -700,6 +714,12 @@ _WARNING_WORDS = frozenset({"simplefilter", "filterwarnings", "resetwarnings"})
 _INTERPRETER_WORDS = frozenset(
     "setrecursionlimit setswitchinterval set_int_max_str_digits dont_write_bytecode enable disable set_threshold".split()
 )
+_REGISTERING = frozenset(
+    f"register_{what}_{kind}"
+    for what in ("dataframe", "lazyframe", "series", "index", "expr")
+    for kind in ("accessor", "namespace")
+)
+_BUILTINS_WORDS = frozenset({"builtins", "__builtins__", "__dict__", "install"})
 _LOGGING_WORDS = frozenset(
     "basicConfig dictConfig fileConfig setLevel addHandler removeHandler disabled disable propagate handlers".split()
 )
@@ -709,6 +729,7 @@ _BACKEND = {
     "interactive": frozenset({"ion", "ioff", "interactive", "rcParamsDefault", "reset_defaults", "reset_orig"}),
 }
 
+POLARS = Setting("polars' options", "polars", _polars, _set_polars, usual=_polars_usual, setters=frozenset({"Config"}))
 KNOWN: tuple[Setting, ...] = (
     Setting("the interpreter's settings", "sys", _interpreter, _set_interpreter, setters=_INTERPRETER_WORDS),
     Setting(ENVIRONMENT, "os", lambda _: dict(os.environ), _set_environment, keeps=_environment_kept),
@@ -778,7 +799,6 @@ KNOWN: tuple[Setting, ...] = (
         _reducers,
         said=lambda name: f"it registers how {name} is pickled",
         setters=frozenset({"copyreg", "dispatch_table"}),
-        by_name=True,
     ),
     Setting(
         "functions for the end",
@@ -825,10 +845,10 @@ KNOWN: tuple[Setting, ...] = (
         mentions=frozenset({"install_opener"}),
         said=lambda _: "it calls install_opener()",
     ),
-    Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}", by_name=True),
+    Setting("builtins", "builtins", _builtins, said=lambda name: f"it sets builtins.{name}", setters=_BUILTINS_WORDS),
     Setting("numpy's options", "numpy", _numpy, _set_numpy, usual=lambda _: _NUMPY),
     Setting("pandas' options", "pandas._config.config", _pandas, _set_pandas, usual=_pandas_usual),
-    Setting("pandas' classes", "pandas", _patched_by_others("pandas", _FRAMES), said=_adds, by_name=True),
+    Setting("pandas' classes", "pandas", _patched_by_others("pandas", _FRAMES), said=_adds, setters=_REGISTERING),
     Setting("matplotlib's rcParams", "matplotlib", _matplotlib, _set_matplotlib, usual=_matplotlib_usual, by_mention=_BACKEND),
     Setting(
         "pyplot's figures",
@@ -836,8 +856,8 @@ KNOWN: tuple[Setting, ...] = (
         lambda _: _figures.open_ones(),
         lambda _, found: _figures.keep_open(found, GONE),
     ),
-    Setting("polars' options", "polars", _polars, _set_polars, usual=_polars_usual, setters=frozenset({"Config"})),
-    Setting("polars' classes", "polars", _patched_by_others("polars", _POLARS), said=_adds, by_name=True),
+    POLARS,
+    Setting("polars' classes", "polars", _patched_by_others("polars", _POLARS), said=_adds, setters=_REGISTERING),
     Setting(
         "scikit-learn's configuration",
         "sklearn",

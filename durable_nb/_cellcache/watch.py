@@ -120,6 +120,7 @@ class Watch:
         self._settings = settings(used | OF_LIBRARIES if displays else used)
         draws = displays or bool(self._packages) or not mentions.words.isdisjoint(_DRAWING)
         self._generators = generators() if draws else None
+        self._asks = not mentions.words.isdisjoint({"stat", "lstat"})  # of which nobody hears, where it is os's own
         self._before = {where: stat_of(where) for where in places.files}
         self._watcher = inotify.watcher()
         self._position = self._watcher.position() if self._watcher is not None else (0, 0)
@@ -384,7 +385,7 @@ class Watch:
         """What counts as it stands: where nobody sees what is opened, and what is not there."""
         places = self._places
         for where in places.files:
-            if not self._is_seen(where) and os.path.isfile(where) and not is_elsewhere(where):
+            if (not self._is_seen(where) or self._asks) and os.path.isfile(where) and not is_elsewhere(where):
                 name = places.as_written(where, self._folder)
                 yield where, name, READ if stat_of(where) == self._before[where] else MADE
         for where in places.folders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copyreg
 import enum
 import sys
 import types
@@ -48,6 +49,10 @@ def class_of(walk: Walk, cls: type) -> Iterator[Any]:
     if isinstance(cls, ABCMeta):
         registered = [found for reference in _get_dump(cls)[0] if (found := reference()) is not None]
         yield from walk.elements(b"registered", registered)
+    reduce = copyreg.dispatch_table.get(cls)
+    if reduce is not None:
+        walk.out += b"reduce"
+        yield reduce
     yield from _dataclass_fields(walk, cls)
     if "__struct_fields__" in dir(cls):  # msgspec keeps its defaults outside the namespace
         yield (cls.__struct_fields__, cls.__struct_encode_fields__)  # type: ignore[attr-defined]
