@@ -24,7 +24,7 @@ from durable_nb._cellcache import explain
 from durable_nb._cellcache.effects import Effects, variables_kept
 from durable_nb._cellcache.entries import CellResult, Entries, Entry, Manifest
 from durable_nb._cellcache.evaluated import Evaluated
-from durable_nb._cellcache.external import Around, name_digest
+from durable_nb._cellcache.external import Around, members, name_digest
 from durable_nb._cellcache.files import here
 from durable_nb._cellcache.generators import set_generator
 from durable_nb._cellcache.keys import CellKey, Terms, changes, code_of, describe, globals_held, key_of, mutated, stored_by
@@ -302,6 +302,7 @@ class CellCache:
             displays=True,
             evaluated=evaluated,
             seeded=seeded_at_once(code.tree, namespace),
+            members=members(key.words),
         )
         effects = Effects(code.tree, key.words, self._settings, key.components.get("code", ""))
         standing = Standing(key.places.values(), code_of(key).values(), digest_if_whole)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -17,9 +17,9 @@ from typing import Any
 from durable_nb._cellcache import environment
 from durable_nb._cellcache.files import ABSENT, FileState, looking_away, state_of
 from durable_nb._cellcache.generators import ANY, UNSEEDED, generators
-from durable_nb._cellcache.settings import KNOWN, POLARS, POLARS_DIRECT, Setting, look
+from durable_nb._cellcache.settings import KNOWN, POLARS, POLARS_DIRECT, Setting, look, members_added
 from durable_nb._codec import Signer
-from durable_nb._fingerprint import hash_value
+from durable_nb._fingerprint import hash_value, is_installed
 
 UNBOUND = "unbound"
 
@@ -57,7 +57,8 @@ class ExternalState:
     """Of the random generators that it moved: the state they were in, or that nobody had seeded them; ANY where it seeded them
     itself, before anything else."""
     settings: dict[str, str] = field(default_factory=dict)
-    """Digests of what was set for the whole process, of libraries that it uses; '' where that was as it is by default."""
+    """Digests of what was set for the whole process, of libraries that it uses; '' where that was as it is by default. And of
+    what the user has added to classes of pandas and polars that the code speaks of, as `DataFrame.name`."""
     names: dict[str, str] = field(default_factory=dict)
     """Digests of variables that it may have looked up by name, or left alone, or bound to the very object that they held."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class ExternalState:
             if now != digest:
                 what = "is not set" if now == environment.UNSET else "changed" if digest else "is set"
                 found.append(f"the environment variable {name} {what}")
-        now_set = settings(self.settings) if self.settings else {}
+        now_set = settings(self.settings) | members(map(_last_part, self.settings)) if self.settings else {}
         found += [f"{w} changed" for w, digest in self.settings.items() if now_set.get(w, "") != digest]
         for setting in around.known if self.unchanged else ():
             was = self.unchanged.get(setting.what, {})
@@ -135,6 +136,16 @@ def settings(wanted: Container[str]) -> dict[str, str]:
         if unusual:
             found[what] = hash_value(unusual)
     return found
+
+
+def members(words: Iterable[str]) -> dict[str, str]:
+    """By label, digests of what the user has added to classes of pandas and polars under these names."""
+    added = members_added(frozenset(words)).items()
+    return {label: hash_value(member) for label, member in added if not is_installed(getattr(member, "__module__", None))}
+
+
+def _last_part(label: str) -> str:
+    return label.rpartition(".")[2]
 
 
 _NUMPY_PRINTS = {

@@ -16,7 +16,6 @@ from durable_nb._cellcache.external import RCPARAMS, settings_used
 from durable_nb._cellcache.mentions import packages_imported
 from durable_nb._cellcache.names import EVALUATING, Names, dynamic_reads, looks_up
 from durable_nb._cellcache.patches import attributes_set
-from durable_nb._cellcache.settings import members_added
 from durable_nb._fingerprint import (
     FORMAT,
     Fingerprinter,
@@ -24,7 +23,6 @@ from durable_nb._fingerprint import (
     attribute_uses,
     digest_of,
     globals_stored,
-    is_installed,
     nested_codes,
     nodes,
     source_of,
@@ -239,9 +237,6 @@ def _fingerprint(
             unknown.append(f"{describe(error.label)} can't be compared ({error.reason})")
         except Exception as error:
             unknown.append(f"{name} can't be compared ({type(error).__name__}: {error})")
-    for label, member in members_added(_words(tree, found)).items():
-        if not is_installed(getattr(member, "__module__", None)):
-            found.add_value(label, member)
     figures = _figures.open_ones()
     if figures and _draws(tree, found):
         found.add_value(FIGURES, figures)

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from durable_nb._cellcache.external import Around, ExternalState
+from durable_nb._cellcache.external import Around, ExternalState, members
 from durable_nb._cellcache.files import CODE, LISTED, LOOKED_FOR, MATCHED, READ, here, looking_away
 from durable_nb._cellcache.generators import generators, set_generator
 from durable_nb._cellcache.mentions import NOWHERE, PLAIN, Mentions, Places, mentions_of, places_of
@@ -36,28 +36,28 @@ class StepWatches:
 
     def __init__(self, around: Around) -> None:
         self.around = around
-        self._known: dict[int, tuple[Any, Mentions, Places]] = {}
+        self._known: dict[int, tuple[Any, Mentions, Places, dict[str, str]]] = {}
 
     def watch(self, function: Callable[..., Any], args: tuple[Any, ...], packages: Iterable[str]) -> Watch:
         """Sees what a step that is about to call `function` with these arguments looks at."""
         while isinstance(function, functools.partial):
             args, function = (*function.args, *function.keywords.values(), *args), function.func
         with looking_away():
-            mentions, places = self._of_function(function)
+            mentions, places, added = self._of_function(function)
             given = _NOTHING if PLAIN.issuperset(map(type, args)) else mentions_of(args)
             if given.texts or given.words:
                 more = places_of(given, here())
                 prepare(more)
                 mentions, places = mentions.with_more(given), places.with_more(more)
-            return Watch(self.around, mentions, places, packages)
+            return Watch(self.around, mentions, places, packages, members=added)
 
-    def _of_function(self, function: Any) -> tuple[Mentions, Places]:
+    def _of_function(self, function: Any) -> tuple[Mentions, Places, dict[str, str]]:
         known = self._known.get(id(function))
         if known is None or known[0] is not function:
             mentions = mentions_of([function])
             places = places_of(mentions, here()) if mentions.texts else NOWHERE
             prepare(places)
-            known = self._known[id(function)] = function, mentions, places
+            known = self._known[id(function)] = function, mentions, places, members(mentions.words)
         return known[1:]
 
 

@@ -92,10 +92,11 @@ class Watch:
         displays: bool = False,
         evaluated: Evaluated | None = None,
         seeded: frozenset[str] = frozenset(),
+        members: dict[str, str] | None = None,
     ) -> None:
         """`places`: where the mentions lead; `packages`: those that the code uses; `displays`: what it displays may be of
         others; `evaluated` is told what it evaluates; `seeded`: the random generators that the code seeds before anything
-        else. It sees from now on."""  # fmt: skip
+        else; `members`: what the code speaks of that was added to others' classes. It sees from now on."""  # fmt: skip
         self._around, self.mentions, self._places, self._packages = around, mentions, places, tuple(packages)
         self._evaluated, self._seeded_at_once = evaluated, seeded
         self._folder = here()
@@ -110,6 +111,7 @@ class Watch:
         """What restored steps saw when they ran."""
         self._given_variables: dict[str, str] = {}
         self._given_settings: dict[str, str] = {}
+        self._added = members or {}
         self._imported: dict[str, None] = {}
         self._variables: dict[str, tuple[str | None, bool]] = {}
         self._set: set[str] = set()
@@ -253,7 +255,7 @@ class Watch:
             files, problems = self._files()
             packages = (*self._packages, *(type(value).__module__.partition(".")[0] for value in results))
             used = settings_used(packages, self.mentions.words)
-            kept = {what: self._settings.get(what, "") for what in used} | self._given_settings
+            kept = {what: self._settings.get(what, "") for what in used} | self._given_settings | self._added
             names = self._names
             if self._evaluated is not None:
                 names = names | self._evaluated.names

@@ -81,7 +81,7 @@ def module_of(walk: Walk, module: types.ModuleType) -> Iterator[Any]:
 
 
 def imports_of(walk: Walk, names: Iterable[tuple[int, str]], namespace: Mapping[str, Any] | None) -> None:
-    """Modules that code imports when it runs: by source, as they may not be loaded yet."""
+    """Modules that code imports when it runs: by source, as they may not be loaded yet; installed ones are noted as met."""
     for level, name in names:
         absolute = name
         if level:
@@ -90,7 +90,9 @@ def imports_of(walk: Walk, names: Iterable[tuple[int, str]], namespace: Mapping[
                 absolute = importlib.util.resolve_name("." * level + name, package)
             except (ImportError, ValueError):
                 continue
-        if not is_installed(absolute) and source_file(absolute) is not None:
+        if is_installed(absolute):
+            walk.graph.met(absolute)
+        elif source_file(absolute) is not None:
             label = f"import {absolute}"
             walk.graph.static(label, partial(_import, name=absolute))
             walk.link(label)
