@@ -45,10 +45,10 @@ class Heartbeat:
         "_latest",
         "_log",
         "_loop",
+        "_of",
         "_path",
         "_show",
         "_shown_s",
-        "key",
     )
 
     def __init__(
@@ -56,13 +56,18 @@ class Heartbeat:
     ) -> None:
         """`key`: the step's. `before`: what an earlier attempt here has reported. `show` is called on this loop."""
         self._heartbeats, self._log, self._path, self._show = heartbeats, log, path, show
-        self.key = rec.progress_key(log.record.id, key)
+        self._of = log.record.id, key
         self._before, self._is_known = before, before is not None
         self._latest: Checkpoint | None = None
         self._is_written = True
         self._loop = asyncio.get_running_loop()
         self._is_closed = self._is_showing = False
         self._shown_s = float("-inf")
+
+    @property
+    def key(self) -> str:
+        """Of its row. Few steps report anything: it isn't made for each."""
+        return rec.progress_key(*self._of)
 
     @property
     def latest(self) -> Checkpoint | None:
