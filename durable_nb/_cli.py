@@ -43,6 +43,7 @@ def _parser() -> _Parser:
     from durable_nb._housekeeping.commands import add_to
 
     _demo(commands)
+    _run(commands)
     _worker(commands)
     _serve(commands)
     add_to(commands)
@@ -66,6 +67,50 @@ def _demo(commands: Any) -> None:
         return demo(arguments.kill)
 
     parser.set_defaults(run=run)
+
+
+def _run(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="execute a notebook to its end, over crashes and long waits",
+        description="Executes a notebook in a kernel. At a wait longer than --max-wait the kernel ends, and is started again "
+        "when the time has come or what it waits for is there; completed durable cells are restored, plain cells run again. "
+        "Status 0: done; 1: a cell has failed, or the kernel died again and again; 75, with --once: it waits.",
+    )
+    parser.add_argument("notebook", metavar="NOTEBOOK", type=Path)
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter, as papermill does: in a cell behind the one tagged 'parameters'",
+    )  # fmt: skip
+    parser.add_argument("-o", "--out", type=Path, help="where the executed notebook is saved; default NOTEBOOK.out.ipynb")
+    parser.add_argument("--once", action="store_true", help="end at a long wait, with status 75, instead of waiting")
+    parser.add_argument("--max-wait", default="10s", help="a longer wait ends the kernel; default 10s")
+    parser.add_argument("--json", action="store_true", help="print how it ended as JSON, and no progress")
+
+    def run(arguments: argparse.Namespace) -> int:
+        import json
+
+        from durable_nb._service import headless
+
+        notebook, out = arguments.notebook, arguments.out
+        parameters = {name: headless.value_of(value) for name, value in arguments.parameter}
+        order = headless.Order(notebook, out or notebook.with_suffix(".out.ipynb"), parameters, arguments.max_wait)
+        try:
+            order.check()
+        except ValueError as error:
+            parser.error(str(error))
+        status, facts = headless.run(order, once=arguments.once, say=headless.quietly if arguments.json else _say)
+        if arguments.json:
+            print(json.dumps(facts))  # noqa: T201
+        elif status == 1:
+            print(f"durable-nb: {facts['error']}", file=sys.stderr)  # noqa: T201
+        return status
+
+    parser.set_defaults(run=run)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201  a command line program speaks
 
 
 def _worker(commands: Any) -> None:

@@ -144,3 +144,6 @@ class UntrustedStoreError(StoreError):
 
 class RunSuspended(BaseException):
     """The cell ended at a wait longer than `--max-wait`. Run it again: it resumes from there."""
+
+    run_id = ""
+    """The run that waits."""

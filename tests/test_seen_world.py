@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -508,3 +509,32 @@ def test_a_folder_of_many_files_is_watched_and_listed(watched, tmp_path, around)
     for n in range(20_000):
         (data / f"{n}.csv").touch()
     assert seen(around, lambda: cat(data / "777.csv"), ["data"]) == {"data/777.csv": "read"}
+
+
+def test_what_another_program_writes_and_somebody_reads_while_a_step_runs_is_no_input(tmp_path):
+    """inotify does not tell who opens a file: a log beside the notebook that somebody follows is read in that moment, too."""
+    log, over = tmp_path / "progress", threading.Event()
+
+    def follow():
+        while not over.is_set():
+            log.read_text()
+
+    with log.open("w") as writer, kernel(tmp_path) as k:
+        writer.write("line\n")
+        writer.flush()
+        follower = threading.Thread(target=follow)
+        follower.start()
+        try:
+            define = "import time\ndef paid():\n    open('ran', 'a').write('x')\n    time.sleep(0.3)"
+            cell = "%%durable pays\nawait durable.run('paid', paid)\nassert again"
+            assert k.run(f"again = False\n{define}").status == "ok"
+            assert k.run(cell).error.startswith("AssertionError")
+            writer.write("another\n")
+            writer.flush()
+            k.restart()
+            assert k.run(f"again = True\n{define}").status == "ok"
+            assert k.run(cell).status == "ok"
+        finally:
+            over.set()
+            follower.join()
+    assert (tmp_path / "ran").read_text() == "x"

@@ -64,6 +64,7 @@ from durable_nb._cellcache.mentions import (
     looked_up,
     modules_named,
 )
+from durable_nb._cellcache.open_files import is_written_elsewhere
 from durable_nb._fingerprint import imported
 
 _MOST_LOOKED_FOR = 10_000
@@ -372,7 +373,7 @@ class Watch:
                 is_changed = inotify.WRITTEN in whats and os.stat(where).st_mtime_ns >= self._began_ns
                 if is_changed and first_end == inotify.CLOSED:
                     problems.append(f"{name} changed after it had been read")
-                else:
+                elif where in self._places.files or not is_written_elsewhere(where):
                     yield where, name, MADE if is_changed else READ
 
     def _links_to(self, files: set[str]) -> list[str]:

@@ -188,7 +188,9 @@ class Waiting:
         return Patience(math.inf if seconds is None else seconds, begins, give_up)
 
     def _suspend(self, why: str) -> None:
-        self._stop(RunSuspended(f"{self._execution.wording.label} {why}"))
+        suspended = RunSuspended(f"{self._execution.wording.label} {why}")
+        suspended.run_id = self._execution.record.id
+        self._stop(suspended)
         raise asyncio.CancelledError
 
     def _when(self, seconds: float) -> str:

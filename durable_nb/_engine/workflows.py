@@ -387,6 +387,10 @@ class Workflows:
             if late:
                 await asyncio.wait(late, timeout=UNWIND_S)
 
+    def executed(self) -> list[str]:
+        """The runs of workflows that this process executes, or is about to."""
+        return list(self._tasks)
+
     def _is_ours(self, record: RunRecord) -> bool:
         """Is the run's workflow defined here, by the module or notebook that has started it?"""
         function = workflow_functions.get(record.name)

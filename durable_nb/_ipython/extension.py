@@ -26,13 +26,13 @@ class Extension:
     """What is registered with one shell, on behalf of its session."""
 
     def __init__(self, shell: Any) -> None:
-        self._shell, self._session = shell, Session(shell)
+        self._shell, self.session = shell, Session(shell)
         self._noticing = contextlib.ExitStack()
         self._transformer = DurableTransformer(shell)
 
     def load(self) -> None:
         """Register everything, and say where the store is."""
-        shell, session = self._shell, self._session
+        shell, session = self._shell, self.session
         shell.register_magic_function(self.magic, "cell", "durable")
         shell.register_magic_function(self.line_magic, "line", "durable")
         shell.input_transformers_cleanup.append(self._transformer)
@@ -67,23 +67,23 @@ class Extension:
         self._noticing.close()
         use_engine(None)
         self._displays.pop("durable_nb._workflow.Run", None)
-        self._session.close()
+        self.session.close()
 
     def _enter_cell(self) -> None:
         self._transformer.in_cell = True
-        self._session.background.in_cell = True
-        self._session.background.count += 1
+        self.session.background.in_cell = True
+        self.session.background.count += 1
 
     def _leave_cell(self) -> None:
         self._transformer.in_cell = False
         # A durable cell runs in a task; this is called in the context that later cells run in. What the cell set there
         # (numpy's print options are a context variable) holds on, as after a plain cell.
-        for variable, value in self._session.set_variables:
+        for variable, value in self.session.set_variables:
             variable.set(value)
-        self._session.set_variables = []
-        self._session.background.in_cell = False
-        self._session.background.bind()
-        self._session.cell_ended()
+        self.session.set_variables = []
+        self.session.background.in_cell = False
+        self.session.background.bind()
+        self.session.cell_ended()
 
     def magic(self, line: str, cell: str) -> None:
         """Run the cell as a durable function: its steps and its result are kept on disk.
@@ -105,7 +105,7 @@ class Extension:
         --time       print the time it took
         --quiet      no line above the output, no view
         """
-        self._session.wait(line, f"# %%durable {line}\n{cell}", [])
+        self.session.wait(line, f"# %%durable {line}\n{cell}", [])
 
     def line_magic(self, line: str) -> None:
         """Look at what durable cells have kept, and say what is to become of it.
@@ -131,7 +131,7 @@ class Extension:
         from durable_nb._ipython.magic import LineMagic
 
         with one_line_errors():
-            LineMagic(self._session, self.line_magic.__doc__ or "")(line)
+            LineMagic(self.session, self.line_magic.__doc__ or "")(line)
 
 
 _IDLE_S = 0.05
@@ -143,7 +143,7 @@ def _load_the_rest(session: Session) -> None:
     is forked meanwhile could not import. Where the store has schedules, they are fired from here on."""  # fmt: skip
     for name in ("durable_nb._engine.workflows", "durable_nb._ipython.cell"):
         importlib.import_module(name)
-    if session.path.exists() and _keys(session, "schedule/"):
+    if session.path.exists() and keys_of(session, "schedule/"):
         session.workflows().schedules.watch()
 
 
@@ -191,7 +191,7 @@ def _interrupted(session: Session) -> list[RunRecord]:
     from durable_nb.errors import StoreError
 
     found: list[RunRecord] = []
-    for key in _keys(session, "open/"):
+    for key in keys_of(session, "open/"):
         with contextlib.suppress(StoreError):  # what can't be read is told by whoever needs it
             catalog = session.workflows().catalog
             seen = catalog.seen(key.split("/", 2)[2])
@@ -200,7 +200,7 @@ def _interrupted(session: Session) -> list[RunRecord]:
     return sorted(found, key=lambda run: run.started_at, reverse=True)
 
 
-def _keys(session: Session, prefix: str) -> list[str]:
+def keys_of(session: Session, prefix: str) -> list[str]:
     """Rows of the store, which is not opened for it; none where that can't be told now."""
     from durable_nb._journal.disk import DiskJournal
     from durable_nb.errors import StoreError
