@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from durable_nb._schedule import Schedule as Schedule
     from durable_nb._schedule import schedule as schedule
     from durable_nb._secrets import secret as secret
+    from durable_nb._service.mounted import asgi as asgi
     from durable_nb._verbs import idempotency_key as idempotency_key
     from durable_nb._verbs import now as now
     from durable_nb._verbs import patched as patched
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "Client", "call"), "durable_nb.http"),
     **dict.fromkeys(("Schedule", "schedule"), "durable_nb._schedule"),
+    "asgi": "durable_nb._service.mounted",
     **dict.fromkeys(("Webhook", "webhook"), "durable_nb._webhook"),
     **dict.fromkeys(("Decision", "Delivery", "Event"), "durable_nb._events"),
     **dict.fromkeys(("approve", "notify", "wait_for_event", "waiters"), "durable_nb._outside"),

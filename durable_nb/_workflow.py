@@ -188,6 +188,10 @@ def _item_of(workflow: str, n: int, given: Any) -> tuple[tuple[Any, ...], dict[s
     return tuple(args), dict(kwargs), {key: given[key] for key in _ITEM_KEYS[2:] if key in given}
 
 
+defined: dict[str, Workflow[..., Any]] = {}
+"""By name, the workflows of this process."""
+
+
 @explained
 def invoke(name: str, workflow: Workflow[..., _T], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, _T]:
     """Run a workflow as a child, and take what it returns.
@@ -283,6 +287,7 @@ def workflow(
                 "runs could not be told apart after a restart: give one another name, @durable.workflow(name=...)"
             )
         made = Workflow(function, called, limit, key, options, validation_of(function, called) if validate else None)
+        defined[called] = made
         workflow_functions[called], workflow_options[called] = function, options
         workflow_limits.pop(called, None)
         if limit is not None:

@@ -81,11 +81,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@contextmanager
 def serving(folder, *options, token=""):
+    return served(folder, [PROGRAM, "serve", "flows", "--port", "0", *options], token=token)
+
+
+@contextmanager
+def served(folder, command, token=""):
     log = (folder / "log").open("a")
     process = subprocess.Popen(
-        [PROGRAM, "serve", "flows", "--port", "0", *options],
+        command,
         cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True,
         env={**os.environ, **({"DURABLE_NB_TOKEN": token} if token else {})},
     )  # fmt: skip
@@ -343,6 +347,30 @@ def test_an_address_that_others_reach_wants_a_token_and_a_port_in_use_is_told(fo
     assert "set DURABLE_NB_TOKEN" in told("--host", "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in told("--port", str(taken.getsockname()[1]))
+
+
+APP = """
+import os, socket, uvicorn
+import durable_nb as durable
+from starlette.applications import Starlette
+from starlette.routing import Mount
+durable.open(os.environ["DURABLE_NB_DIR"])
+app = Starlette(routes=[Mount("/shop", app=durable.asgi("flows"))])
+listening = socket.create_server(("127.0.0.1", 0))
+print(f"page http://127.0.0.1:{listening.getsockname()[1]}/shop", flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
+"""
+
+
+def test_mounted_in_an_application_it_does_the_same(folder):
+    (folder / "gate").touch()
+    with served(folder, [sys.executable, "-c", APP]) as client:
+        run_id = start(client, args=["tea"], id="a/b")
+        assert run_id == "a/b"
+        assert ended(client, "a%2Fb")["status"] == "completed"
+        assert events(client, "a%2Fb")[-1][1:] == ("end", {"status": "completed"})
+        assert client.get("", follow_redirects=True).text.startswith("<!doctype html>")
+        assert client.post("/workflows/quick/runs", json={"args": [1], "kwargs": {"on_conflict": "restart"}}).status_code == 422
 
 
 @pytest.mark.browser

@@ -95,6 +95,11 @@ class Workflows:
     def running_loop(self) -> asyncio.AbstractEventLoop | None:
         return self._loop if self._loop is not None and self._loop.is_running() else None
 
+    def execute_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs that other threads start are executed on this loop, which is the running one."""
+        self._loop = _carrier(loop)
+        self._ownership.watch()
+
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def start(self, request: StartRequest, parent: str = "") -> str:

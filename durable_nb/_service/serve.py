@@ -16,13 +16,13 @@ from durable_nb._current import use_engine
 from durable_nb._engine import Engine
 from durable_nb._engine.workflows import Workflows
 from durable_nb._service.door import MAX_BODY, Door, is_loopback
+from durable_nb._service.mounted import TOKEN
 from durable_nb._service.web import Face
 from durable_nb._service.worker import PATIENCE_S, imported, log, take_runs
 from durable_nb._store import Store
 from durable_nb.errors import DurableError
 
 _SIGNALS = signal.SIGTERM, signal.SIGINT
-TOKEN = "DURABLE_NB_TOKEN"  # noqa: S105  its name
 
 
 def serve(

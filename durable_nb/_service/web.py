@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from durable_nb._current import workflow_functions
 from durable_nb._engine import WATCH_S
 from durable_nb._engine.timeline import is_behind, timeline
 from durable_nb._engine.webhooks import UnsignedError
@@ -28,8 +27,9 @@ from durable_nb._facts import Snapshot, Status, Step
 from durable_nb._outside import decide, request_of, send
 from durable_nb._service.door import MAX_BODY, Door, Keys, Refused, body_of, json_of
 from durable_nb._service.live import live
+from durable_nb._service.worker import take_runs
 from durable_nb._view.assets import script, style
-from durable_nb._workflow import Run, Workflow
+from durable_nb._workflow import Run, defined
 from durable_nb.errors import DurableError, RunConflictError, RunNotFoundError, StepNotFoundError, StoreError
 
 _ALIVE_S = 15.0
@@ -59,8 +59,13 @@ class Route:
 class Face:
     """An ASGI application over one engine."""
 
-    def __init__(self, workflows: Callable[[], Workflows], door: Door, *, max_body: int = MAX_BODY) -> None:
+    def __init__(
+        self, workflows: Callable[[], Workflows], door: Door, *, max_body: int = MAX_BODY, begins: bool = False
+    ) -> None:
+        """`begins`: it executes the store's runs as a worker does; else whoever serves it does."""
+        self._begins = begins
         self._provider, self._door, self._max_body = workflows, door, max_body
+        self._taking: asyncio.Task[None] | None = None
         self._routes = [
             Route("POST", "/workflows/{}/runs", self._start),
             Route("GET", "/runs", self._runs),
@@ -81,6 +86,8 @@ class Face:
         """Answered without the token: the page asks for it itself, and posts to webhooks are signed."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and self._begins:
+            self._begin()
         if scope["type"] == "websocket":
             socket = WebSocket(scope, receive, send)
             if _segments(scope) == ["page", "live"]:
@@ -95,6 +102,13 @@ class Face:
                 headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
                 answer = JSONResponse({"error": refused.why}, refused.status, headers)
             await answer(scope, receive, send)
+
+    def _begin(self) -> None:
+        """Mounted in an application, it executes the runs on that one's loop, from the first request on."""
+        if self._taking is None or self._taking.done():
+            workflows, loop = self._provider(), asyncio.get_running_loop()
+            workflows.execute_on(loop)
+            self._taking = loop.create_task(take_runs(workflows, asyncio.Event()))
 
     async def _answered(self, request: Request) -> Response:
         segments = _segments(request.scope)
@@ -122,11 +136,9 @@ class Face:
     async def _start(self, request: Request, name: str) -> Response:
         known: Keys = {"args": list, "kwargs": dict, "id": str, "labels": list, "delay": (str, int, float)}
         asked = await json_of(request, known, self._max_body)
-        if name not in workflow_functions:
-            raise Refused(404, f"no workflow {name!r} here; there are {', '.join(sorted(workflow_functions))}")
-        options = {key: asked[key] for key in ("id", "labels", "delay") if key in asked}
-        workflow = Workflow(workflow_functions[name], name)
-        run = await asyncio.to_thread(workflow.start, *asked.get("args", ()), **asked.get("kwargs", {}), **options)
+        if name not in defined:
+            raise Refused(404, f"no workflow {name!r} here; there are {', '.join(sorted(defined))}")
+        [run] = await asyncio.to_thread(defined[name].start_many, [asked])
         return JSONResponse({"id": run.id}, 202, {"Location": f"/runs/{run.id}"})
 
     async def _runs(self, request: Request) -> Response:
