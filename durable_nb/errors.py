@@ -147,3 +147,5 @@ class RunSuspended(BaseException):
 
     run_id = ""
     """The run that waits."""
+    steps: tuple[str, ...] = ()
+    """Paths of the steps that it waits for."""

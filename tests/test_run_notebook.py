@@ -104,7 +104,7 @@ def once():
         os.kill(os.getpid(), 9)
 await durable.run("first", note, "first")
 await durable.run("once", once)
-await durable.sleep("nap", "3s")""",
+await durable.sleep("nap", "12s")""",
         """%%durable publish
 decision = await durable.approve("publish", "Publish?")
 await durable.run("last", note, decision.comment)""",

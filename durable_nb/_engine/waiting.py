@@ -25,6 +25,7 @@ from durable_nb._journal import Verdict
 from durable_nb._records import Arrived, Notification, Timer
 from durable_nb.errors import RunSuspended
 
+_WAITS = (Status.SLEEPING, Status.WAITING, Status.RETRYING)
 _FEW_DAYS_S = 6 * 86400.0
 
 
@@ -190,6 +191,7 @@ class Waiting:
     def _suspend(self, why: str) -> None:
         suspended = RunSuspended(f"{self._execution.wording.label} {why}")
         suspended.run_id = self._execution.record.id
+        suspended.steps = tuple(step.path for step in self._facts.steps() if step.status in _WAITS)
         self._stop(suspended)
         raise asyncio.CancelledError
 

@@ -18,7 +18,7 @@ _SOON_S = 10.0
 
 
 def standing(*, resume: bool) -> str:
-    """As JSON: the store's folder, the run of the cell that was suspended last, and the runs of workflows that this kernel
+    """As JSON: the store's folder, what the cell waits for that was suspended last, and the runs of workflows that this kernel
     executes. `resume`: before, go on with those that this notebook has started and that nobody executes."""  # fmt: skip
     extension = getattr(get_ipython(), "_durable_extension", None)
     if extension is None:
@@ -32,7 +32,7 @@ def standing(*, resume: bool) -> str:
         runs = workflows.executed()
         busy = any(_is_busy(workflows.snapshot(run_id)) for run_id in runs)
     last = getattr(sys, "last_value", None)
-    suspended = last.run_id if isinstance(last, RunSuspended) else None
+    suspended = {"run": last.run_id, "steps": last.steps} if isinstance(last, RunSuspended) else None
     return json.dumps({"store": str(session.path), "suspended": suspended, "runs": runs, "idle": not busy})
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from durable_nb._engine.workflows import Workflows
 from durable_nb._facts import Status
 from durable_nb._records import Notification
 from durable_nb._store import Store
-from durable_nb.errors import RunNotFoundError, StoreError
+from durable_nb.errors import DurableError, RunNotFoundError, StoreError
 
 MAX_WAIT = "10s"
 SUSPENDED = 75
@@ -87,6 +88,8 @@ class Wait:
 
 def run(order: Order, *, once: bool, say: Say) -> tuple[int, dict[str, Any]]:
     """Execute the notebook; the exit status, and what is told of it as JSON. `once`: end at a long wait instead of waiting."""
+    if find_spec("nbclient") is None:
+        raise DurableError("nbclient is not installed: pip install 'durable-nb[run]'")
     deaths, last = 0, None
     while True:
         result = _executed(order, quiet=say is _nothing)
@@ -99,10 +102,13 @@ def run(order: Order, *, once: bool, say: Say) -> tuple[int, dict[str, Any]]:
                 deaths = 0
                 with _opened(Path(result["store"])) as workflows:
                     waits = [wait for run_id in result["runs"] for wait in _waits(workflows, run_id)]
+                    if cell := result["suspended"]:  # what its code asked for before it was edited may wait still
+                        waits += [wait for wait in _waits(workflows, cell["run"]) if wait.step in cell["steps"]]
                     if once:
                         return SUSPENDED, _suspended(waits)
-                    say(f"parked: {_listed(waits)}")
-                    _park(workflows, waits, since_s=time.time() - _MARGIN_S)
+                    if waits:  # else it was over in this moment
+                        say(f"parked: {_listed(waits)}")
+                        _park(workflows, waits, since_s=time.time() - _MARGIN_S)
                 say("goes on")
             case died:
                 deaths = deaths + 1 if result == last or last is None else 1

@@ -80,7 +80,7 @@ class Execution:
                     return {"status": "failed", "cell": n, "error": f"{error.ename}: {error.evalue}"}
                 standing = await self._standing(resume=False)
                 say(f"  {error.evalue}")
-                return {"status": "suspended", **standing, "runs": [standing["suspended"], *standing["runs"]]}
+                return {"status": "suspended", **standing}
             finally:
                 self._save()
             say(f"  {say_duration(time.monotonic() - began)}")
@@ -94,7 +94,7 @@ class Execution:
         idle_s, manager = 0.0, cast("Any", self._client.km)
         while standing["runs"]:
             if idle_s > self._waits_s:
-                return {"status": "suspended", **standing}
+                return {"status": "suspended", **standing, "suspended": None}
             await asyncio.sleep(_LOOK_S)
             if not await manager.is_alive():
                 raise DeadKernelError("the kernel died")
