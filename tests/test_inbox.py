@@ -223,8 +223,8 @@ def test_a_process_without_the_workflow_asks_one_that_has_it(how):
         gate = asyncio.Event()
         counts = counting(began, gate)
         async with runtime(store) as process:
-            counts.start(7, id="a")
-            await soon(lambda: began)
+            run = counts.start(7, id="a")
+            await soon(lambda: len(run.steps) == 2)
             process.kill()
         redefine("counts")
         async with runtime(store):
@@ -289,6 +289,34 @@ def test_what_is_sent_in_the_moment_of_the_end_goes_with_it():
             await soon(lambda: len(began) == 3)
             await soon(lambda: run.status == "completed")
             assert rows_of(store, "a") == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("owner", ["lives", "dies"])
+def test_what_is_sent_after_a_restart_is_for_the_execution_that_it_begins(owner):
+    """A cancellation then cancels, also where all of it waits in the inbox."""
+    store, began = MemoryStore(), []
+
+    async def main():
+        counts = counting(began, asyncio.Event())
+        async with runtime(store) as process:
+            run = counts.start(7, id="a")
+            await soon(lambda: len(run.steps) == 2)
+            for message in (Cancel("before", 0.0), Restart(0.0), Cancel("after", 0.0)):
+                assert process.engine.ownership.inbox.send("a", store.journal.get(rec.run_key("a")), message)  # nobody is told
+            if owner == "dies":
+                process.kill()
+            else:
+                with pytest.raises(RunCancelled, match="after"):
+                    await run
+                assert rows_of(store, "a") == []
+        async with runtime(store):
+            assert durable.get_run("a").status == "cancelled"
+            with pytest.raises(RunCancelled, match="after" if owner == "lives" else "before|after"):
+                await durable.get_run("a")
+            await asyncio.sleep(0)
+        assert len(began) == 1 or owner == "lives"
 
     asyncio.run(main())
 

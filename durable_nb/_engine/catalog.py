@@ -46,7 +46,7 @@ from durable_nb._records import (
 )
 from durable_nb._replay import Wait, decide_sleep
 from durable_nb._usage import Usage
-from durable_nb.errors import RunNotFoundError, StepNotFoundError, StoreError
+from durable_nb.errors import CorruptStoreError, RunNotFoundError, StepNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from durable_nb._engine.shared import Shared
@@ -194,7 +194,12 @@ class Catalog:
         """A run with its steps, and those of the children that it has invoked."""
         record, lease = self.find(run_id)
         run = self._ownership.active.get(record.id)
-        found = run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+        try:
+            found = run.snapshot() if run is not None else self.summary(record, lease, self._steps(record))
+        except CorruptStoreError:
+            if self.find(run_id)[0] != record:  # it was deleted, or begun anew, while its rows were read
+                return self.snapshot(run_id)
+            raise
         if found.status is Status.INTERRUPTED and self.find(run_id) != (record, lease):
             return self.snapshot(run_id)  # it ended or changed hands while another thread looked
         if all(step.child is None for step in found.steps):

@@ -52,6 +52,12 @@ def outlasts(message: Message) -> bool:
     return isinstance(message, Notification | Answer)
 
 
+def up_to_restart(inbox: list[Received]) -> list[Received]:
+    """What was sent before the last restart, and that: the execution that it begins is to hear what came after it."""
+    last = max((n for n, one in enumerate(inbox) if isinstance(one.message, Restart)), default=-1)
+    return inbox[: last + 1]
+
+
 def wish(record: RunRecord, inbox: Iterable[Received]) -> Message | None:
     """What counts of the inbox of a run that nobody executes: the cancellation or the restart that was sent last."""
     found: Message | None = None

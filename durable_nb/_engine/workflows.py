@@ -37,7 +37,7 @@ from durable_nb._engine.control import delete, fork_of
 from durable_nb._engine.engine import Engine, new_id
 from durable_nb._engine.events import Events
 from durable_nb._engine.execution import UNWIND_S
-from durable_nb._engine.inbox import Received, Restarted, outlasts, wish
+from durable_nb._engine.inbox import Received, Restarted, outlasts, up_to_restart, wish
 from durable_nb._engine.limits import next_place
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
@@ -320,7 +320,8 @@ class Workflows:
             )
             return
         inbox = self._ownership.inbox.of(record.id)
-        anew = anew or isinstance(wish(record, inbox), Restart)
+        if not anew and isinstance(wish(record, inbox), Restart):
+            anew, inbox = True, up_to_restart(inbox)
         stale = _stale(inbox, anew=anew)
         self._spawn(record.id, lambda: self._drive(record, lease, stale, anew=anew))
 
@@ -351,7 +352,8 @@ class Workflows:
         found = self._ownership.read_run(run_id)
         if found is None or run_id in self._tasks or self._ownership.is_owned(run_id, found[1]):
             return
-        if self._is_ours(found[0]):
+        is_wanted = isinstance(wish(found[0], self._ownership.inbox.of(run_id)), Resume | Restart)  # and not cancelled since
+        if is_wanted and self._is_ours(found[0]):
             self._go(*found)
 
     def free(self, passed: set[tuple[str, bytes]]) -> list[str]:
@@ -516,7 +518,7 @@ class Workflows:
         except Restarted:
             inbox = await self._store.writer.call(lambda: self._ownership.inbox.of(record.id))
             mine = Lease(held.epoch, self._store.process.id)
-            await self._drive(record, mine, tuple(one.key for one in inbox), anew=True)
+            await self._drive(record, mine, _stale(up_to_restart(inbox), anew=True), anew=True)
         finally:
             if self._ownership.active.get(run.id) is run:  # where the records or the arguments can't be read
                 del self._ownership.active[run.id]
