@@ -1008,6 +1008,52 @@ def test_a_request_that_was_edited_between_two_attempts_goes_on():
     asyncio.run(main())
 
 
+def test_a_fork_keeps_the_attempts_before_its_step_and_a_restart_none():
+    async def ask(seen, transport):
+        async with durable.AsyncClient(http=httpx, transport=transport) as http:
+            first = await until_it_answers(http, "http://x/y", seen, json=1)
+            second = await until_it_answers(http, "http://x/z", seen, json=2)
+        return first, second
+
+    async def main():
+        seen, transport = [], numbered(lambda n: n in (1, 2, 4))
+        async with runtime(clock=FakeClock()):
+            run = bound(ask, seen, transport).start(id="1")
+            assert await run == (3, 5)
+            for at, found, attempts in (("POST http://x/z", (3, 6), [3, 1]), ("POST http://x/y", (7, 8), [1, 1])):
+                fork = run.fork(at=at)
+                assert await fork == found
+                assert [step.attempts for step in fork.steps] == attempts
+            run.restart()
+            assert await run == (9, 10)
+
+    asyncio.run(main())
+
+
+RETRIED = f"""
+import openai
+@durable.workflow
+async def retried(url):
+    async with durable.AsyncClient() as http:
+        llm = openai.AsyncOpenAI(base_url=url, api_key="{KEY}", http_client=http, max_retries=2)
+        return (await llm.chat.completions.create(model="small", messages={SAY!r})).choices[0].message.content
+"""
+
+
+@pytest.mark.kernel
+def test_a_workflow_that_is_killed_between_two_attempts_makes_the_next_one(tmp_path, server):
+    """When the pause that the service asked for is over."""
+    server.next(Fault(429, retry_after=3))
+    with kernel(tmp_path) as k:
+        k.run(f"{RETRIED}\nrun = retried.start({server.openai_url!r}, id='1')")
+        until(lambda: k.value("str(durable.get_run('1').status)") == "retrying", "the service has asked for a pause")
+        k.kill()
+        found = k.run(f"{RETRIED}\nrun = durable.get_run('1')\nrun.resume()\n(await run, [step.attempts for step in run.steps])")
+        assert found.result == "('You said: the blue house', [2])", found.traceback
+    assert server.count == 2
+    assert not files_with(tmp_path / ".durable_nb", KEY)
+
+
 @pytest.mark.parametrize("most", [2, 99])
 @pytest.mark.parametrize("seed", range(8))
 def test_tasks_that_try_again_see_in_each_life_what_they_saw_before(seed, most):
