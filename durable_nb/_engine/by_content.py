@@ -82,7 +82,7 @@ class ByContent:
         forms = *found.earlier(), found  # what an earlier format of fingerprints recorded is not paid for again
         identities = [self._identity(request, form, labels) for form in forms for labels in (*reversed(excluded), ())]
         for identity in identities:
-            for n in tuple(self._occurrences.candidates(identity)):
+            for n in self._occurrences.candidates(identity):
                 if not self._still_holds(self._key(identity, n), request.ttl_s):
                     self._occurrences.leave_out(identity, n)
         own = identities[-1 - len(excluded)]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from msgspec import structs
@@ -106,7 +107,7 @@ class Stepper:
         # requests, by where they stand
         self._fresh: list[Ask] = []
         """Made in the activation that is not closed."""
-        self._wanted: list[Ask] = []
+        self._wanted: dict[Ask, None] = {}
         """Awaited now, their bodies not begun."""
         self._open: dict[int, Ask] = {}
         """Not delivered."""
@@ -193,7 +194,7 @@ class Stepper:
         """The code awaits it."""
         ask.is_wanted = True
         ask.context = copy_context()
-        self._wanted.append(ask)
+        self._wanted[ask] = None
 
     def draw(self, request: Request, make: Callable[[], Value], *, or_passed: bool = False) -> Value | None:
         """A value that the code gets in passing: the recorded one, else a new one. `or_passed`: None where the code has been
@@ -392,7 +393,7 @@ class Stepper:
                     ask.timer = recorded.timer
             is_asleep = not ask.is_wanted and ask.request.kind == "sleep"
             if is_asleep or ask.handle is not None or ask.request.kind in _AT_ONCE_KINDS:
-                self._wanted.append(ask)
+                self._wanted[ask] = None
         if self._is_live:
             self._begin_wanted()
 
@@ -414,10 +415,10 @@ class Stepper:
             self._begin_wanted()
 
     def _begin_wanted(self) -> None:
-        wanted, self._wanted = self._wanted[:_AT_ONCE], self._wanted[_AT_ONCE:]
-        for ask in wanted:
+        for ask in list(islice(self._wanted, _AT_ONCE)):
+            del self._wanted[ask]
             if ask.request.id < 0:
-                self._wanted.append(ask)  # its activation is not closed
+                self._wanted[ask] = None  # its activation is not closed
             elif not ask.begun:
                 self._begin(ask)
         self.tasks.let_go_of_sleeps()
@@ -498,6 +499,7 @@ class Stepper:
 
     def _deliver_end(self, row: Row, value: Any, error: BaseException | None, *, restored: bool) -> None:
         ask = self._open.pop(row.request)
+        self._wanted.pop(ask, None)  # repeated, it never begins
         if ask.is_forgotten:
             self._forgotten.append(ask)
         self._publish_end(ask, row, restored=restored)
@@ -596,7 +598,7 @@ class Stepper:
         self._is_live, ended = True, self._history.undelivered()
         # Made before the last delivery, these had begun: in a former life, or they wait for a turn of the kernel's loop.
         # So do what returns at once: a child, an event.
-        for ask in self._wanted:
+        for ask in list(self._wanted):
             at_latest = self._history.activation - (ask.request.kind not in _AT_ONCE_KINDS)
             if 0 <= ask.activation <= at_latest and not ask.begun and ask.request.id not in ended:
                 self._begin(ask)
