@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from random import SystemRandom
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 from uuid import UUID
@@ -51,7 +54,8 @@ def run(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Coro
         raise TypeError(f"durable.run({name!r}, {fn!r}): give the function itself and its arguments, as in "
                         "durable.run('charge', charge, cart), not the result of calling it")  # fmt: skip
     step_fn, before, options = as_step(fn)
-    return step_fn.ask("run", name, (*before, *args), {**options, **kwargs})
+    at_once = is_awaited(sys._getframe(2))  # behind `explained`
+    return step_fn.ask("run", name, (*before, *args), {**options, **kwargs}, awaited_at_once=at_once)
 
 
 @explained
@@ -178,7 +182,7 @@ class Step(Generic[_P, _T]):
         if current_run.get() is None:
             return self._plain(args, kwargs)
         name = self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
-        return self.ask("step", name, args, kwargs)
+        return self.ask("step", name, args, kwargs, awaited_at_once=is_awaited(sys._getframe(1)))
 
     @property
     def in_thread(self) -> bool:
@@ -355,6 +359,18 @@ def _check_options(verb: str, name: str, fn: Any, kwargs: dict[str, Any]) -> Non
                 f"{called} takes no argument {key!r}; an option of the step goes into durable.step({called}, {shown}), as in "
                 f"{written if verb == 'run' else f'@durable.step({shown})'}; nothing was run"
             )
+
+
+def is_awaited(frame: types.FrameType) -> bool:
+    """Does this frame await what the call that it is in returns, with nothing in between?"""
+    return frame.f_lasti in _awaited_calls(frame.f_code)
+
+
+@functools.lru_cache(maxsize=1024)
+def _awaited_calls(code: types.CodeType) -> frozenset[int]:
+    """Offsets of the calls, with the caches behind them: in some Pythons a frame that waits for a call stands there."""
+    calls = [(call, then) for call, then in pairwise(dis.get_instructions(code)) if then.opname == "GET_AWAITABLE"]
+    return frozenset(offset for call, then in calls for offset in range(call.offset, then.offset))
 
 
 def check_name(verb: str, name: object) -> str:

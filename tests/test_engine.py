@@ -314,6 +314,35 @@ def test_a_result_is_on_disk_before_the_next_step_starts(path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_decorated", [False, True])
+def test_a_step_is_identified_by_what_its_list_holds_when_its_body_begins(path, is_decorated):
+    """Awaited where it is called, that is what it held then; else what was appended before the wait counts as well."""
+
+    def total(items):
+        world.do(list(items))
+        return sum(items)
+
+    async def body(late):
+        ask = durable.step(total) if is_decorated else lambda items: durable.run("total", total, items)
+        items = [1]
+        first = await ask(items)
+        waiting = ask(items)
+        items.append(late)
+        second = await waiting
+        third = asyncio.ensure_future(ask(items))
+        items.append(late)
+        return first, second, await third
+
+    async def main():
+        async with kernel(path) as engine:
+            assert await cell(engine, lambda: body(2)) == (1, 3, 5)
+            assert await cell(engine, lambda: body(2)) == (1, 3, 5)
+            assert await cell(engine, lambda: body(3)) == (1, 4, 7)
+        assert world.done == [[1], [1, 2], [1, 2, 2], [1, 3], [1, 3, 3]]
+
+    asyncio.run(main())
+
+
 def test_equal_steps_are_counted_and_give_their_own_answers_back(path):
     """Asking twice with the same arguments gives two samples, and the same two in the same order after a restart."""
 

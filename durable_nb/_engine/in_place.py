@@ -165,6 +165,8 @@ def packed_changes(asked: Inputs, given: set[str], value: Any) -> bytes | None:
     returned. None where there is nothing of both, or where it can't be done again."""  # fmt: skip
     if asked.shared or not asked.objects:  # shared: whose change is whose can't be told
         return None
+    if not given and type(value) in _SCALARS:  # it is none of them, and holds none
+        return None
     return difference(asked.objects, given, value)
 
 

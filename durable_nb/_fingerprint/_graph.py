@@ -587,6 +587,8 @@ def _aliases(walks: list[Walk], memory: bool, components: Mapping[str, str]) -> 
     for walk in walks:
         shared |= once & walk.memos[0].keys()
         once |= walk.memos[0].keys()
+    if not shared and not (memory and any(walk.arrays for walk in walks)):
+        return b""
     places: dict[int, list[bytes]] = {}
     known = numbers_of(components)
     said = {label: text(label) if value[0] != "~" else b"%d;" % known[label] for label, value in components.items()}
