@@ -34,6 +34,7 @@ from ._walk import (
     SOURCE,
     Looks,
     Opaque,
+    Unhashable,
     Walk,
     look_up,
     named,
@@ -148,7 +149,7 @@ class Fingerprinter:
         self._add(label, children)
 
     def add_value(self, label: str, value: Any) -> None:
-        if label in _TOOLS:
+        if label in TOOLS:
             self._looked |= {DOCSTRINGS, ANNOTATIONS, NAMES}
         write = SCALARS.get(type(value))
         if write is not None:  # what a walk of it would give
@@ -224,6 +225,16 @@ class Fingerprinter:
                 _memo.NODES.clear()
             _memo.NODES[id(fn)] = known
 
+    def walked(self, label: str, value: Any) -> Walk | None:
+        """The walk of a value that leads to nothing but data; None where it leads to anything else."""
+        walk = Walk(self, label, enter)
+        try:
+            walk.digest(iter((value,)))
+        except Unhashable:
+            return None
+        leads_on = walk.edges or walk.arrays or walk.opaque or self._packages or self._looked or self._pending
+        return None if leads_on else walk
+
     def static(self, label: str, children: Callable[[Walk], Iterator[Any]]) -> None:
         """A component that is known by its label alone, and looked at once."""
         if label not in self._taken:
@@ -260,7 +271,7 @@ class Fingerprinter:
 
     def places(self) -> Mapping[tuple[str, int], Any]:
         """The mutable objects met so far, by component and number within it: the same for equal values in every process."""
-        return _Places(tuple(self._walks))
+        return Places(tuple(self._walks))
 
     @property
     def packages(self) -> frozenset[str]:
@@ -502,7 +513,7 @@ class Fingerprinter:
         return label
 
 
-class _Places(Mapping[tuple[str, int], Any]):
+class Places(Mapping[tuple[str, int], Any]):
     """Put together when they are first asked for: most looks at a large input need none."""
 
     def __init__(self, walks: tuple[Walk, ...]) -> None:
@@ -623,7 +634,7 @@ def _overlaps(walks: list[Walk], said: Mapping[str, bytes]) -> list[bytes]:
 
 
 ALIASES = "aliases"
-_TOOLS = {"arg tools", "arg functions"}
+TOOLS = {"arg tools", "arg functions"}
 """Arguments whose functions are shown to a language model, with their names, annotations and docstrings."""
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import _memo
 from ._formats import EARLIER, in_earlier_formats, in_format
-from ._graph import Fingerprint, Fingerprinter, joined
+from ._graph import TOOLS, Fingerprint, Fingerprinter, Places, joined
 from ._objects import configure
 from ._owners import version
 from ._source import read
 from ._tokens import DIGEST_BYTES, PERSON, SCALARS
-from ._walk import Unhashable
+from ._walk import Unhashable, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -45,22 +45,37 @@ def globals_stored(code: types.CodeType) -> frozenset[str]:
 
 
 def _of_known(fn: Any, args: tuple[Any, ...]) -> Fingerprint | None:
-    """What `of_call` gives, where the function is as it was met before and its arguments are scalars: nothing is walked."""
+    """What `of_call` gives, where the function is as it was met before and its arguments are data: only these are walked."""
     known = _memo.KNOWN.get(id(fn))
     if known is None or known.fn is not fn or type(fn) is not types.FunctionType:
         return None
     given: dict[str, str] = {}
+    walks: list[Walk] = []
+    graph = None
     for label, value in zip(_labels_of(fn.__code__, len(args)), args, strict=True):
         write = SCALARS.get(type(value))
-        if write is None:
+        if write is not None:
+            given[label] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
+        elif type(value) in _CONTAINERS and label not in TOOLS:
+            graph = graph or Fingerprinter(memory=False)
+            walk = graph.walked(label, value)
+            if walk is None or any(walk.memos[0].keys() & other.memos[0].keys() for other in walks):
+                return None
+            given[label] = walk.sinks[0].hexdigest()
+            walks.append(walk)
+        else:
             return None
-        given[label] = blake2b(write(value), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()
     if len(given) != len(args) or not known.holds(Fingerprinter(memory=False) if known.installed else None):
         return None
     digest = blake2b(known.joined + joined(given), digest_size=DIGEST_BYTES, person=PERSON).hexdigest()  # a call comes first
     components = given | known.said
     versions = {name: found for name in sorted(known.packages) if (found := version(name))} if known.packages else {}
-    return Fingerprint(digest, components, (), versions, known.lasting, dict)
+    if not any(walk.memos[0] for walk in walks):
+        return Fingerprint(digest, components, (), versions, known.lasting, dict)
+    return Fingerprint(digest, components, (), versions, False, lambda: Places(tuple(walks)))
+
+
+_CONTAINERS = frozenset({list, dict, tuple})
 
 
 @functools.lru_cache(maxsize=4096)
