@@ -205,6 +205,33 @@ def test_a_step_that_looks_a_name_up_runs_again_when_its_variable_changes_and_sa
         assert cell.run() == (True, 2), name
 
 
+def test_a_step_that_names_no_text_runs_again_when_a_setting_that_it_uses_changes(home):
+    """Also one that was as it is by default when the step ran; and a file that it opens all the same is an input of it."""
+    home.run(
+        "from decimal import Decimal, getcontext\n"
+        "def third(): return Decimal(1) / Decimal(3)\n"
+        "def folder_of(): return os.getcwd()\n"
+        "def first_of(read): return read()\n"
+        "class Reads:\n    def __reduce__(self): return Reads, ()\n    def __call__(self): return open(chr(122)).read()\n"
+        "here = os.getcwd()\n"
+        "write = lambda value: open(os.path.join(here, 'z'), 'w').write(value)\n"
+        "os.makedirs('other', exist_ok=True)\nwrite('1')"
+    )
+    steps = "[str(await durable.run('third', third)), await durable.run('folder', folder_of) == here, await durable.run('z', first_of, Reads())]"
+
+    def seen(edit):
+        shown = home.run(f"%%durable no_text\ny = {steps}\nedit = {edit}")
+        assert shown.status == "ok", shown.traceback
+        return home.value("y")
+
+    assert seen(1) == [f"0.{28 * '3'}", True, "1"]
+    home.run("getcontext().prec = 5\nwrite('2')")
+    assert seen(2) == ["0.33333", True, "2"]
+    home.run("os.chdir('other'); open('z', 'w').write('3')")
+    assert seen(3) == ["0.33333", False, "3"]
+    home.run("os.chdir(here); getcontext().prec = 28")
+
+
 def test_what_never_counts_makes_nothing_run_again(home):
     """The notebook and its checkpoints, the store, hidden folders, environments and caches, keys, what the cell itself wrote
     first, files that nobody reads, settings of libraries that it doesn't use."""  # fmt: skip

@@ -129,8 +129,9 @@ class Watch:
         self._position = self._watcher.position() if self._watcher is not None else (0, 0)
         self._events: list[inotify.FileEvent] | None = None
         self._began_ns = time.time_ns() - _TICK_NS
-        self._is_certain = not (mentions.texts or self._names or self._settings or draws or places.files or places.folders)
-        """Only what happens from now on can make its outcome depend on anything."""
+        known = mentions.texts or self._names or used or self._added or draws
+        self._is_certain = not (known or places.files or places.folders)
+        """Only what happens from now on can make its outcome depend on anything. Settings count where they are usual, too."""
         self.alone = True
         """No other step was at work meanwhile, which may have drawn random numbers as well."""
 
