@@ -1048,7 +1048,8 @@ def test_a_workflow_that_is_killed_between_two_attempts_makes_the_next_one(tmp_p
         k.run(f"{RETRIED}\nrun = retried.start({server.openai_url!r}, id='1')")
         until(lambda: k.value("str(durable.get_run('1').status)") == "retrying", "the service has asked for a pause")
         k.kill()
-        found = k.run(f"{RETRIED}\nrun = durable.get_run('1')\nrun.resume()\n(await run, [step.attempts for step in run.steps])")
+        resume = "run = durable.get_run('1')\nrun.resume()\n(await run, [step.attempts for step in run.steps])"
+        found = k.run(f"{RETRIED}\n{resume}")
         assert found.result == "('You said: the blue house', [2])", found.traceback
     assert server.count == 2
     assert not files_with(tmp_path / ".durable_nb", KEY)
