@@ -162,6 +162,13 @@ def test_a_run_that_waits_for_its_time_is_cancelled_at_once_and_executes_nothing
                 await asyncio.wait_for(outcome_of(other), 10 * WATCH_S + 5)
             assert run.status == "cancelled"
         assert done == []
+        clock = FakeClock(owner.engine.clock.wall_s + 6 * 86400)
+        async with runtime(store, clock=clock):  # resumed, both wait for what is left
+            define(once)
+            clock.reboot()
+            began = clock.wall_s
+            assert [await durable.get_run(run_id).resume() for run_id in ("42", "43")] == ["a done"] * 2
+            assert clock.wall_s - began == pytest.approx(86400)
 
     async def outcome_of(run):
         return await run

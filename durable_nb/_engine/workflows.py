@@ -41,6 +41,7 @@ from durable_nb._engine.inbox import Received, Restarted, outlasts, up_to_restar
 from durable_nb._engine.limits import next_place
 from durable_nb._engine.observing import Observers, log
 from durable_nb._engine.run_log import BLOB_BYTES, Held, read_log
+from durable_nb._engine.run_time import due_in_s
 from durable_nb._engine.schedules import Schedules
 from durable_nb._engine.webhooks import Webhooks
 from durable_nb._engine.workflow_loop import WorkflowLoop
@@ -460,7 +461,7 @@ class Workflows:
             since, since_s, generation, counts_from_s = now, 0.0, generation + 1, 0.0
             place = next_place(self._shared.clock) if record.limit else 0
             record = replace(record, place=place, rows=0, renewed_at=now.wall_s)
-        elif record.status in (Status.FAILED, Status.CANCELLED):
+        elif record.status in (Status.FAILED, Status.CANCELLED) and due_in_s(record, now) <= 0:
             since = now
             since_s, counts_from_s, rows, cleared, children = self._resumption(record)
             deletes += cleared
