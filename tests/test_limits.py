@@ -269,6 +269,36 @@ async def test_a_step_that_is_given_up_while_it_waits_leaves_its_place():
 
 
 @on_loop
+async def test_a_step_that_its_code_gives_up_while_it_waits_never_begins():
+    limit, store = durable.limit("model", concurrency=1), MemoryStore()
+    gates["open"] = asyncio.Event()
+
+    async def body(n):
+        done.append(n)
+        await gates["open"].wait()
+
+    step = durable.step(body, limit=limit)
+
+    @workflow
+    async def impatient():
+        first = asyncio.create_task(durable.run("first", step, 1))
+        try:
+            await asyncio.wait_for(durable.run("second", step, 2), 0.5)
+        except TimeoutError:
+            gates["open"].set()
+        await first
+        await durable.run("third", step, 3)
+        return "done"
+
+    async with runtime(store) as process:
+        run = impatient.start(id="1")
+        assert await run == "done"
+        assert [step.name for step in run.steps if step.status == "completed"] == ["first", "third"]
+        await until(lambda: not process._store.journal.scan("shares/") + process._store.journal.scan("waiting/"))
+    assert done == [1, 3]
+
+
+@on_loop
 async def test_a_step_under_the_limit_that_its_run_holds_is_refused():
     limit = durable.limit("model", concurrency=1)
 

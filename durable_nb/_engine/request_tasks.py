@@ -59,6 +59,8 @@ class RequestTasks:
         """By request: attempts that have failed."""
         self._working: dict[int, Ask] = {}
         self._sleeping: dict[int, Ask] = {}
+        self._limited = 0
+        """How many steps under limits have been asked for."""
 
     def __len__(self) -> int:
         return len(self._working)
@@ -79,6 +81,7 @@ class RequestTasks:
             case _:
                 work = self._perform
         self._working[ask.request.id] = ask
+        self._limited += ask.is_step and bool(ask.what.limits)
         ask.task = self._execution.loop.create_task(self._guarded(ask, work), context=copy_context())
         ask.task.add_done_callback(lambda _: self._over(ask))
 
@@ -88,12 +91,16 @@ class RequestTasks:
         if ask.is_step and not ask.is_at_work and self._is_cancelled():  # cancelled before its first line
             self._drop(ask)
 
-    def let_go_of_sleeps(self) -> None:
-        """End those that nobody waits for any more."""
-        for ask in list(self._sleeping.values()):
+    def let_go_of_waits(self) -> None:
+        """End the sleeps that nobody waits for any more, and let no step begin that waits for a limit and is not wanted."""
+        limited = [ask for ask in self._working.values() if ask.is_step and self._waits_for_limit(ask)] if self._limited else []
+        for ask in [*self._sleeping.values(), *limited]:
             if ask.is_given_up and ask.task is not None and not ask.task.cancelling():
                 ask.task.cancel()
-                self._facts.update(ask.path, status=Status.CANCELLED, wake_at=None)
+                self._facts.update(ask.path, status=Status.CANCELLED, wake_at=None, waits_for=None)
+
+    def _waits_for_limit(self, ask: Ask) -> bool:
+        return bool(ask.path) and self._facts[ask.path].waits_for is not None
 
     def is_at_work(self) -> bool:
         """Is a body executed, or about to be?"""

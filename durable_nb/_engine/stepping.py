@@ -421,7 +421,7 @@ class Stepper:
                 self._wanted[ask] = None  # its activation is not closed
             elif not ask.begun:
                 self._begin(ask)
-        self.tasks.let_go_of_sleeps()
+        self.tasks.let_go_of_waits()
 
     def _begin(self, ask: Ask) -> None:
         ask.begun = True
