@@ -120,7 +120,7 @@ class FakeClock:
         try:
             while not arrival.done() and self._passed_s < due_s:
                 earlier = min(min(self._sleepers, default=(due_s, 0))[0], *(due for due, _ in self._polling.values()))
-                if is_busy() or earlier < due_s:
+                if is_busy() or earlier < due_s or self._is_writing():
                     quiet_since = loop.time()
                 elif loop.time() - quiet_since >= LISTEN_S:
                     self._pass(due_s - self._passed_s)
