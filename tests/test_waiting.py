@@ -200,6 +200,33 @@ def test_the_magics_notify_and_approve(tmp_path):
         assert k.run(ASKS).result == "'not today'"
 
 
+ORDER = """@durable.workflow
+async def order(item):
+    decision = await durable.approve('ship', f'ship {item}?')
+    await durable.run('ship', lambda: open('shipped', 'a').write('x\\n'))
+    payment = await durable.wait_for_event('payment', 'paid-1')
+    return decision.comment, payment.data"""
+
+
+def test_a_workflow_hears_between_cells_and_when_it_is_resumed(tmp_path):
+    """Decided from another process while its kernel idles; the event is sent while the kernel is dead."""
+    with kernel(tmp_path) as k, outside(tmp_path):
+        assert k.run(f"{ORDER}\nrun = order.start('a book', id='o1')").status == "ok"
+        waits("o1")
+        durable.get_run("o1").approve("ship", comment="by air")
+        deadline = time.monotonic() + 30
+        while not durable.waiters("paid-1"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        k.kill()
+        assert durable.get_run("o1").status == "interrupted"
+        assert durable.notify("paid-1", {"amount": 12.5}).run_ids == ("o1",)
+        assert k.run(f"{ORDER}\n[run] = durable.resume()\nawait run").result == "('by air', {'amount': 12.5})"
+        assert lines(tmp_path / "shipped") == ["x"]
+        with pytest.raises(DurableError, match=r"'o1' is completed.*was not sent"):
+            durable.get_run("o1").notify("paid-1", 1)
+
+
 def answered(k, source, *answers, **options):
     """Execute a cell, and answer its questions; the prompts, and what it showed."""
     message, prompts = k.send(source, **options), []
