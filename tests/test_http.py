@@ -1008,6 +1008,34 @@ def test_a_request_that_was_edited_between_two_attempts_goes_on():
     asyncio.run(main())
 
 
+def test_a_failure_that_comes_after_the_code_has_given_up_is_no_attempt_of_the_next_request():
+    late = []
+
+    async def answer(request):
+        late.append(asyncio.Event())
+        number = len(late)
+        if number == 1:
+            await late[0].wait()
+        return httpx.Response(503 if number == 1 else 200, json=[number])
+
+    async def ask(transport):
+        async with durable.AsyncClient(http=httpx, transport=transport) as http:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(http.get("http://x/y"), 0.05)
+            second = await http.get("http://x/y")
+            late[0].set()
+            await asyncio.sleep(0.3)  # in which the failure comes
+            return *second.json(), *(await http.get("http://x/y")).json()
+
+    async def main():
+        async with runtime():
+            run = bound(ask, httpx.MockTransport(answer)).start(id="1")
+            assert await run == (2, 3)
+            assert [(step.status, step.attempts) for step in run.steps] == [("failed", 1), ("completed", 1), ("completed", 1)]
+
+    asyncio.run(main())
+
+
 def test_a_fork_keeps_the_attempts_before_its_step_and_a_restart_none():
     async def ask(seen, transport):
         async with durable.AsyncClient(http=httpx, transport=transport) as http:

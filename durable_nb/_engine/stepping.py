@@ -509,7 +509,10 @@ class Stepper:
             else:
                 self._execution.arrivals.take(row.source)
         if isinstance(row, Outcome) and row.is_attempt:
-            self._attempts.add(ask, row.attempts)
+            if ask.future is not None and not ask.future.done():
+                self._attempts.add(ask, row.attempts)
+            else:  # the code has given it up
+                self._facts.update(ask.path, status=Status.FAILED)
         if ask.handle is not None:
             if not ask.handle.cancelled():
                 self.loop.fire(ask.handle)
