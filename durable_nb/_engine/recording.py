@@ -224,9 +224,9 @@ class Recording:
                 raise CorruptStoreError(f"the record {settled.key.outcome!r} disappeared while it was read")
             return None
         _usage.add(self.used, outcome.usage)
-        self._learn_attempts(key, None)
         for records in self._shared.records[self._execution.record.id]:
             records.outcomes[settled.key.outcome] = row[1]
+            records.attempts.pop(key.attempts, None)
         self.note_changes(ended.inputs, settled.key, after)
         return outcome
 
