@@ -213,11 +213,11 @@ def test_a_step_that_names_no_text_runs_again_when_a_setting_that_it_uses_change
         "def folder_of(): return os.getcwd()\n"
         "def first_of(read): return read()\n"
         "class Reads:\n    def __reduce__(self): return Reads, ()\n    def __call__(self): return open(chr(122)).read()\n"
-        "here = os.getcwd()\n"
-        "write = lambda value: open(os.path.join(here, 'z'), 'w').write(value)\n"
-        "os.makedirs('other', exist_ok=True)\nwrite('1')"
+        "began_in = os.getcwd()\n"
+        "put = lambda value: open(os.path.join(began_in, 'z'), 'w').write(value)\n"
+        "os.makedirs('other', exist_ok=True)\nput('1')"
     )
-    steps = "[str(await durable.run('third', third)), await durable.run('folder', folder_of) == here, await durable.run('z', first_of, Reads())]"
+    steps = "[str(await durable.run('third', third)), await durable.run('folder', folder_of) == began_in, await durable.run('z', first_of, Reads())]"
 
     def seen(edit):
         shown = home.run(f"%%durable no_text\ny = {steps}\nedit = {edit}")
@@ -225,11 +225,11 @@ def test_a_step_that_names_no_text_runs_again_when_a_setting_that_it_uses_change
         return home.value("y")
 
     assert seen(1) == [f"0.{28 * '3'}", True, "1"]
-    home.run("getcontext().prec = 5\nwrite('2')")
+    home.run("getcontext().prec = 5\nput('2')")
     assert seen(2) == ["0.33333", True, "2"]
     home.run("os.chdir('other'); open('z', 'w').write('3')")
     assert seen(3) == ["0.33333", False, "3"]
-    home.run("os.chdir(here); getcontext().prec = 28")
+    home.run("os.chdir(began_in); getcontext().prec = 28")
 
 
 def test_what_never_counts_makes_nothing_run_again(home):
