@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import random
 
 import pytest
 
@@ -21,7 +22,7 @@ from durable_nb.errors import (
     StepNotFoundError,
     UnserializableError,
 )
-from durable_nb.testing import FakeClock, MemoryStore, redefine, runtime
+from durable_nb.testing import Crashed, FakeClock, MemoryStore, redefine, runtime
 
 
 @pytest.fixture(autouse=True)
@@ -504,6 +505,103 @@ def test_a_policy_decides_at_once_and_its_decision_is_recorded(monkeypatch, poli
         async with runtime(store):
             with pytest.raises(ValueError, match="'maybe': write one of wait, approve, reject, suspend"):
                 await durable.workflow(asks).start(id="2")
+
+    asyncio.run(main())
+
+
+# -- generated programs ------------------------------------------------------------------------------------------------
+
+lives: list[list[tuple]] = []
+"""What the code of a generated program got, in each of its executions."""
+
+
+async def generated(seed):
+    """Waits in up to three tasks: some given up by a time-out, some that race with a sleep."""
+    got = []
+    lives.append(got)
+
+    async def plain(chance, name, event_id):
+        event = await durable.wait_for_event(name, event_id, timeout=chance.choice([5, 100]))
+        return event_id, event.data
+
+    async def given_up(chance, name, event_id):
+        try:
+            async with asyncio.timeout(chance.choice([1, 7])):
+                return event_id, (await durable.wait_for_event(name, event_id, timeout=50)).data
+        except TimeoutError:
+            return ("gave up",)
+
+    async def racing(chance, name, event_id):
+        hears = asyncio.ensure_future(durable.wait_for_event(name, event_id, timeout=30))
+        sleeps = asyncio.ensure_future(durable.sleep(f"{name} sleeps", chance.choice([2, 9])))
+        done, left = await asyncio.wait({hears, sleeps}, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+        return (event_id, hears.result().data) if hears in done else ("slept",)
+
+    async def decides(chance, name, _):
+        decision = await durable.approve(name, "?", timeout=chance.choice([3, 60]))
+        return decision.approved, decision.comment, decision.timed_out
+
+    async def works(_, name, __):
+        return (await durable.run(name, len, "abc"),)
+
+    async def task(number):
+        chance = random.Random(f"{seed} {number}")
+        for n in range(chance.randint(1, 4)):
+            what, event_id = chance.choice([plain, given_up, racing, decides, works]), f"e{chance.randint(0, 1)}"
+            got.append((f"{number}.{n}", *await what(chance, f"{number}.{n}", event_id)))
+
+    await asyncio.gather(*(task(number) for number in range(random.Random(seed).randint(1, 3))))
+    got.append(("end",))
+    return True
+
+
+async def outer(chance, process, run, ended):
+    """Sends events to everybody and to the run, and decides, at random moments; each event's data are others."""
+    for n in range(chance.randint(0, 12)):
+        await asyncio.sleep(chance.choice([0, 0.001, 0.01, 0.05]))
+        if ended.done() or process.crashed:
+            return
+        event_id, asked = f"e{chance.randint(0, 1)}", [step for step in run.steps if step.kind == "decision"]
+        open_ones = [step.path for step in asked if step.status == "waiting"]
+        try:
+            if chance.random() < 0.6:
+                durable.notify(event_id, [event_id, chance.random()], run_id=chance.choice([None, run.id]))
+            elif open_ones:
+                run.approve(open_ones[0], comment=str(n))
+        except Crashed:
+            return
+        except DurableError:  # decided, or ended, in this very moment
+            continue
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_generated_program_that_is_killed_again_and_again_gets_what_it_got_before_and_nothing_twice(seed):
+    """Whatever is sent when, and at whichever write each process dies: what the code has seen once it sees in each execution,
+    in the same order."""  # fmt: skip
+
+    async def main():
+        chance, store, clock, result = random.Random(-seed - 1), MemoryStore(), FakeClock(), None
+        lives.clear()
+        for life in range(6):
+            crash = chance.choice(["before:write", "after:write", None]) if life < 4 else None
+            async with runtime(store, clock=clock, crash=crash, nth=chance.randint(1, 14)) as process:
+                run = redefine(generated).start(seed, id="1")
+                ended = asyncio.ensure_future(run)
+                await outer(chance, process, run, ended)
+                if life < 4 and chance.random() < 0.3:
+                    process.kill()
+                await asyncio.wait({ended}, timeout=30)
+                result = ended.result() if not process.crashed else None
+            if result is not None:
+                break
+        assert result is True
+        whole = next(got for got in reversed(lives) if got[-1:] == [("end",)])
+        assert [got for got in lives if got != whole[: len(got)]] == []
+        events = [entry[1:] for entry in whole if len(entry) == 3 and entry[2] is not None]
+        assert [event_id for event_id, _ in events] == [sent_as for _, (sent_as, _) in events]
+        assert len({number for _, (_, number) in events}) == len(events)
 
     asyncio.run(main())
 
