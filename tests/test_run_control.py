@@ -778,7 +778,7 @@ def test_a_kernel_hears_what_another_kernel_wants_of_its_runs(tmp_path):
         sent = one.send("while not pathlib.Path('go on').exists(): time.sleep(0.05)\nopen('went on', 'w').write('x\\n')")
         one.send("while run.status != 'cancelled': await asyncio.sleep(0.01)\nopen('cancelled', 'w').write('x\\n')")
         assert tell("%durable cancel order-42").startswith(f"order-42 · is being cancelled in process {one.pid}")
-        assert two.value(look) == "sleeping"
+        assert two.value(look) in ("running", "sleeping")
         (tmp_path / "go on").touch()
         one.wait(sent)
         one.wait_until(tmp_path / "cancelled")

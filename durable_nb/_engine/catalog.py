@@ -81,6 +81,8 @@ class Catalog:
         """`is_started`: has this process begun to execute that run, or is it about to?"""
         self._shared, self._ownership, self._is_started = shared, shared.ownership, is_started
         self._journal, self._signer = shared.store.journal, shared.store.signer
+        self._known: dict[str, tuple[bytes, RunRecord]] = {}
+        """Rows of runs as the last listing read them: most are as they were at the next one."""
 
     def find(self, run_id: str) -> tuple[RunRecord, Lease | None]:
         """The run of that id, or the last one of the cell of that name; RunNotFoundError."""
@@ -128,12 +130,17 @@ class Catalog:
     def _among(self, fits: Callable[[RunRecord], bool]) -> Iterator[tuple[RunRecord, Lease | None, bool]]:
         """The same as `seen`, of many runs; and is it all that there is to know, since this process doesn't execute it?"""
         inboxes, records = self._ownership.inbox.all(), list[RunRecord]()
+        known, read = self._known, dict[str, tuple[bytes, RunRecord]]()
         with without_collector():
             for key, row in self._journal.scan(rec.run_key("")):
+                before = known.get(key)
                 with contextlib.suppress(StoreError):
-                    record = unpack(self._signer, key, row, RunRecord)
+                    same = before is not None and before[0] == row
+                    record = before[1] if before is not None and same else unpack(self._signer, key, row, RunRecord)
+                    read[key] = row, record
                     if fits(record):
                         records.append(record)
+        self._known = read
         records.sort(key=_newest_first)
         leases: dict[str, bytes] | None = None
         owners: dict[str, bool] = {}
