@@ -348,12 +348,14 @@ class Workflows:
         asked = self._ownership.inbox.next_row(record.id, Resume(self._shared.clock.now().wall_s))
         self._ownership.claim_for_nobody(ready.record, lease, deletes=ready.deletes, inserts=(*ready.rows, asked))
 
-    def take(self, run_id: str) -> None:
-        """Somebody wants this run executed, which nobody does: if it is this process's to do, do it."""
+    def take(self, run_id: str, *, unasked: bool = False) -> None:
+        """Somebody wants this run executed, which nobody does: if it is this process's to do, do it. `unasked`: also where
+        nobody has asked for it since its process died."""  # fmt: skip
         found = self._ownership.read_run(run_id)
         if found is None or run_id in self._tasks or self._ownership.is_owned(run_id, found[1]):
             return
-        is_wanted = isinstance(wish(found[0], self._ownership.inbox.of(run_id)), Resume | Restart)  # and not cancelled since
+        wanted = wish(found[0], self._ownership.inbox.of(run_id))
+        is_wanted = isinstance(wanted, Resume | Restart) or (wanted is None and unasked)  # and not cancelled since
         if is_wanted and self._is_ours(found[0]):
             self._go(*found)
 

@@ -74,6 +74,6 @@ async def take_runs(workflows: Workflows, stop: asyncio.Event) -> None:
     while not stop.is_set():
         free = await workflows.engine.store.writer.call(lambda: workflows.free(passed))
         for run_id in random.sample(free, min(AT_ONCE, len(free))):
-            workflows.take(run_id)
+            workflows.take(run_id, unasked=True)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), WATCH_S)
