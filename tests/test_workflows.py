@@ -27,7 +27,7 @@ from urllib.error import URLError
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import durable_nb as durable
@@ -538,6 +538,7 @@ def test_dead_again_and_again_any_shape_comes_to_the_same_end(shape, cuts):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_shapes(["fixable"], ["fixable"]), st.integers(1, 10))
+@example(["task", ["try", ["seq", STEP, BROKEN], ["seq", STEP, ["fixable"]]]], 3)  # the fallback of a failure fails
 def test_any_failed_shape_resumed_comes_to_its_end_and_repeats_no_success(shape, nth):
     """Whatever failed, with the world set right resume() goes on from there, with a death in between too."""
 

@@ -30,6 +30,7 @@ class Blame:
             seen.add(id(one))
             if id(one) in self._errors:
                 found.append(self._errors[id(one)][0])
+                continue  # what it was raised in the handling of was caught, and the code went on from there
             response = getattr(one, "response", None)
             if id(response) in self._answers:
                 found.append(self._answers[id(response)][0])
