@@ -143,7 +143,7 @@ def test_without_pandas_it_is_a_list_that_reads_as_a_table(tmp_path, monkeypatch
 
 
 def test_a_workflow_that_died_has_saved_what_its_replay_did_not_ask_again():
-    @durable.workflow(name="asks")
+    @durable.workflow(name="asks a model")
     async def asks():
         return [await durable.run("ask", ask, n) for n in (1, 2, 3)]
 
@@ -155,7 +155,7 @@ def test_a_workflow_that_died_has_saved_what_its_replay_did_not_ask_again():
             run = durable.get_run("1")
             run.resume()
             await run
-            assert rows() == [{"of": "asks", **counted("small", (3, 60, 6), (2, 30, 3))}]
+            assert rows() == [{"of": "asks a model", **counted("small", (3, 60, 6), (2, 30, 3))}]
 
             @durable.workflow(name="looks")
             async def looks():

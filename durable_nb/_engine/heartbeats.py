@@ -118,8 +118,8 @@ class Heartbeat:
             self._is_closed = True
             if has_value:
                 self._is_written = True
-            elif not self._is_written:
-                self._heartbeats.write_soon(self)
+            with contextlib.suppress(StoreError):  # the store is closed
+                self.handed_over()  # at once: after the commit that ends the run it would be refused
 
     def rows(self) -> tuple[str, ...]:
         """What goes with the step's outcome."""
