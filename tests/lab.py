@@ -320,7 +320,8 @@ class Lab:
             self.outside.append(request.url)
 
     def _note_console(self, message: Any) -> None:
-        if message.type in {"error", "warning"}:
+        # JupyterLab's own, of a kernel that is restarted while its debugger is asked
+        if message.type in {"error", "warning"} and "restore the debugger state" not in message.text:
             self.console.append((message.type, message.text))
 
     def _settle(self) -> None:
