@@ -359,17 +359,23 @@ class Workflows:
         if is_wanted and self._is_ours(found[0]):
             self._go(*found)
 
-    def free(self, passed: set[tuple[str, bytes]]) -> list[str]:
+    def free(self, known: dict[tuple[str, bytes], Lease | None]) -> list[str]:
         """Runs that nobody executes and that are this process's to do. Only looks, and may be called by any thread.
 
-        passed  leases of others, which needn't be looked at again: of runs that have failed, or that are defined elsewhere
+        known  leases that were read before, so that a look is cheap; None for one that needn't be looked at again: of a run
+               that has failed, or that is defined elsewhere
         """
         found, alive = list[str](), dict[str, bool]()
-        for key, row in self._store.journal.scan(rec.lease_key("")):
-            if (key, row) in passed:
-                continue
+        leases = self._store.journal.scan(rec.lease_key(""))
+        for gone in known.keys() - set(leases):
+            del known[gone]
+        for key, row in leases:
             with contextlib.suppress(StoreError):  # `doctor` tells of one that can't be read
-                lease, run_id = unpack(self._store.signer, key, row, Lease), key.partition("/")[2]
+                if (key, row) not in known:
+                    known[key, row] = unpack(self._store.signer, key, row, Lease)
+                lease, run_id = known[key, row], key.partition("/")[2]
+                if lease is None:
+                    continue
                 if lease.owner not in alive or lease.owner == self._store.process.id:
                     alive[lease.owner] = self._ownership.is_owned(run_id, lease)
                 if alive[lease.owner] or run_id in self._tasks:
@@ -378,7 +384,7 @@ class Workflows:
                 if record is not None and record.status == Status.RUNNING and self._is_ours(record):
                     found.append(run_id)
                 else:
-                    passed.add((key, row))
+                    known[key, row] = None
         return found
 
     async def retire(self, patience_s: float) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -129,7 +128,7 @@ class _OneRun:
     """The view of one run."""
 
     def __init__(self, workflows: Workflows, run_id: str) -> None:
-        self._run = Run(run_id, workflows)
+        self._run, self._store = Run(run_id, workflows), source_of(workflows)
         self._source = Source(lambda: workflows.snapshot(run_id), workflows.catalog.find(run_id)[0].kind)
         self._look = Look()
 
@@ -158,16 +157,7 @@ class _OneRun:
             log.warning("the page: a decision on the run %r was refused: %.300s", self._run.id, error)
 
     def _act(self, action: str) -> None:
-        refusal = asdict(self._source.actions(self._source.snapshot().status)).get(action, "there is no such action")
         try:
-            match "" if refusal else action:
-                case "cancel":
-                    self._run.cancel("by the page")
-                case "retry":
-                    self._run.resume()
-                case "restart":
-                    self._run.restart()
+            self._store.send(action, self._run.id)
         except DurableError as error:
-            refusal = str(error)
-        if refusal:
-            log.warning("the page: %r of the run %r was refused: %.300s", action, self._run.id, refusal)
+            log.warning("the page: %r of the run %r was refused: %.300s", action, self._run.id, error)

@@ -14,6 +14,7 @@ from pathlib import Path
 from durable_nb._current import use_engine, workflow_functions
 from durable_nb._engine import WATCH_S, Engine
 from durable_nb._engine.workflows import Workflows
+from durable_nb._records import Lease
 from durable_nb._store import Store
 from durable_nb.errors import DurableError
 
@@ -70,9 +71,9 @@ async def _work(workflows: Workflows, patience_s: float) -> None:
 async def take_runs(workflows: Workflows, stop: asyncio.Event) -> None:
     """Execute the runs that nobody executes and what is due by the clock, until told to stop."""
     workflows.schedules.watch()
-    passed: set[tuple[str, bytes]] = set()
+    known: dict[tuple[str, bytes], Lease | None] = {}
     while not stop.is_set():
-        free = await workflows.engine.store.writer.call(lambda: workflows.free(passed))
+        free = await workflows.engine.store.writer.call(lambda: workflows.free(known))
         for run_id in random.sample(free, min(AT_ONCE, len(free))):
             workflows.take(run_id, unasked=True)
         with contextlib.suppress(TimeoutError):
